@@ -1,0 +1,1 @@
+"""Counting, planning and looking at models."""

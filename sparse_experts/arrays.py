@@ -1,0 +1,48 @@
+"""The letters that shapes are written in, and what a sparse layer returns.
+
+An array's name ends in its shape: `x_BxLxD` has axes B, L and D. A letter
+means one thing everywhere, and einsum strings use the same letters:
+
+  B  sequences in a batch          G  groups of tokens
+  L  tokens in a sequence          S  tokens in a group
+  M  memory length (keys)          E  experts
+  D  model width                   C  capacity: slots of one expert per group
+  H  attention heads               K  choices (experts) per token, K <= E
+  A  width of a head               N  layers
+  F  hidden width of an FFN        V  vocabulary
+
+`GxSK` is a merged axis, S-major; `1` is an axis of size one.
+"""
+
+from __future__ import annotations
+
+import flax
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class Aux:
+  """What a sparse layer returns beside its output.
+
+  Returned, never sown, so it passes through scan, remat and microbatches.
+
+  Attributes:
+    losses: name -> float32 scalar, unweighted, a mean over groups. Weights live
+      in `models.Model`. A mean over equal microbatches is the whole batch's.
+    metrics: name -> float32 array of *sums* over tokens, so that they add over
+      microbatches, steps and processes; `moe.metrics.summary` divides.
+  """
+
+  losses: dict[str, Array]
+  metrics: dict[str, Array]
+
+
+def masked_mean(x: Array, mask: Array | None, axis: int = -1) -> Array:
+  """Mean of `x` over `axis` where `mask` holds; 0 where it holds nowhere."""
+  if mask is None:
+    return x.mean(axis)
+  weights = jnp.broadcast_to(mask, x.shape).astype(x.dtype)
+  return (x * weights).sum(axis) / jnp.maximum(weights.sum(axis), 1)

@@ -1,0 +1,313 @@
+"""The command line: flags, gin files, and one function per command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from sparse_experts import __version__
+
+COMMANDS = {
+  'train': 'train a model, from its latest checkpoint if there is one',
+  'evaluate': 'held-out loss and task metrics of a checkpoint',
+  'infer': "a checkpoint's answers to a task's examples",
+  'inspect': 'count parameters and arithmetic, or read a checkpoint',
+  'list': 'name recipes, tasks and routers',
+}
+
+EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a command; returns the process's exit code, 2 for a user's error."""
+  parser = _parser()
+  args, rest = parser.parse_known_args(argv)
+  if args.command is None:
+    parser.print_help()
+    return 0
+  try:
+    _prepare(args)
+    command = {
+      'train': _train,
+      'evaluate': _evaluate,
+      'infer': _infer,
+      'inspect': _inspect,
+      'list': _list,
+    }[args.command]
+    return command(args, _bindings(rest)) or 0
+  except EXPECTED_ERRORS as error:
+    if args.verbose:
+      traceback.print_exc()
+    from sparse_experts import config
+
+    print(f'error: {config.first_line(error)}', file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='python -m sparse_experts',
+    description='Sparse expert models in JAX and Flax.',
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog='commands:\n'
+    + '\n'.join(f'  {name:10}{text}' for name, text in COMMANDS.items())
+    + '\n\nexample:\n  python -m sparse_experts inspect '
+    '--gin_file=gin/quickstart.gin\n',
+  )
+  parser.add_argument('command', nargs='?', choices=COMMANDS, metavar='COMMAND')
+  parser.add_argument(
+    '--gin_file', action='append', default=[], metavar='FILE', help='repeatable'
+  )
+  parser.add_argument(
+    '--gin.NAME',
+    dest='_',
+    metavar='VALUE',
+    help='override macro NAME, or module.Class.argument',
+  )
+  parser.add_argument(
+    '--gin_search_paths', default='', metavar='DIR,DIR', help='further folders'
+  )
+  parser.add_argument(
+    '--dry_run', action='store_true', help='check, count parameters, and stop'
+  )
+  parser.add_argument(
+    '--json', action='store_true', help='one JSON object on stdout'
+  )
+  parser.add_argument(
+    '--checkpoint', metavar='DIR', help='inspect: a MODEL_DIR or a step of it'
+  )
+  parser.add_argument(
+    '--profile', metavar='START:STOP', help='train: trace these steps'
+  )
+  parser.add_argument(
+    '--coordinator',
+    metavar='HOST:PORT',
+    help="several processes: process 0's address; 'auto' on a pod",
+  )
+  parser.add_argument('--num_processes', type=int, metavar='N')
+  parser.add_argument('--process_id', type=int, metavar='I')
+  parser.add_argument(
+    '--verbose', action='store_true', help='tracebacks and library logs'
+  )
+  parser.add_argument('--version', action='version', version=__version__)
+  return parser
+
+
+def _bindings(rest: Sequence[str]) -> list[str]:
+  """`NAME=VALUE` from --gin.NAME=VALUE; anything else is a mistake."""
+  bindings = []
+  for argument in rest:
+    if not argument.startswith('--gin.') or '=' not in argument:
+      raise ValueError(
+        f'unknown argument {argument!r}; bindings are --gin.NAME=VALUE, and '
+        '--help lists the flags.'
+      )
+    bindings.append(argument.removeprefix('--gin.'))
+  return bindings
+
+
+def _prepare(args: argparse.Namespace) -> None:
+  """Quiet libraries, a compilation cache, and the other processes."""
+  if not args.verbose:
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.ERROR)
+  import jax
+
+  cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    jax.config.update(
+      'jax_compilation_cache_dir',
+      str(pathlib.Path(cache) / 'sparse_experts/jax'),
+    )
+  if args.coordinator == 'auto':
+    jax.distributed.initialize()
+  elif args.coordinator:
+    if args.num_processes is None or args.process_id is None:
+      raise ValueError(
+        '--coordinator needs --num_processes=N and --process_id=I.'
+      )
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    jax.distributed.initialize(
+      args.coordinator, args.num_processes, args.process_id
+    )
+
+
+def _parse(args: argparse.Namespace, bindings: Sequence[str]) -> None:
+  from sparse_experts import config
+
+  if not args.gin_file:
+    raise ValueError(
+      f'{args.command} needs --gin_file=FILE; `python -m sparse_experts list` '
+      'names those that come with the package.'
+    )
+  paths = [path for path in args.gin_search_paths.split(',') if path]
+  config.parse(args.gin_file, bindings, paths)
+
+
+def _train(args, bindings) -> None:
+  from sparse_experts import config
+  from sparse_experts.training import train
+
+  _parse(args, bindings)
+  run = config.bound(train.train)
+  if args.dry_run:
+    return _print_ledger(args)
+
+  def write_config(model_dir):
+    (model_dir / 'config.gin').write_text(config.operative())
+
+  results = run(on_start=write_config, **_profile(args.profile))
+  if args.json:
+    _print_json(_plain(results))
+  else:
+    _print_training(results, config.value('MODEL_DIR'))
+
+
+def _evaluate(args, bindings) -> None:
+  from sparse_experts import config
+  from sparse_experts.training import evaluate, report
+
+  _parse(args, bindings)
+  run = config.bound(evaluate.evaluate)
+  if args.dry_run:
+    return _print_ledger(args)
+  results = run()
+  if args.json:
+    return _print_json(_plain(results))
+  rows = {
+    **report.scalars(results['metrics']),
+    **results['task_metrics'],
+  }
+  factor = results['capacity_factor']
+  print(
+    f'{results["task"]}, {results["split"]} split, step {results["step"]}, '
+    + ('exact' if factor is None else f'capacity factor {factor:g}')
+  )
+  print(
+    report.table(('metric', ''), [(k, f'{v:.5g}') for k, v in rows.items()])
+  )
+  if results['metrics']['layers']:
+    print('\n' + report.expert_load(results['metrics']['layers']))
+
+
+def _infer(args, bindings) -> None:
+  from sparse_experts import config
+  from sparse_experts.training import infer
+
+  _parse(args, bindings)
+  run = config.bound(infer.infer)
+  if args.dry_run:
+    return _print_ledger(args)
+  results = run()
+  if args.json:
+    return _print_json(results)
+  for result in results:
+    for name in ('inputs', 'prediction', 'targets'):
+      print(f'{name + ":":12}{" ".join(result[name].split())}')
+    print(f'{"log prob:":12}{result["log_prob"]:.1f} nats\n')
+
+
+def _inspect(args, bindings) -> None:
+  if args.checkpoint:
+    return _inspect_checkpoint(args)
+  _parse(args, bindings)
+  _print_ledger(args)
+
+
+def _inspect_checkpoint(args) -> None:
+  from sparse_experts.training import checkpoints
+
+  params, step = checkpoints.load_params(args.checkpoint)
+  leaves = checkpoints.flatten(params)
+  facts = {
+    'step': step,
+    'total_params': int(sum(leaf.size for leaf in leaves.values())),
+    'params_sha256': checkpoints.digest(params),
+    'tree': {name: list(leaf.shape) for name, leaf in sorted(leaves.items())},
+  }
+  if args.json:
+    return _print_json(facts)
+  for name, shape in facts.pop('tree').items():
+    print(f'{name}  {" x ".join(map(str, shape))}')
+  for name, fact in facts.items():
+    print(f'{name}: {fact}')
+
+
+def _list(args, bindings) -> None:
+  from sparse_experts import config
+  from sparse_experts.data import tasks
+  from sparse_experts.moe import routers
+
+  folder = config.root()
+  recipes = sorted((folder / 'gin').rglob('*.gin'))
+  facts = {
+    'recipes': [str(path.relative_to(folder)) for path in recipes],
+    'tasks': tasks.names(),
+    'routers': routers.names(),
+  }
+  if args.json:
+    return _print_json(facts)
+  for title, names in facts.items():
+    print(f'{title}:')
+    print('\n'.join(f'  {name}' for name in names))
+
+
+def _print_ledger(args) -> None:
+  """Parameters and arithmetic of the model the gin files describe."""
+  from sparse_experts import config
+  from sparse_experts.analysis import ledger
+
+  lengths = None
+  if config.defined('TASK_FEATURE_LENGTHS'):
+    lengths = config.value('TASK_FEATURE_LENGTHS')
+  facts = ledger.ledger(config.value('MODEL'), lengths)
+  if args.json:
+    _print_json(facts)
+  else:
+    print(ledger.text(facts))
+
+
+def _print_training(results, model_dir) -> None:
+  from sparse_experts.training import report
+
+  before, after = results['eval_before'], results['eval']
+  if after is not None:
+    print(
+      f'held-out loss: {before["loss"]:.3f} nats at the start of this run, '
+      f'{after["loss"]:.3f} at step {results["step"]}'
+    )
+    if after['layers']:
+      print('\n' + report.expert_load(after['layers']))
+  print(
+    f'\ncheckpoint:   {model_dir}/checkpoints/{results["step"]}\n'
+    f'TensorBoard:  {model_dir}/tensorboard\n'
+    f'metrics:      {model_dir}/metrics.jsonl\n'
+    f'config:       {model_dir}/config.gin'
+  )
+
+
+def _profile(text: str | None) -> dict[str, tuple[int, int]]:
+  if text is None:
+    return {}
+  start, _, stop = text.partition(':')
+  if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+    raise ValueError(f'--profile takes START:STOP in steps, not {text!r}.')
+  return {'profile': (int(start), int(stop))}
+
+
+def _plain(tree):
+  """Numpy arrays as lists, for JSON."""
+  if isinstance(tree, dict):
+    return {name: _plain(value) for name, value in tree.items()}
+  return tree.tolist() if hasattr(tree, 'tolist') else tree
+
+
+def _print_json(facts) -> None:
+  print(json.dumps(facts))

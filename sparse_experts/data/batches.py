@@ -1,0 +1,407 @@
+"""From a task to global batches of numpy arrays.
+
+The global batch is `num_shards` streams side by side. Stream i is a function of
+seed, i and num_shards, never of the number of processes: a process opens those
+streams whose rows it needs. So the same run may be continued by any number of
+processes, and its data stays the same.
+
+    rows of the global batch   0 ......... 7 8 ......... 15   batch_size 16
+    streams                    [stream 0   ] [stream 1    ]   num_shards 2
+    processes                  [p0 ] [p1   ] [p2 ] [p3    ]   rows of each
+"""
+
+import itertools
+import json
+import os
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from sparse_experts.data import host_tensorflow, tasks
+
+if typing.TYPE_CHECKING:
+  import tensorflow as tf
+
+# The features of seqio's converters; packing adds the last two of each side.
+_DECODER = ('target_tokens', 'input_tokens', 'loss_weights')
+_PACKED = ('segment_ids', 'positions')
+
+Batch = dict[str, np.ndarray]
+
+
+def shapes(
+  converter: str,
+  feature_lengths: Mapping[str, int],
+  batch_size: int,
+  pack: bool,
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """What batches look like, without reading data.
+
+  Args:
+    converter: 'encoder_decoder' (seqio.EncDecFeatureConverter) or 'decoder'
+      (seqio.DecoderFeatureConverter: a language model, or a prefix language
+      model where there are inputs).
+    feature_lengths: length of 'targets' and, where there are any, 'inputs'.
+    batch_size: global.
+    pack: whether several examples may share a row.
+
+  Returns:
+    By feature name, shape [batch_size, length] and dtype int32.
+
+  Raises:
+    ValueError: unknown converter, or features it does not take.
+
+  >>> list(shapes('decoder', {'targets': 8}, batch_size=2, pack=False))
+  ['decoder_target_tokens', 'decoder_input_tokens', 'decoder_loss_weights']
+  """
+  _check_converter(converter, feature_lengths)
+  decoder = _DECODER + _PACKED * pack
+  if converter == 'encoder_decoder':
+    encoder = ('input_tokens',) + _PACKED * pack
+    lengths = {f'encoder_{f}': feature_lengths['inputs'] for f in encoder}
+    lengths |= {f'decoder_{f}': feature_lengths['targets'] for f in decoder}
+  else:
+    decoder += ('causal_attention',) * ('inputs' in feature_lengths)
+    length = sum(feature_lengths.values())
+    lengths = {f'decoder_{f}': length for f in decoder}
+  return {
+    name: jax.ShapeDtypeStruct((batch_size, length), np.int32)
+    for name, length in lengths.items()
+  }
+
+
+def streams(rows: slice, batch_size: int, num_shards: int) -> range:
+  """The streams of which some rows are among `rows` of the global batch.
+
+  >>> streams(slice(4, 8), batch_size=16, num_shards=2)
+  range(0, 1)
+  """
+  if batch_size % num_shards:
+    raise ValueError(
+      f'the batch is cut into equal streams: batch size {batch_size} is no '
+      f'multiple of num_shards {num_shards}'
+    )
+  start, stop, step = rows.indices(batch_size)
+  if step != 1 or start >= stop:
+    raise ValueError(f'rows must be a range of [0, {batch_size}), not {rows}')
+  size = batch_size // num_shards
+  return range(start // size, (stop - 1) // size + 1)
+
+
+class Batches(Iterator[Batch]):
+  """An infinite stream of training batches that can be saved and continued.
+
+  Epochs follow one another without end, each in another order and with fresh
+  noise. What it yields depends on the arguments only, not on the machine.
+
+  >>> batches = Batches('docs_lm', 'train', {'targets': 32}, batch_size=4,
+  ...                   converter='decoder', seed=0)
+  >>> next(batches)['decoder_target_tokens'].shape
+  (4, 32)
+  """
+
+  def __init__(
+    self,
+    task_name: str,
+    split: str,
+    feature_lengths: Mapping[str, int],
+    batch_size: int,
+    converter: str,
+    *,
+    seed: int,
+    pack: bool = True,
+    shuffle: bool = True,
+    num_shards: int = 1,
+    rows: slice = slice(None),
+    modules: Sequence[str] = (),
+  ):
+    """Opens the streams that `rows` needs.
+
+    Args:
+      task_name: of a task or mixture.
+      split: of the task.
+      feature_lengths: length of each feature of the task.
+      batch_size: rows of the global batch.
+      converter: see `shapes`.
+      seed: of the shuffle, the noise and the mixing.
+      pack: whether several examples may share a row.
+      shuffle: whether to shuffle; without, epochs repeat their order.
+      num_shards: number of streams; 1 unless reading everything in every
+        process is too slow.
+      rows: the contiguous rows of the global batch that this process needs.
+      modules: further modules that register tasks.
+
+    Raises:
+      ValueError: unknown task, split or converter; features that the task does
+        not have; batch size no multiple of num_shards; rows out of range.
+    """
+    task = tasks.find(task_name, modules)
+    self.streams = streams(rows, batch_size, num_shards)
+    self._identity = {
+      'task': task_name,
+      'split': split,
+      'feature_lengths': dict(feature_lengths),
+      'batch_size': batch_size,
+      'converter': converter,
+      'seed': seed,
+      'pack': pack,
+      'shuffle': shuffle,
+      'num_shards': num_shards,
+      'corpus': _digests(task),
+    }
+    size = batch_size // num_shards
+    start, stop, _ = rows.indices(batch_size)
+    first = self.streams.start * size
+    self._rows = slice(start - first, stop - first)
+    self._drawn = 0
+    self._iterators = {}
+    for i in self.streams:
+      dataset = _dataset(
+        task, split, feature_lengths, converter, pack,
+        shuffle=shuffle,
+        # Streams that shared a seed would share their noise.
+        seed=int(np.random.SeedSequence([seed, i]).generate_state(1)[0]),
+        shard=(i, num_shards),
+        num_epochs=None,
+      )  # fmt: skip
+      dataset = dataset.batch(size, drop_remainder=True).prefetch(2)
+      self._iterators[i] = iter(dataset)
+
+  def __next__(self) -> Batch:
+    """The rows of the next batch, as int32 arrays [rows, length]."""
+    parts = [next(iterator) for iterator in self._iterators.values()]
+    self._drawn += 1
+    return {
+      name: np.concatenate([part[name].numpy() for part in parts])[self._rows]
+      for name in parts[0]
+    }
+
+  def save(
+    self, directory: epath.PathLike, streams: Sequence[int] | None = None
+  ) -> None:
+    """Writes the state of the open streams, so that `restore` continues here.
+
+    Processes may share a directory. Where several of them open the same stream,
+    exactly one should write it. The directory is complete once all have
+    returned.
+
+    Args:
+      directory: is made if need be.
+      streams: which of the open ones to write; all of them unless given. The
+        writer of stream 0 also writes batches.json, what the streams are.
+    """
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for i in self.streams if streams is None else streams:
+      self._checkpoint(i).write(self._prefix(directory, i))
+      if i == 0:
+        description = self._identity | {'batches_drawn': self._drawn}
+        text = json.dumps(description, indent=2)
+        (directory / 'batches.json').write_text(text)
+
+  def restore(self, directory: epath.PathLike) -> None:
+    """Continues where `save` was called: the next batch is the one after.
+
+    The number of processes, and so `rows`, may have changed.
+
+    Raises:
+      FileNotFoundError: nothing was saved there.
+      ValueError: what was saved is another stream of data than this one.
+    """
+    directory = epath.Path(directory)
+    file = directory / 'batches.json'
+    if not file.exists():
+      raise FileNotFoundError(f'no saved batches: {file} does not exist')
+    saved = json.loads(file.read_text())
+    drawn = saved.pop('batches_drawn')
+    for key, ours in self._identity.items():
+      if saved[key] != ours:
+        raise ValueError(
+          f'the batches saved in {directory} have {key} {saved[key]!r}, these '
+          f'have {ours!r}: restore with the saved value, or start the data '
+          'anew in another directory'
+        )
+    for i in self.streams:
+      self._checkpoint(i).read(self._prefix(directory, i)).assert_consumed()
+    self._drawn = drawn
+
+  def _checkpoint(self, stream: int) -> 'tf.train.Checkpoint':
+    tf = host_tensorflow.load()
+    return tf.train.Checkpoint(iterator=self._iterators[stream])
+
+  def _prefix(self, directory: epath.Path, stream: int) -> str:
+    num_shards = self._identity['num_shards']
+    return os.fspath(directory / f'stream-{stream:05}-of-{num_shards:05}')
+
+
+def eval_batches(
+  task_name: str,
+  split: str,
+  feature_lengths: Mapping[str, int],
+  batch_size: int,
+  converter: str,
+  *,
+  pack: bool = False,
+  num_batches: int | None = None,
+  modules: Sequence[str] = (),
+) -> Iterator[Batch]:
+  """Yields a split once, in order, the same in every process.
+
+  The last batch is filled up with rows of zeros, whose `decoder_loss_weights`
+  are zero too.
+
+  Args:
+    num_batches: stop after so many batches; None for the whole split.
+    (The others are those of `Batches`.)
+
+  >>> batch, = eval_batches('docs_lm', 'test', {'targets': 16}, 2, 'decoder',
+  ...                       num_batches=1)
+  >>> batch['decoder_target_tokens'].shape
+  (2, 16)
+  """
+  task = tasks.find(task_name, modules)
+  dataset = _dataset(
+    task, split, feature_lengths, converter, pack,
+    shuffle=False, seed=0, shard=(0, 1), num_epochs=1,
+  )  # fmt: skip
+  # Without drop_remainder; the loop below fills up the last batch.
+  batches = dataset.batch(batch_size).prefetch(2).as_numpy_iterator()
+  for batch in itertools.islice(batches, num_batches):
+    yield {
+      name: np.pad(rows, [(0, batch_size - len(rows)), (0, 0)])
+      for name, rows in batch.items()
+    }
+
+
+def vocabulary_size(task_name: str, modules: Sequence[str] = ()) -> int:
+  """Number of token ids of a task, the largest over its features.
+
+  >>> vocabulary_size('docs_lm')
+  8100
+  """
+  features = tasks.find(task_name, modules).output_features.values()
+  return max(feature.vocabulary.vocab_size for feature in features)
+
+
+def check_vocabulary(
+  task_name: str, embeddings: int, modules: Sequence[str] = ()
+) -> None:
+  """Checks that a model with so many embeddings knows all ids of a task.
+
+  Raises:
+    ValueError: it does not. (Out-of-range ids would be clamped in silence.)
+  """
+  size = vocabulary_size(task_name, modules)
+  if size > embeddings:
+    raise ValueError(
+      f'task {task_name!r} has {size} token ids, but the model embeds only '
+      f'{embeddings}: give the model a vocabulary of at least {size}'
+    )
+
+
+def decode_tokens(
+  task_name: str,
+  feature: str,
+  ids: Sequence[int],
+  modules: Sequence[str] = (),
+) -> str:
+  """The text of token ids, sentinels included, without the padding.
+
+  Args:
+    feature: of the task, 'inputs' or 'targets'.
+    ids: one row; several documents are separated by '</s>'.
+  """
+  output_features = tasks.find(task_name, modules).output_features
+  vocabulary = output_features[feature].vocabulary
+  ids = [int(i) for i in ids if i != vocabulary.pad_id]
+  # seqio decodes no further than the first end of sequence.
+  is_eos = [i == vocabulary.eos_id for i in ids]
+  runs = itertools.groupby(range(len(ids)), is_eos.__getitem__)
+  return ''.join(
+    '</s>' * len(run) if eos else vocabulary.decode([ids[i] for i in run])
+    for eos, run in ((eos, list(run)) for eos, run in runs)
+  )
+
+
+def _dataset(
+  task, split, feature_lengths, converter, pack, shuffle, seed, shard,
+  num_epochs,
+):  # fmt: skip
+  """Rows of model features: read, preprocessed, packed or padded."""
+  tf = host_tensorflow.load()
+  import seqio
+
+  _check_converter(converter, feature_lengths)
+  if set(feature_lengths) != set(task.output_features):
+    raise ValueError(
+      f'task {task.name!r} has the features {sorted(task.output_features)}, '
+      f'but lengths are given for {sorted(feature_lengths)}'
+    )
+  if split not in task.splits:
+    raise ValueError(
+      f'task {task.name!r} has no split {split!r}; it has '
+      f'{", ".join(task.splits)}'
+    )
+  index, num_shards = shard
+  for subtask in seqio.get_subtasks(task):
+    source = subtask.source
+    # seqio would read all files and then drop most examples, after a shuffle
+    # that differs between streams.
+    if num_shards == 1 or source.supports_arbitrary_sharding:
+      continue
+    if num_shards > (files := len(source.list_shards(split))):
+      raise ValueError(
+        f'each stream needs a file of its own: task {subtask.name!r} has '
+        f'{files} for {split!r}, but num_shards is {num_shards}: lower it'
+      )
+  dataset = task.get_dataset(
+    feature_lengths,
+    split=split,
+    shuffle=shuffle,
+    seed=seed,
+    shard_info=seqio.ShardInfo(index, num_shards) if num_shards > 1 else None,
+    num_epochs=num_epochs,
+    # A cache in memory would become part of every saved iterator.
+    try_in_mem_cache=False,
+  )
+  convert = {
+    'encoder_decoder': seqio.EncDecFeatureConverter,
+    'decoder': seqio.DecoderFeatureConverter,
+  }[converter](pack=pack)
+  options = tf.data.Options()
+  options.deterministic = True
+  return convert(dataset, feature_lengths).with_options(options)
+
+
+def _check_converter(converter: str, feature_lengths: Mapping[str, int]):
+  takes = {
+    'encoder_decoder': [{'inputs', 'targets'}],
+    'decoder': [{'targets'}, {'inputs', 'targets'}],
+  }
+  if converter not in takes:
+    raise ValueError(
+      f'unknown converter {converter!r}; there are {", ".join(takes)}'
+    )
+  if set(feature_lengths) not in takes[converter]:
+    allowed = ' or '.join(
+      str(sorted(features)) for features in takes[converter]
+    )
+    raise ValueError(
+      f'converter {converter!r} takes lengths of {allowed}, not of '
+      f'{sorted(feature_lengths)}'
+    )
+
+
+def _digests(task) -> dict[str, str]:
+  """Digests of the data of those tasks whose source declares one."""
+  import seqio
+
+  sources = {t.name: t.source for t in seqio.get_subtasks(task)}
+  return {
+    name: source.digest
+    for name, source in sources.items()
+    if hasattr(source, 'digest')
+  }

@@ -1,0 +1,87 @@
+"""What a run reads: a task, a split, lengths and a batch size."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+
+from sparse_experts.data import batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A split of a task or mixture in global batches.
+
+  Attributes:
+    mixture_or_task_name: as registered with seqio.
+    feature_lengths: tokens of each feature, e.g. {'inputs': 256, 'targets': 64}.
+    batch_size: global number of rows.
+    split: of the task.
+    pack: several examples share a row.
+    shuffle: in training.
+    seed: of order and noise, in training.
+    num_shards: streams that a global batch is made of in training; see
+      `batches`. Embedded tasks take 1; on pods, a multiple of the hosts.
+    num_batches: of an evaluation, at most; None takes the split.
+    modules: modules to import that register further tasks.
+  """
+
+  mixture_or_task_name: str
+  feature_lengths: Mapping[str, int]
+  batch_size: int
+  split: str = 'train'
+  pack: bool = True
+  shuffle: bool = True
+  seed: int = 0
+  num_shards: int = 1
+  num_batches: int | None = None
+  modules: Sequence[str] = ()
+
+  def shapes(self, converter: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of its batches; reads nothing."""
+    return batches.shapes(
+      converter, self.feature_lengths, self.batch_size, self.pack
+    )
+
+  def training(self, converter: str, rows: slice) -> batches.Batches:
+    """The endless stream of these rows of each global batch."""
+    return batches.Batches(
+      self.mixture_or_task_name,
+      self.split,
+      self.feature_lengths,
+      self.batch_size,
+      converter,
+      seed=self.seed,
+      pack=self.pack,
+      shuffle=self.shuffle,
+      num_shards=self.num_shards,
+      rows=rows,
+      modules=self.modules,
+    )
+
+  def evaluation(self, converter: str) -> Iterator[batches.Batch]:
+    """The split once, in order, whole batches in every process."""
+    return batches.eval_batches(
+      self.mixture_or_task_name,
+      self.split,
+      self.feature_lengths,
+      self.batch_size,
+      converter,
+      pack=self.pack,
+      num_batches=self.num_batches,
+      modules=self.modules,
+    )
+
+  def check_vocabulary(self, embeddings: int) -> None:
+    """Raises ValueError where the task has ids that the model has not."""
+    batches.check_vocabulary(
+      self.mixture_or_task_name, embeddings, self.modules
+    )
+
+  def text(self, feature: str, ids: Sequence[int]) -> str:
+    """The text of token ids of a feature."""
+    return batches.decode_tokens(
+      self.mixture_or_task_name, feature, ids, self.modules
+    )

@@ -1,0 +1,207 @@
+"""Tasks on the embedded corpus: three objectives, summaries, domains.
+
+Registering is cheap; the corpus is harvested when a task is first read.
+
+  docs_span_corruption  T5's objective; inputs and targets
+  docs_prefix_lm        a text and its continuation; inputs and targets
+  docs_lm               language modelling; targets only
+  docs_summary          'summarize: ' + documentation -> its opening paragraph
+  docs_domain           'domain: ' + documentation -> the package it is from
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+
+import seqio
+import tensorflow as tf
+from rouge_score import rouge_scorer
+
+from sparse_experts.data import corpus, objectives, vocabularies
+
+# Documents are shuffled all together; this separates the chunks of a long one.
+SHUFFLE_BUFFER = 256
+
+
+class DocumentSource(seqio.DataSource):
+  """The documents of the corpus, as examples of 'text' and 'domain'.
+
+  All documents of a split are held in memory and shuffled by index, so a
+  shuffle is complete and the state of an iterator holds no text.
+  """
+
+  def __init__(self):
+    super().__init__(corpus.SPLITS, caching_permitted=False)
+
+  @property
+  def digest(self) -> str:
+    """Identifies the data; see `corpus.Corpus`."""
+    return corpus.load().digest
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return True
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    return [os.fspath(corpus.load().files[split])]
+
+  def get_dataset(
+    self,
+    split: str = 'train',
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    **_,
+  ) -> tf.data.Dataset:
+    records = tf.data.TFRecordDataset(self.list_shards(split))
+    columns = tf.io.parse_example(
+      records.batch(1 << 20).get_single_element(),
+      {k: tf.io.FixedLenFeature([], tf.string) for k in ('text', 'domain')},
+    )
+    index, num_shards = 0, 1
+    if shard_info:
+      index, num_shards = shard_info.index, shard_info.num_shards
+    # Sharded before they are shuffled: shards may have seeds of their own.
+    count = len(range(index, int(tf.size(columns['text'])), num_shards))
+    order = (
+      _permutations(count, seed) if shuffle else tf.data.Dataset.range(count)
+    )
+    return order.map(
+      lambda i: {k: v[i * num_shards + index] for k, v in columns.items()}
+    )
+
+
+def _permutations(count: int, seed: int | None) -> tf.data.Dataset:
+  """[0, count) in a random order, another one at each iteration.
+
+  As `range(count).shuffle(count)`, but the latter keeps all indices in a
+  buffer, 10 MB of every saved iterator; this has a key and a position.
+  """
+
+  def permutation(key):
+    return tf.data.Dataset.range(count).map(
+      lambda i: tf.random.experimental.index_shuffle(i, [key, key], count - 1)
+    )
+
+  keys = tf.data.Dataset.random(seed, rerandomize_each_iteration=True)
+  return keys.take(1).flat_map(permutation)
+
+
+def add_docs_task(
+  name: str,
+  preprocessors: Sequence[Callable],
+  vocabulary: seqio.Vocabulary,
+  *,
+  features: Sequence[str] = ('inputs', 'targets'),
+  metric_fns: Sequence[Callable] = (),
+) -> seqio.Task:
+  """Registers a task on the documents of the corpus.
+
+  Args:
+    name: of the task.
+    preprocessors: seqio preprocessors, from examples of 'text' and 'domain' to
+      examples of tokens.
+    vocabulary: of all features.
+    features: what the preprocessors yield.
+    metric_fns: seqio metrics, functions of (targets, predictions).
+  """
+  return seqio.TaskRegistry.add(
+    name,
+    source=DocumentSource(),
+    preprocessors=preprocessors,
+    output_features={f: seqio.Feature(vocabulary) for f in features},
+    metric_fns=metric_fns,
+    shuffle_buffer_size=SHUFFLE_BUFFER,
+  )
+
+
+def summary(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  """'summarize: ' + a text without its opening paragraph -> that paragraph.
+
+  Texts of one paragraph have nothing to summarise and are left out.
+  """
+
+  def split(example):
+    paragraphs = tf.strings.split(example['text'], '\n\n', maxsplit=1)
+    return tf.pad(paragraphs, [[0, 2 - tf.size(paragraphs)]])
+
+  def fields(paragraphs):
+    return {
+      'inputs': tf.strings.join(['summarize: ', paragraphs[1]]),
+      'targets': tf.strings.regex_replace(paragraphs[0], r'\s+', ' '),
+    }
+
+  texts = dataset.map(split, num_parallel_calls=tf.data.AUTOTUNE)
+  return texts.filter(lambda p: tf.strings.length(p[1]) > 0).map(fields)
+
+
+@seqio.map_over_dataset
+def domain(example):
+  """'domain: ' + a text -> the name of its package."""
+  return {
+    'inputs': tf.strings.join(['domain: ', example['text']]),
+    'targets': example['domain'],
+  }
+
+
+def accuracy(
+  targets: Sequence[str], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Percentage of predictions equal to their target.
+
+  >>> accuracy(['jax', 'scipy'], ['jax', 'numpy'])
+  {'accuracy': 50.0}
+  """
+  pairs = zip(targets, predictions, strict=True)
+  return {'accuracy': 100 * sum(t == p for t, p in pairs) / len(targets)}
+
+
+def rouge(
+  targets: Sequence[str], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Mean F1 of ROUGE-1, -2 and -L, in percent (Lin 2004), without stemming.
+
+  >>> rouge(['a fast sort'], ['a fast sort'])
+  {'rouge1': 100.0, 'rouge2': 100.0, 'rougeL': 100.0}
+  """
+  kinds = ['rouge1', 'rouge2', 'rougeL']
+  scorer = rouge_scorer.RougeScorer(kinds)
+  scores = [
+    scorer.score(t, p) for t, p in zip(targets, predictions, strict=True)
+  ]
+  return {
+    kind: 100 * sum(s[kind].fmeasure for s in scores) / len(scores)
+    for kind in kinds
+  }
+
+
+add_docs_task(
+  'docs_span_corruption',
+  objectives.from_text(objectives.span_corruption),
+  vocabularies.docs(),
+)
+add_docs_task(
+  'docs_prefix_lm',
+  objectives.from_text(objectives.prefix_lm),
+  vocabularies.docs(),
+)
+add_docs_task(
+  'docs_lm',
+  objectives.from_text(objectives.lm),
+  vocabularies.docs(),
+  features=('targets',),
+)
+for _name, _fields, _metric in (
+  ('docs_summary', summary, rouge),
+  ('docs_domain', domain, accuracy),
+):
+  add_docs_task(
+    _name,
+    [
+      _fields,
+      functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=True),
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    vocabularies.docs(),
+    metric_fns=[_metric],
+  )

@@ -1,0 +1,187 @@
+"""Multi-head attention with a key-value cache, and T5's relative bias."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from sparse_experts import sharding
+from sparse_experts.arrays import Array
+from sparse_experts.layers.linear import Linear
+
+
+class Attention(nn.Module):
+  """softmax(q k + bias) v, unscaled as in T5: 1/sqrt(A) is in q's initialiser.
+
+  Attributes:
+    num_heads: H.
+    head_width: A.
+    dropout_rate: on the attention weights.
+    init_scale: see `linear.Linear`.
+  """
+
+  num_heads: int
+  head_width: int
+  dropout_rate: float = 0.0
+  init_scale: float = 1.0
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BxLxD: Array,
+    memory_BxMxD: Array,
+    *,
+    mask_BxLxM: Array | None = None,
+    bias_1xHxLxM: Array | None = None,
+    cache: str = 'none',
+    cache_length: int = 0,
+    positions_B: Array | None = None,
+    deterministic: bool = True,
+  ) -> Array:
+    """Attends from x to memory (x itself in self-attention).
+
+    Args:
+      x_BxLxD: queries' input.
+      memory_BxMxD: keys' and values' input.
+      mask_BxLxM: boolean, True where a query may look.
+      bias_1xHxLxM: added to the logits; its first axis is 1 or B.
+      cache: 'none'; 'fill' also stores keys and values, in the collection
+        'cache'; 'extend' writes those of memory (one position) at `positions_B`
+        and attends to all stored; 'read' attends to those stored, ignoring
+        memory.
+      cache_length: positions of a filled cache; at least M.
+      positions_B: where 'extend' writes.
+      deterministic: no dropout.
+    """
+    H, A = self.num_heads, self.head_width
+
+    def project(name, source, scale=1.0):
+      return Linear(
+        (H, A),
+        ('embed', 'heads', 'kv'),
+        init_scale=self.init_scale * scale,
+        name=name,
+      )(source)
+
+    q_BxLxHxA = project('query', x_BxLxD, scale=1 / A)
+    if cache == 'read':
+      k_BxMxHxA = self.get_variable('cache', 'cached_key')
+      v_BxMxHxA = self.get_variable('cache', 'cached_value')
+    else:
+      k_BxMxHxA = project('key', memory_BxMxD)
+      v_BxMxHxA = project('value', memory_BxMxD)
+    if cache == 'fill':
+      pad = ((0, 0), (0, cache_length - memory_BxMxD.shape[1]), (0, 0), (0, 0))
+      self.put_variable('cache', 'cached_key', jnp.pad(k_BxMxHxA, pad))
+      self.put_variable('cache', 'cached_value', jnp.pad(v_BxMxHxA, pad))
+    elif cache == 'extend':
+      k_BxMxHxA = self._extend('cached_key', k_BxMxHxA, positions_B)
+      v_BxMxHxA = self._extend('cached_value', v_BxMxHxA, positions_B)
+
+    logits_BxHxLxM = jnp.einsum('BLHA,BMHA->BHLM', q_BxLxHxA, k_BxMxHxA)
+    logits_BxHxLxM = logits_BxHxLxM.astype(jnp.float32)
+    if bias_1xHxLxM is not None:
+      bias_BxHxLxM = jnp.broadcast_to(bias_1xHxLxM, logits_BxHxLxM.shape)
+      logits_BxHxLxM += bias_BxHxLxM
+    if mask_BxLxM is not None:
+      mask_BxHxLxM = jnp.broadcast_to(mask_BxLxM[:, None], logits_BxHxLxM.shape)
+      logits_BxHxLxM = jnp.where(mask_BxHxLxM, logits_BxHxLxM, -1e10)
+    weights_BxHxLxM = jax.nn.softmax(logits_BxHxLxM).astype(x_BxLxD.dtype)
+    weights_BxHxLxM = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+      weights_BxHxLxM, deterministic=deterministic
+    )
+    y_BxLxHxA = jnp.einsum('BHLM,BMHA->BLHA', weights_BxHxLxM, v_BxMxHxA)
+    return Linear(
+      (x_BxLxD.shape[-1],),
+      ('heads', 'kv', 'embed'),
+      num_inputs=2,
+      init_scale=self.init_scale,
+      name='out',
+    )(y_BxLxHxA)
+
+  def _extend(self, name: str, new_Bx1xHxA: Array, positions_B: Array) -> Array:
+    """The stored array with the new position written into it."""
+    stored_BxMxHxA = self.get_variable('cache', name)
+    M = stored_BxMxHxA.shape[1]
+    here_BxMx1x1 = (jnp.arange(M)[None] == positions_B[:, None])[
+      ..., None, None
+    ]
+    here_BxMxHxA = jnp.broadcast_to(here_BxMx1x1, stored_BxMxHxA.shape)
+    new_BxMxHxA = jnp.broadcast_to(new_Bx1xHxA, stored_BxMxHxA.shape)
+    stored_BxMxHxA = jnp.where(here_BxMxHxA, new_BxMxHxA, stored_BxMxHxA)
+    self.put_variable('cache', name, stored_BxMxHxA)
+    return stored_BxMxHxA
+
+
+class RelativeBias(nn.Module):
+  """T5's learned bias by bucketed distance between query and key.
+
+  Attributes:
+    num_heads: H.
+    bidirectional: keys after the query have buckets of their own (encoder).
+    num_buckets: half of each direction's buckets hold one distance each, the
+      rest grow geometrically up to `max_distance`.
+    max_distance: beyond it all distances share a bucket.
+
+  References:
+    Raffel et al. 2020, https://arxiv.org/abs/1910.10683, section 2.1.
+  """
+
+  num_heads: int
+  bidirectional: bool
+  num_buckets: int = 32
+  max_distance: int = 128
+
+  @nn.compact
+  def __call__(self, queries_BxL: Array, keys_BxM: Array) -> Array:
+    """Bias [B, H, L, M] of positions; B is 1 where all rows have the same."""
+    embedding_HxU = self.param(
+      'embedding',
+      sharding.named(
+        nn.initializers.variance_scaling(
+          1.0, 'fan_avg', 'uniform', in_axis=1, out_axis=0
+        ),
+        'heads',
+        'relpos_buckets',
+      ),
+      (self.num_heads, self.num_buckets),
+      jnp.float32,
+    )
+    buckets_BxLxM = relative_buckets(
+      keys_BxM[:, None, :] - queries_BxL[:, :, None],
+      bidirectional=self.bidirectional,
+      num_buckets=self.num_buckets,
+      max_distance=self.max_distance,
+    )
+    # One-hot rather than a lookup: its gradient is a product, not a scatter.
+    onehot_BxLxMxU = jax.nn.one_hot(buckets_BxLxM, self.num_buckets)
+    return jnp.einsum('HU,BLMU->BHLM', embedding_HxU, onehot_BxLxMxU)
+
+
+def relative_buckets(
+  distances: Array, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> Array:
+  """Bucket of each distance (key position minus query position), int32.
+
+  Example:
+    >>> relative_buckets(jnp.array([0, -1, -2, 5]), bidirectional=False,
+    ...                  num_buckets=4, max_distance=8).tolist()
+    [0, 1, 2, 0]
+  """
+  first = jnp.zeros_like(distances)
+  if bidirectional:
+    num_buckets //= 2
+    first = jnp.where(distances > 0, num_buckets, 0)
+    back = jnp.abs(distances)
+  else:
+    back = jnp.maximum(-distances, 0)
+  exact = num_buckets // 2
+  log_ratio = jnp.log(jnp.maximum(back, 1).astype(jnp.float32) / exact)
+  far = exact + (
+    log_ratio / np.log(max_distance / exact) * (num_buckets - exact)
+  ).astype(jnp.int32)
+  return first + jnp.where(
+    back < exact, back, jnp.minimum(far, num_buckets - 1)
+  )

@@ -1,0 +1,43 @@
+"""Token embedding, also read backwards as output logits."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from sparse_experts import sharding
+from sparse_experts.arrays import Array
+
+
+class TokenEmbed(nn.Module):
+  """A table [V, D] of token embeddings, initialised from normal(1).
+
+  Attributes:
+    vocab_size: V, at least the vocabulary's size; a multiple of 128 serves TPU.
+    width: D, the model's width.
+    dtype: of the activations; every layer follows the dtype of its input.
+  """
+
+  vocab_size: int
+  width: int
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    self.embedding = self.param(
+      'embedding',
+      sharding.named(nn.initializers.normal(1.0), 'vocab', 'embed'),
+      (self.vocab_size, self.width),
+      jnp.float32,
+    )
+
+  def __call__(self, tokens_BxL: Array) -> Array:
+    """Embeddings of token ids, [B, L, D]."""
+    return self.embedding.astype(self.dtype)[tokens_BxL]
+
+  def attend(self, x_BxLxD: Array) -> Array:
+    """Logits [B, L, V] against the table, scaled by 1 / sqrt(D) as in T5."""
+    x_BxLxD = x_BxLxD / np.sqrt(self.width).astype(x_BxLxD.dtype)
+    return jnp.einsum(
+      'BLD,VD->BLV', x_BxLxD, self.embedding.astype(x_BxLxD.dtype)
+    )

@@ -1,0 +1,52 @@
+"""The one matrix product with a parameter that all layers are made of."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_experts import sharding
+from sparse_experts.arrays import Array
+
+
+class Linear(nn.Module):
+  """y = x W, without bias, over the last `num_inputs` axes of x.
+
+  The kernel is float32 and is cast to the dtype of x.
+
+  Attributes:
+    features: sizes of the output axes.
+    names: logical names of the kernel's axes, inputs then outputs.
+    num_inputs: input axes contracted.
+    init_scale: s of the initialiser, a truncated normal of variance s / fan-in
+      (Fedus et al. 2021, section 2.4: s = 0.1 for Switch, 1 is T5's).
+  """
+
+  features: tuple[int, ...]
+  names: tuple[str, ...]
+  num_inputs: int = 1
+  init_scale: float = 1.0
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    num_inputs, rank = self.num_inputs, len(self.names)
+    init = nn.initializers.variance_scaling(
+      self.init_scale,
+      'fan_in',
+      'truncated_normal',
+      in_axis=tuple(range(num_inputs)),
+      out_axis=tuple(range(num_inputs, rank)),
+    )
+    kernel = self.param(
+      'kernel',
+      sharding.named(init, *self.names),
+      (*x.shape[x.ndim - num_inputs :], *self.features),
+      jnp.float32,
+    )
+    contracting = tuple(range(x.ndim - num_inputs, x.ndim))
+    return jax.lax.dot_general(
+      x,
+      kernel.astype(x.dtype),
+      ((contracting, tuple(range(num_inputs))), ((), ())),
+    )

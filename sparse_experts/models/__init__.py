@@ -1,0 +1,1 @@
+"""Transformers built from one block, and the one seam under every runner."""

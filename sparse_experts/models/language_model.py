@@ -1,0 +1,211 @@
+"""Encoder-decoder and decoder-only Transformers over token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_experts.arrays import Array, Aux
+from sparse_experts.layers.embed import TokenEmbed
+from sparse_experts.layers.linear import Linear
+from sparse_experts.models.transformer import Context
+from sparse_experts.sharding import constrain
+
+
+class LanguageModel(nn.Module):
+  """A decoder that writes targets, after an encoder that reads inputs if any.
+
+  Batches are dictionaries with the feature names of seqio's converters:
+  `encoder_input_tokens`, `decoder_input_tokens`, `decoder_target_tokens`, and
+  where examples are packed `*_segment_ids`. Token 0 is padding and the
+  decoder's first input.
+
+  Attributes:
+    embed: the token table, of both stacks.
+    decoder: a causal `transformer.Stack`.
+    encoder: a `transformer.Stack`, whose output the decoder's blocks look at by
+      cross-attention; None: decoder only.
+    tied_logits: output logits come from the token table (T5 1.0, Switch);
+      otherwise from a matrix of their own (T5 1.1).
+    bidirectional_prefix: a decoder's inputs (`decoder_causal_attention`) see
+      one another (prefix LM, Raffel et al. 2020, section 3.2.1).
+    init_scale: of the logits' matrix, see `linear.Linear`.
+  """
+
+  embed: TokenEmbed
+  decoder: nn.Module
+  encoder: nn.Module | None = None
+  tied_logits: bool = False
+  bidirectional_prefix: bool = False
+  init_scale: float = 1.0
+
+  @property
+  def converter(self) -> str:
+    """Which of seqio's feature converters makes its batches."""
+    return 'decoder' if self.encoder is None else 'encoder_decoder'
+
+  def setup(self):
+    if not self.tied_logits:
+      self.logits = Linear(
+        (self.embed.vocab_size,), ('embed', 'vocab'), 1, self.init_scale
+      )
+
+  def __call__(
+    self,
+    batch: Mapping[str, Array],
+    *,
+    capacity_factor: float | None = None,
+    deterministic: bool = True,
+  ) -> tuple[Array, dict[str, Aux]]:
+    """Logits [B, L, V] of the targets, and the Aux of every sparse layer."""
+    memory_BxMxD, auxes = self._encode(batch, capacity_factor, deterministic)
+    tokens_BxL = batch['decoder_input_tokens']
+    y_BxLxD, decoder_auxes = self.decoder(
+      self._embed(tokens_BxL),
+      _context(
+        tokens_BxL.shape[1],
+        mask_BxL=batch['decoder_target_tokens'] > 0,
+        attend_BxLxM=self._attend(batch),
+        memory_BxMxD=memory_BxMxD,
+        attend_memory_BxLxM=_attend_memory(batch),
+        capacity_factor=capacity_factor,
+        deterministic=deterministic,
+      ),
+    )
+    auxes |= {f'decoder/{name}': aux for name, aux in decoder_auxes.items()}
+    return self._logits(y_BxLxD), auxes
+
+  def start(self, batch: Mapping[str, Array], max_length: int) -> Array:
+    """Begins to decode: fills the collection 'cache', without any capacity.
+
+    Args:
+      batch: an encoder's inputs; for a decoder alone its prompt, the positions
+        of `decoder_input_tokens` where `decoder_causal_attention` is 1 (only
+        the first, if there is no such feature).
+      max_length: positions the cache has, prompt and answer together.
+
+    Returns:
+      Logits [B, V] of each answer's first token.
+    """
+    memory_BxMxD, _ = self._encode(batch)
+    if self.encoder is None:
+      tokens_BxL = batch['decoder_input_tokens']
+      prompt_BxL = batch.get('decoder_causal_attention')
+      attend_BxLxL = self._attend(batch)
+    else:
+      tokens_BxL = jnp.zeros((memory_BxMxD.shape[0], 1), jnp.int32)
+      prompt_BxL = None
+      attend_BxLxL = jnp.ones((1, 1, 1), bool)
+      self.put_variable(
+        'cache', 'attend_memory', batch['encoder_input_tokens'] > 0
+      )
+    B, L = tokens_BxL.shape
+    lengths_B = jnp.ones(B, int) if prompt_BxL is None else prompt_BxL.sum(1)
+    mask_BxM = jnp.arange(max_length)[None] < lengths_B[:, None]
+    self.put_variable('cache', 'position', lengths_B.astype(jnp.int32))
+    self.put_variable('cache', 'written', mask_BxM)
+    y_BxLxD, _ = self.decoder(
+      self._embed(tokens_BxL),
+      _context(
+        L,
+        mask_BxL=mask_BxM[:, :L],
+        attend_BxLxM=attend_BxLxL,
+        memory_BxMxD=memory_BxMxD,
+        attend_memory_BxLxM=_attend_memory(batch),
+        cache='fill',
+        cache_length=max_length,
+      ),
+    )
+    last_Bx1x1 = (lengths_B - 1)[:, None, None]
+    return self._logits(jnp.take_along_axis(y_BxLxD, last_Bx1x1, axis=1))[:, 0]
+
+  def step(self, tokens_B: Array) -> Array:
+    """Takes one more token of each answer; logits [B, V] of the next."""
+    position_B = self.get_variable('cache', 'position')
+    written_BxM = self.get_variable('cache', 'written')
+    keys_1xM = jnp.arange(written_BxM.shape[1])[None]
+    written_BxM |= keys_1xM == position_B[:, None]
+    self.put_variable('cache', 'written', written_BxM)
+    self.put_variable('cache', 'position', position_B + 1)
+    attend_memory_BxLxM = None
+    if self.encoder is not None:
+      attend_memory_BxLxM = self.get_variable('cache', 'attend_memory')[:, None]
+    y_Bx1xD, _ = self.decoder(
+      self._embed(tokens_B[:, None]),
+      Context(
+        attend_BxLxM=written_BxM[:, None],
+        queries_BxL=position_B[:, None],
+        keys_BxM=keys_1xM,
+        attend_memory_BxLxM=attend_memory_BxLxM,
+        positions_B=position_B,
+        cache='step',
+      ),
+    )
+    return self._logits(y_Bx1xD)[:, 0]
+
+  def _encode(
+    self,
+    batch: Mapping[str, Array],
+    capacity_factor: float | None = None,
+    deterministic: bool = True,
+  ) -> tuple[Array | None, dict[str, Aux]]:
+    """The encoder's output [B, M, D] and Aux; None without an encoder."""
+    if self.encoder is None:
+      return None, {}
+    tokens_BxM = batch['encoder_input_tokens']
+    mask_BxM = tokens_BxM > 0
+    segments_BxM = batch.get('encoder_segment_ids', mask_BxM)
+    y_BxMxD, auxes = self.encoder(
+      self._embed(tokens_BxM),
+      _context(
+        tokens_BxM.shape[1],
+        mask_BxL=mask_BxM,
+        attend_BxLxM=segments_BxM[:, :, None] == segments_BxM[:, None, :],
+        capacity_factor=capacity_factor,
+        deterministic=deterministic,
+      ),
+    )
+    return y_BxMxD, {f'encoder/{name}': aux for name, aux in auxes.items()}
+
+  def _attend(self, batch: Mapping[str, Array]) -> Array:
+    """Which targets may look at which, boolean [B or 1, L, L]."""
+    L = batch['decoder_input_tokens'].shape[1]
+    attend_BxLxL = jnp.tril(jnp.ones((1, L, L), bool))
+    prefix_BxL = batch.get('decoder_causal_attention')
+    if self.bidirectional_prefix and prefix_BxL is not None:
+      prefix_BxL = prefix_BxL > 0
+      attend_BxLxL |= prefix_BxL[:, :, None] & prefix_BxL[:, None, :]
+    segments_BxL = batch.get('decoder_segment_ids')
+    if segments_BxL is not None:
+      attend_BxLxL &= segments_BxL[:, :, None] == segments_BxL[:, None, :]
+    return attend_BxLxL
+
+  def _embed(self, tokens_BxL: Array) -> Array:
+    return constrain(self.embed(tokens_BxL), 'batch', 'length', 'act_embed')
+
+  def _logits(self, y_BxLxD: Array) -> Array:
+    if self.tied_logits:
+      logits_BxLxV = self.embed.attend(y_BxLxD)
+    else:
+      logits_BxLxV = self.logits(y_BxLxD)
+    return constrain(logits_BxLxV, 'batch', 'length', 'vocab')
+
+
+def _attend_memory(batch: Mapping[str, Array]) -> Array | None:
+  """Which targets may look at which inputs, boolean [B, L or 1, M]."""
+  if 'encoder_segment_ids' in batch:
+    return (
+      batch['decoder_segment_ids'][:, :, None]
+      == batch['encoder_segment_ids'][:, None, :]
+    )
+  if 'encoder_input_tokens' in batch:
+    return (batch['encoder_input_tokens'] > 0)[:, None, :]
+  return None
+
+
+def _context(length: int, **fields) -> Context:
+  """The context of whole sequences: positions 0 to length - 1."""
+  positions_1xL = jnp.arange(length)[None]
+  return Context(queries_BxL=positions_1xL, keys_BxM=positions_1xL, **fields)

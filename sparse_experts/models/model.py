@@ -1,0 +1,268 @@
+"""Model: the one seam under every runner. init, loss, score, decode."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from sparse_experts import moe
+from sparse_experts.arrays import Array, Aux
+from sparse_experts.models import decoding
+
+Batch = Mapping[str, Array]
+Sums = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A module, and what its outputs mean.
+
+      loss = CE + z_loss * mean log(Z)^2
+             + sum over names w_name * (sum or mean over layers) aux_name
+
+  CE is a mean over target tokens, in nats.
+
+  Attributes:
+    module: maps batches to logits and Aux, see `language_model.LanguageModel`.
+    loss_weights: weight of each auxiliary loss the routers return, by name.
+    layer_reduction: auxiliary losses are combined over sparse layers by 'sum'
+      (Mesh TF, so Switch and ST-MoE as published) or 'mean' (flaxformer).
+    z_loss: weight of log(Z)^2 of the output softmax (1e-4 in T5X).
+    capacity_factor_train, capacity_factor_eval: of sparse layers; None drops
+      nothing. Decoding always drops nothing.
+
+  Example: see docs/architecture.md.
+  """
+
+  module: nn.Module
+  loss_weights: Mapping[str, float] = dataclasses.field(
+    default_factory=lambda: {'load_balance': 1e-2}
+  )
+  layer_reduction: str = 'sum'
+  z_loss: float = 0.0
+  capacity_factor_train: float | None = 1.25
+  capacity_factor_eval: float | None = 2.0
+
+  def __post_init__(self):
+    if self.layer_reduction not in ('sum', 'mean'):
+      raise ValueError(
+        "layer_reduction must be 'sum' or 'mean', not "
+        f'{self.layer_reduction!r}.'
+      )
+
+  @property
+  def converter(self) -> str:
+    """Which of seqio's feature converters makes the batches."""
+    return self.module.converter
+
+  def init(self, rng: Array, shapes: Mapping[str, jax.ShapeDtypeStruct]):
+    """Boxed parameters (with axis names) for batches of these shapes.
+
+    Under `jax.eval_shape` it costs nothing at any size; under `jax.jit` with
+    out_shardings the parameters are created where they live.
+    """
+    batch = {k: jnp.zeros(v.shape, v.dtype) for k, v in shapes.items()}
+    return self.module.init(rng, batch)['params']
+
+  def loss(
+    self,
+    params,
+    batch: Batch,
+    rng: Array | None = None,
+    *,
+    train: bool,
+    num_targets: Array | None = None,
+  ) -> tuple[Array, Sums]:
+    """The training objective and sums that metrics are read from.
+
+    Args:
+      params: unboxed parameters.
+      batch: features; `decoder_loss_weights` says which targets count.
+      rng: for dropout, jitter and noise; required in training.
+      train: training's capacity, policies and dropout, or evaluation's.
+      num_targets: what CE is divided by, the batch's own number of targets by
+        default. A microbatch is given the mean number per microbatch, so that
+        the mean over microbatches is the whole batch's loss.
+
+    Returns:
+      Scalar loss; sums (see `summary`), which add over batches.
+    """
+    logits_BxLxV, auxes = self._apply(
+      params,
+      batch,
+      train=train,
+      rng=rng,
+      factor=self.capacity_factor_train if train else self.capacity_factor_eval,
+    )
+    targets_BxL, weights_BxL = _targets(batch)
+    log_probs_BxL, log_z_BxL, correct_BxL = _read(logits_BxLxV, targets_BxL)
+    total = weights_BxL.sum()
+    if num_targets is None:
+      num_targets = total
+    num_targets = jnp.maximum(num_targets, 1)
+    cross_entropy = -(log_probs_BxL * weights_BxL).sum()
+    square_z = (jnp.square(log_z_BxL) * weights_BxL).sum()
+    aux_losses = self._aux_losses(auxes)
+    loss = (cross_entropy + self.z_loss * square_z) / num_targets
+    for name, value in aux_losses.items():
+      loss += self.loss_weights.get(name, 0.0) * value
+    return loss, {
+      'batches': jnp.float32(1),
+      'targets': total,
+      'cross_entropy': cross_entropy,
+      'correct': (correct_BxL * weights_BxL).sum(),
+      'aux_losses': aux_losses,
+      'layers': {name: aux.metrics for name, aux in auxes.items()},
+    }
+
+  def score(
+    self, params, batch: Batch, *, capacity_factor: float | None = None
+  ) -> Array:
+    """Log-probability of each row's targets, float32 [B].
+
+    Exact by default: nothing is dropped, so a row's score does not depend on
+    its neighbours. A capacity_factor scores as the papers evaluate.
+    """
+    logits_BxLxV, _ = self._apply(
+      params, batch, train=False, factor=capacity_factor
+    )
+    targets_BxL, weights_BxL = _targets(batch)
+    log_probs_BxL, _, _ = _read(logits_BxLxV, targets_BxL)
+    return (log_probs_BxL * weights_BxL).sum(-1)
+
+  def decode(
+    self,
+    params,
+    batch: Batch,
+    keys_B: Array,
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+  ) -> tuple[Array, Array]:
+    """Answers to inputs or prompts, with a cache and without capacity.
+
+    Args:
+      params: unboxed parameters.
+      batch: `encoder_input_tokens`; for a decoder alone `decoder_input_tokens`
+        with `decoder_causal_attention` marking the prompt.
+      keys_B: a key per row.
+      max_tokens: T, tokens written at most.
+      temperature: 0 is greedy.
+
+    Returns:
+      tokens [B, T], 0 after EOS, and their log-probabilities [B].
+    """
+    prompt = 1
+    if self.converter == 'decoder':
+      prompt = batch['decoder_input_tokens'].shape[1]
+    logits_BxV, variables = self.module.apply(
+      {'params': params},
+      batch,
+      prompt + max_tokens,
+      method='start',
+      mutable=['cache'],
+    )
+
+    def step(cache, tokens_B):
+      logits_BxV, variables = self.module.apply(
+        {'params': params, 'cache': cache},
+        tokens_B,
+        method='step',
+        mutable=['cache'],
+      )
+      return variables['cache'], logits_BxV
+
+    return decoding.sample(
+      logits_BxV,
+      step,
+      variables['cache'],
+      keys_B,
+      max_tokens=max_tokens,
+      temperature=temperature,
+    )
+
+  def _apply(self, params, batch, *, train, factor, rng=None):
+    return self.module.apply(
+      {'params': params},
+      batch,
+      capacity_factor=factor,
+      deterministic=not train,
+      rngs=None if rng is None else {'dropout': rng},
+    )
+
+  def _aux_losses(self, auxes: Mapping[str, Aux]) -> dict[str, Array]:
+    """Each auxiliary loss over all sparse layers."""
+    unknown = set(self.loss_weights) - {
+      name for aux in auxes.values() for name in aux.losses
+    }
+    if auxes and unknown:
+      raise ValueError(
+        f'loss_weights names {sorted(unknown)}, which no router returns; they '
+        f'return {sorted({n for aux in auxes.values() for n in aux.losses})}.'
+      )
+    values: dict[str, list[Array]] = {}
+    for aux in auxes.values():
+      for name, value in aux.losses.items():
+        values.setdefault(name, []).append(value)
+    reduce = sum if self.layer_reduction == 'sum' else _mean
+    return {name: reduce(layers) for name, layers in values.items()}
+
+
+def summary(sums: Sums) -> dict[str, Any]:
+  """Metrics from the sums of `Model.loss`, added over any number of batches.
+
+  Returns:
+    loss: nats per target token; accuracy; one mean per auxiliary loss; layers:
+    name -> `moe.summary` of that layer.
+  """
+  targets = max(float(sums['targets']), 1.0)
+  return {
+    'loss': float(sums['cross_entropy']) / targets,
+    'accuracy': float(sums['correct']) / targets,
+    'targets': float(sums['targets']),
+    **{
+      name: float(value) / float(sums['batches'])
+      for name, value in sums['aux_losses'].items()
+    },
+    'layers': {
+      name: moe.summary(layer)
+      for name, layer in sorted(sums['layers'].items(), key=_layer_order)
+    },
+  }
+
+
+def _layer_order(item: tuple[str, Any]) -> tuple[bool, int]:
+  """Encoder before decoder, and layers_10 after layers_9."""
+  stack, _, index = item[0].rpartition('_')
+  return not stack.startswith('encoder'), int(index)
+
+
+def _targets(batch: Batch) -> tuple[Array, Array]:
+  targets_BxL = batch['decoder_target_tokens']
+  weights_BxL = batch.get('decoder_loss_weights')
+  if weights_BxL is None:
+    weights_BxL = targets_BxL > 0
+  return targets_BxL, weights_BxL.astype(jnp.float32)
+
+
+def _read(logits_BxLxV: Array, targets_BxL: Array):
+  """Log-probability of the target, log Z and whether argmax hits, [B, L]."""
+  logits_BxLxV = logits_BxLxV.astype(jnp.float32)
+  log_z_BxL = jax.nn.logsumexp(logits_BxLxV, -1)
+  # One-hot, not a lookup: its gradient is no scatter and shards over V.
+  onehot_BxLxV = jax.nn.one_hot(
+    targets_BxL, logits_BxLxV.shape[-1], dtype=jnp.float32
+  )
+  target_BxL = (logits_BxLxV * onehot_BxLxV).sum(-1)
+  correct_BxL = jnp.argmax(logits_BxLxV, -1) == targets_BxL
+  return target_BxL - log_z_BxL, log_z_BxL, correct_BxL
+
+
+def _mean(values: list[Array]) -> Array:
+  return sum(values) / np.float32(len(values))

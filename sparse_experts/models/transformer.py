@@ -1,0 +1,275 @@
+"""One block, dense or sparse, and a stack of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import flax
+import jax
+from flax import linen as nn
+
+from sparse_experts.arrays import Array, Aux
+from sparse_experts.layers.norm import RMSNorm
+from sparse_experts.models.layout import is_sparse, split_period
+from sparse_experts.sharding import constrain
+
+REMAT_POLICIES = {
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@flax.struct.dataclass
+class Context:
+  """What every block of a stack sees beside the tokens' representations.
+
+  Attributes:
+    mask_BxL: True for tokens that routers may route; None for all.
+    attend_BxLxM: True where a token may look; M is L, or a cache's length.
+    queries_BxL, keys_BxM: positions, for relative biases; B may be 1.
+    memory_BxMxD: what cross-attention looks at; None without.
+    attend_memory_BxLxM: True where it may.
+    bias_1xHxLxM: relative bias shared by all blocks; None where blocks have
+      their own.
+    positions_B: where a step writes into the cache.
+    capacity_factor: of sparse layers; None drops nothing.
+    deterministic: no dropout, jitter, noise.
+    cache: 'none', 'fill' (store keys and values) or 'step' (one more position).
+    cache_length: positions a filled cache has.
+  """
+
+  attend_BxLxM: Array
+  queries_BxL: Array
+  keys_BxM: Array
+  mask_BxL: Array | None = None
+  memory_BxMxD: Array | None = None
+  attend_memory_BxLxM: Array | None = None
+  bias_1xHxLxM: Array | None = None
+  positions_B: Array | None = None
+  capacity_factor: float | None = flax.struct.field(
+    pytree_node=False, default=None
+  )
+  deterministic: bool = flax.struct.field(pytree_node=False, default=True)
+  cache: str = flax.struct.field(pytree_node=False, default='none')
+  cache_length: int = flax.struct.field(pytree_node=False, default=0)
+
+
+class Block(nn.Module):
+  """Pre-norm self-attention, cross-attention if any, and an FFN or experts.
+
+  Attributes:
+    make_attention: builds self-attention.
+    make_mlp: builds the FFN of a dense block.
+    make_moe: builds the experts that replace it in a sparse block.
+    make_extra_mlp: builds a dense FFN after the experts of a sparse block (the
+      "sparse-dense" stack of Zoph et al. 2022, appendix C); None: no such.
+    make_cross_attention: builds attention to memory; None: no such.
+    make_bias: builds this block's own relative bias (GLaM); None: the stack's.
+    dropout_rate: on each sub-layer's output.
+    sparse: which of the two this block is.
+    causal: it is part of a decoder.
+    allow_non_causal_routing: a decoder may hold a router that lets later tokens
+      decide the fate of earlier ones (top-2 in GShard's order, and others).
+      Training then leaks the future a little, as it did in those papers.
+  """
+
+  make_attention: Callable[..., nn.Module]
+  make_mlp: Callable[..., nn.Module]
+  make_moe: Callable[..., nn.Module] | None = None
+  make_extra_mlp: Callable[..., nn.Module] | None = None
+  make_cross_attention: Callable[..., nn.Module] | None = None
+  make_bias: Callable[..., nn.Module] | None = None
+  dropout_rate: float = 0.0
+  sparse: bool = False
+  causal: bool = False
+  allow_non_causal_routing: bool = False
+
+  @nn.compact
+  def __call__(self, x_BxLxD: Array, context: Context) -> tuple[Array, Aux]:
+    deterministic = context.deterministic
+
+    def residual(y_BxLxD):
+      y_BxLxD = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+        y_BxLxD, deterministic=deterministic
+      )
+      return constrain(x_BxLxD + y_BxLxD, 'batch', 'length', 'act_embed')
+
+    bias_1xHxLxM = context.bias_1xHxLxM
+    if self.make_bias is not None:
+      bias_1xHxLxM = self.make_bias(
+        bidirectional=not self.causal, name='relative_bias'
+      )(context.queries_BxL, context.keys_BxM)
+    h_BxLxD = RMSNorm(name='attention_norm')(x_BxLxD)
+    x_BxLxD = residual(
+      self.make_attention(name='attention')(
+        h_BxLxD,
+        h_BxLxD,
+        mask_BxLxM=context.attend_BxLxM,
+        bias_1xHxLxM=bias_1xHxLxM,
+        cache={'step': 'extend'}.get(context.cache, context.cache),
+        cache_length=context.cache_length,
+        positions_B=context.positions_B,
+        deterministic=deterministic,
+      )
+    )
+    if self.make_cross_attention is not None:
+      memory_BxMxD = context.memory_BxMxD  # None once it is in the cache.
+      h_BxLxD = RMSNorm(name='cross_attention_norm')(x_BxLxD)
+      x_BxLxD = residual(
+        self.make_cross_attention(name='cross_attention')(
+          h_BxLxD,
+          memory_BxMxD,
+          mask_BxLxM=context.attend_memory_BxLxM,
+          cache={'step': 'read'}.get(context.cache, context.cache),
+          cache_length=0 if memory_BxMxD is None else memory_BxMxD.shape[1],
+          deterministic=deterministic,
+        )
+      )
+    h_BxLxD = RMSNorm(name='mlp_norm')(x_BxLxD)
+    if not self.sparse:
+      h_BxLxD = self.make_mlp(name='mlp')(h_BxLxD, deterministic=deterministic)
+      return residual(h_BxLxD), Aux(losses={}, metrics={})
+    if self.make_moe is None:
+      raise ValueError(
+        'a sparse block needs make_moe; give it, or set sparse_layers=0.'
+      )
+    h_BxLxD, aux = self.make_moe(name='moe')(
+      h_BxLxD,
+      mask_BxL=context.mask_BxL,
+      capacity_factor=context.capacity_factor,
+      deterministic=deterministic,
+      require_causal=self.causal and not self.allow_non_causal_routing,
+    )
+    x_BxLxD = residual(h_BxLxD)
+    if self.make_extra_mlp is not None:
+      h_BxLxD = RMSNorm(name='extra_mlp_norm')(x_BxLxD)
+      x_BxLxD = residual(
+        self.make_extra_mlp(name='extra_mlp')(
+          h_BxLxD, deterministic=deterministic
+        )
+      )
+    return x_BxLxD, aux
+
+
+class Stack(nn.Module):
+  """Blocks one after another, then a norm: an encoder's or a decoder's body.
+
+  Attributes:
+    num_layers: N.
+    make_block: builds a `Block`, given `sparse`, `causal` and `name`.
+    sparse_layers: which blocks are sparse: an integer n makes every n-th so
+      (blocks n-1, 2n-1, ...; 0: none, 1: all), or their indices, from 0.
+    causal: a decoder.
+    make_shared_bias: builds one relative bias for all blocks; None: no such.
+    dropout_rate: on the input and the output.
+    scan: compile one period of the layout and loop over it.
+    remat: what to keep for the backward pass: 'none' recomputes nothing, 'full'
+      all of a block, 'dots' all but the products with parameters.
+  """
+
+  num_layers: int
+  make_block: Callable[..., nn.Module]
+  sparse_layers: int | Sequence[int] = 0
+  causal: bool = False
+  make_shared_bias: Callable[..., nn.Module] | None = None
+  dropout_rate: float = 0.0
+  scan: bool = False
+  remat: str = 'none'
+
+  @nn.compact
+  def __call__(
+    self, x_BxLxD: Array, context: Context
+  ) -> tuple[Array, dict[str, Aux]]:
+    """Returns the output and the Aux of each sparse block by name."""
+
+    def dropout(x_BxLxD):
+      return nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+        x_BxLxD, deterministic=context.deterministic
+      )
+
+    if self.make_shared_bias is not None:
+      bias_1xHxLxM = self.make_shared_bias(
+        bidirectional=not self.causal, name='relative_bias'
+      )(context.queries_BxL, context.keys_BxM)
+      context = context.replace(bias_1xHxLxM=bias_1xHxLxM)
+
+    N = self.num_layers
+    kinds = is_sparse(N, self.sparse_layers)
+    prefix, period, repeats = split_period(kinds) if self.scan else (N, 0, 0)
+    suffix = prefix + period * repeats
+    make_block = functools.partial(self.make_block, causal=self.causal)
+
+    x_BxLxD = dropout(x_BxLxD)
+    x_BxLxD, auxes = run_blocks(
+      make_block, range(prefix), kinds, self.remat, x_BxLxD, context
+    )
+    if repeats:
+      scanned = nn.scan(
+        _Period,
+        variable_axes={'params': 0, 'cache': 0},
+        split_rngs={'params': True, 'dropout': True},
+        in_axes=nn.broadcast,
+        length=repeats,
+        metadata_params={nn.PARTITION_NAME: 'layers'},
+      )(make_block, kinds[prefix : prefix + period], self.remat, name='period')
+      x_BxLxD, stacked = scanned(x_BxLxD, context)
+      auxes |= {
+        f'layers_{prefix + r * period + j}': jax.tree.map(
+          lambda leaf, r=r: leaf[r], stacked[f'layers_{j}']
+        )
+        for r in range(repeats)
+        for j in range(period)
+      }
+    x_BxLxD, auxes_of_suffix = run_blocks(
+      make_block, range(suffix, N), kinds, self.remat, x_BxLxD, context
+    )
+    auxes |= auxes_of_suffix
+    x_BxLxD = dropout(RMSNorm(name='norm')(x_BxLxD))
+    return x_BxLxD, {name: aux for name, aux in auxes.items() if aux.metrics}
+
+
+class _Period(nn.Module):
+  """The blocks that a scan repeats."""
+
+  make_block: Callable[..., nn.Module]
+  kinds: tuple[bool, ...]
+  remat: str
+
+  @nn.compact
+  def __call__(self, x_BxLxD: Array, context: Context):
+    return run_blocks(
+      self.make_block,
+      range(len(self.kinds)),
+      self.kinds,
+      self.remat,
+      x_BxLxD,
+      context,
+    )
+
+
+def run_blocks(
+  make_block: Callable[..., nn.Module],
+  indices: Sequence[int],
+  kinds: Sequence[bool],
+  remat: str,
+  x_BxLxD: Array,
+  context: Context,
+) -> tuple[Array, dict[str, Aux]]:
+  """Applies blocks `layers_i` in turn; call it inside a compact method."""
+  if remat not in REMAT_POLICIES:
+    raise ValueError(
+      f'remat must be one of {", ".join(REMAT_POLICIES)}, not {remat!r}.'
+    )
+
+  def apply(block, x_BxLxD, context):
+    return block(x_BxLxD, context)
+
+  if remat != 'none':
+    apply = nn.remat(apply, policy=REMAT_POLICIES[remat])
+  auxes = {}
+  for i in indices:
+    block = make_block(sparse=kinds[i], name=f'layers_{i}')
+    x_BxLxD, auxes[f'layers_{i}'] = apply(block, x_BxLxD, context)
+  return x_BxLxD, auxes

@@ -1,0 +1,94 @@
+"""What a router decides and a dispatcher executes."""
+
+from __future__ import annotations
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from sparse_experts.arrays import Array
+
+
+@flax.struct.dataclass
+class Assignment:
+  """Which tokens meet which experts, with which gate, in which place in line.
+
+  Made by a router, executed by a dispatcher; neither knows the other. A choice
+  whose place is at or beyond the capacity is dropped by the dispatcher. Places
+  never depend on the capacity.
+
+  Attributes:
+    expert_GxSxK: int32, the expert of each choice of each token; num_experts
+      where there is no choice (a masked token, a second choice not taken).
+    gate_GxSxK: float32, the weight of that expert's output.
+    place_GxSxK: int32 >= 0, the place in that expert's line in that group.
+    num_experts: E.
+  """
+
+  expert_GxSxK: Array
+  gate_GxSxK: Array
+  place_GxSxK: Array
+  num_experts: int = flax.struct.field(pytree_node=False)
+
+  def chosen(self) -> Array:
+    """Boolean [G, S, K]: the choice exists."""
+    return self.expert_GxSxK < self.num_experts
+
+  def kept(self, capacity: int | None) -> Array:
+    """Boolean [G, S, K]: the choice exists and finds a slot."""
+    if capacity is None:
+      return self.chosen()
+    return self.chosen() & (self.place_GxSxK < capacity)
+
+
+def places(
+  expert_GxSxK: Array,
+  num_experts: int,
+  *,
+  priority: str = 'choice',
+  confidence_GxS: Array | None = None,
+) -> Array:
+  """Place of every choice in its expert's line, int32 [G, S, K].
+
+  Args:
+    expert_GxSxK: experts chosen; num_experts for none, which takes no place.
+    num_experts: E.
+    priority: who is served first.
+      'choice': all first choices, in token order, before all second choices
+        (GShard, Lepikhin et al. 2020, Algorithm 1). Not causal for K > 1: a
+        later token's first choice can evict an earlier token's second.
+      'token': all choices of a token before those of the next. Causal.
+      'confidence': first choices before second, tokens in decreasing order of
+        `confidence_GxS` (batch-prioritised routing, Riquelme et al. 2021,
+        section 4.1), ties in token order. Not causal.
+    confidence_GxS: used by 'confidence' only.
+  """
+  G, S, K = expert_GxSxK.shape
+  if priority == 'token':
+    return _count_before(expert_GxSxK.reshape(G, S * K), num_experts).reshape(
+      G, S, K
+    )
+  if priority == 'confidence':
+    order_GxS = jnp.argsort(-confidence_GxS, axis=1, stable=True)
+    expert_GxSxK = jnp.take_along_axis(
+      expert_GxSxK, order_GxS[..., None], axis=1
+    )
+  elif priority != 'choice':
+    raise ValueError(
+      f"priority must be 'choice', 'token' or 'confidence', not {priority!r}."
+    )
+  place_GxKS = _count_before(
+    expert_GxSxK.swapaxes(1, 2).reshape(G, K * S), num_experts
+  )
+  place_GxSxK = place_GxKS.reshape(G, K, S).swapaxes(1, 2)
+  if priority == 'confidence':
+    back_GxS = jnp.argsort(order_GxS, axis=1)
+    place_GxSxK = jnp.take_along_axis(place_GxSxK, back_GxS[..., None], axis=1)
+  return place_GxSxK
+
+
+def _count_before(expert_GxT: Array, num_experts: int) -> Array:
+  """How many entries before this one name the same expert, int32 [G, T]."""
+  onehot_GxTxE = jax.nn.one_hot(expert_GxT, num_experts, dtype=jnp.int32)
+  before_GxTxE = jnp.cumsum(onehot_GxTxE, axis=1) - onehot_GxTxE
+  return (before_GxTxE * onehot_GxTxE).sum(-1)

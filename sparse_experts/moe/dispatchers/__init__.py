@@ -1,0 +1,1 @@
+"""Dispatchers execute an assignment and do not know who made it."""

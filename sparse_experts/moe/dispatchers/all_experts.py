@@ -1,0 +1,35 @@
+"""Every expert sees every token; gates pick. Exact, without capacity.
+
+Costs E / K times the useful arithmetic, so it is for few tokens, as in
+decoding, where reading the experts' weights costs more than multiplying by
+them. Nothing is dropped, and a token's output does not depend on its
+neighbours. On an expert axis the tokens go to the weights: the few tokens are
+gathered, each shard runs its own experts, the sum is scattered.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from sparse_experts.arrays import Array
+from sparse_experts.moe.assignment import Assignment
+from sparse_experts.moe.expert_parallel import Experts
+from sparse_experts.sharding import constrain
+
+
+def all_experts(
+  experts: Experts, x_GxSxD: Array, assignment: Assignment
+) -> Array:
+  """The exact output of the assignment, [G, S, D]."""
+  E = assignment.num_experts
+  x_GxSxD = constrain(x_GxSxD, 'expert_group', None, 'act_embed')
+  y_ExGxSxD = experts(jnp.broadcast_to(x_GxSxD, (E, *x_GxSxD.shape)))
+  gate_GxSxE = jnp.einsum(
+    'GSK,GSKE->GSE',
+    assignment.gate_GxSxK,
+    jax.nn.one_hot(assignment.expert_GxSxK, E),
+  )
+  return jnp.einsum(
+    'EGSD,GSE->GSD', y_ExGxSxD, gate_GxSxE.astype(x_GxSxD.dtype)
+  )

@@ -1,0 +1,112 @@
+"""Dispatch by integer indices; every move of a token is a gather.
+
+A token's choice knows its slot and a slot knows its token's choice, so the
+gradient of either gather is a gather by the other index: no scatter-add
+anywhere, forward or backward.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from sparse_experts.arrays import Array
+from sparse_experts.moe.assignment import Assignment
+from sparse_experts.moe.expert_parallel import Experts, exchange
+
+
+def gather(
+  experts: Experts, x_GxSxD: Array, assignment: Assignment, capacity: int
+) -> Array:
+  """Sends tokens to experts and mixes their outputs, [G, S, D]."""
+  G, S, D = x_GxSxD.shape
+  E, C = assignment.num_experts, capacity
+  slot_GxSxK, choice_GxEC = _indices(assignment, capacity)
+  x_GxECxD = _dispatch(x_GxSxD, slot_GxSxK, choice_GxEC)
+  y_GxExCxD = exchange(experts, x_GxECxD.reshape(G, E, C, D))
+  return _combine(
+    y_GxExCxD.reshape(G, E * C, D),
+    assignment.gate_GxSxK.astype(x_GxSxD.dtype),
+    slot_GxSxK,
+    choice_GxEC,
+  )
+
+
+def _indices(assignment: Assignment, capacity: int) -> tuple[Array, Array]:
+  """Slot of each choice, and choice (s * K + k) of each slot.
+
+  A dropped choice's slot is E * C and an empty slot's choice is S * K: one past
+  the end, where a gather with mode 'fill' reads zero.
+  """
+  G, S, K = assignment.expert_GxSxK.shape
+  num_slots = assignment.num_experts * capacity
+  slot_GxSxK = jnp.where(
+    assignment.kept(capacity),
+    assignment.expert_GxSxK * capacity + assignment.place_GxSxK,
+    num_slots,
+  )
+  choices_SK = jnp.arange(S * K, dtype=jnp.int32)
+
+  def invert(slot_SK):
+    empty = jnp.full(num_slots, S * K, jnp.int32)
+    return empty.at[slot_SK].set(choices_SK, mode='drop')
+
+  return slot_GxSxK, jax.vmap(invert)(slot_GxSxK.reshape(G, S * K))
+
+
+def _take(x_GxTxD: Array, index_GxI: Array) -> Array:
+  """Rows of x by index, [G, I, D]; zeros where the index is past the end."""
+  return jnp.take_along_axis(
+    x_GxTxD, index_GxI[..., None], axis=1, mode='fill', fill_value=0
+  )
+
+
+def _take_choices(y_GxECxD: Array, slot_GxSxK: Array) -> Array:
+  """The expert output of every choice, [G, S, K, D]."""
+  G, S, K = slot_GxSxK.shape
+  return _take(y_GxECxD, slot_GxSxK.reshape(G, S * K)).reshape(G, S, K, -1)
+
+
+@jax.custom_vjp
+def _dispatch(x_GxSxD: Array, slot_GxSxK: Array, choice_GxEC: Array) -> Array:
+  K = slot_GxSxK.shape[-1]
+  return _take(x_GxSxD, choice_GxEC // K)
+
+
+def _dispatch_forward(x_GxSxD, slot_GxSxK, choice_GxEC):
+  return _dispatch(x_GxSxD, slot_GxSxK, choice_GxEC), slot_GxSxK
+
+
+def _dispatch_backward(slot_GxSxK, dx_GxECxD):
+  return _take_choices(dx_GxECxD, slot_GxSxK).sum(2), None, None
+
+
+_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@jax.custom_vjp
+def _combine(
+  y_GxECxD: Array, gate_GxSxK: Array, slot_GxSxK: Array, choice_GxEC: Array
+) -> Array:
+  return jnp.einsum(
+    'GSKD,GSK->GSD', _take_choices(y_GxECxD, slot_GxSxK), gate_GxSxK
+  )
+
+
+def _combine_forward(y_GxECxD, gate_GxSxK, slot_GxSxK, choice_GxEC):
+  y_GxSxD = _combine(y_GxECxD, gate_GxSxK, slot_GxSxK, choice_GxEC)
+  return y_GxSxD, (y_GxECxD, gate_GxSxK, slot_GxSxK, choice_GxEC)
+
+
+def _combine_backward(residuals, dy_GxSxD):
+  y_GxECxD, gate_GxSxK, slot_GxSxK, choice_GxEC = residuals
+  G, S, K = gate_GxSxK.shape
+  gate_GxEC = _take(gate_GxSxK.reshape(G, S * K, 1), choice_GxEC)
+  dy_GxECxD = _take(dy_GxSxD, choice_GxEC // K) * gate_GxEC
+  dgate_GxSxK = jnp.einsum(
+    'GSKD,GSD->GSK', _take_choices(y_GxECxD, slot_GxSxK), dy_GxSxD
+  )
+  return dy_GxECxD, dgate_GxSxK, None, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)

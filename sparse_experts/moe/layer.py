@@ -1,0 +1,127 @@
+"""The sparse layer: group, route, dispatch, run experts, combine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_experts.arrays import Array, Aux
+from sparse_experts.moe import groups, metrics
+from sparse_experts.moe.capacity import CapacityRule
+from sparse_experts.moe.dispatchers.all_experts import all_experts
+from sparse_experts.moe.dispatchers.gather import gather
+from sparse_experts.sharding import constrain
+
+
+class MoE(nn.Module):
+  """A mixture of experts in the place of an FFN.
+
+      y_s = sum_k gate_sk * expert_{e(s, k)}(x_s)
+
+  over the choices k of token s that find a slot; a token without any gets 0,
+  so the residual connection around the layer passes it on.
+
+  Attributes:
+    make_router: builds the router, a module (x_GxSxD, mask_GxS=,
+      deterministic=) -> (Assignment, Aux) with `num_experts`, `k`, `is_causal`.
+    make_expert: builds one expert, any module x_...xD -> y_...xD that takes
+      `deterministic`; the classes of the dense blocks serve. `nn.vmap` adds the
+      expert axis to parameters, their initialiser keys and their axis names, so
+      fan-in never counts E.
+    group_size: tokens S of a group, which share the experts' slots; None: one
+      sequence.
+    capacity_rule: from capacity factor to slots.
+    dispatch: executes the assignment under a capacity: `dispatchers.gather` or
+      `dispatchers.einsum`.
+
+  Example:
+    >>> import functools, jax
+    >>> from sparse_experts.layers.mlp import Mlp
+    >>> from sparse_experts.moe import MoE, TopK
+    >>> layer = MoE(
+    ...   make_router=functools.partial(TopK, num_experts=4, k=1),
+    ...   make_expert=functools.partial(Mlp, hidden_width=32),
+    ... )
+    >>> x_BxLxD = jax.random.normal(jax.random.key(0), (2, 16, 8))
+    >>> variables = layer.init(jax.random.key(1), x_BxLxD)
+    >>> y_BxLxD, aux = layer.apply(variables, x_BxLxD, capacity_factor=1.25)
+  """
+
+  make_router: Callable[..., nn.Module]
+  make_expert: Callable[..., nn.Module]
+  group_size: int | None = None
+  capacity_rule: CapacityRule = CapacityRule()
+  dispatch: Callable[..., Array] = gather
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BxLxD: Array,
+    *,
+    mask_BxL: Array | None = None,
+    capacity_factor: float | None = None,
+    deterministic: bool = True,
+    require_causal: bool = False,
+  ) -> tuple[Array, Aux]:
+    """Applies the layer.
+
+    Args:
+      x_BxLxD: tokens.
+      mask_BxL: boolean, False for padding: it takes no slot and gets 0.
+      capacity_factor: slots of an expert relative to a balanced load. None
+        drops nothing and makes a token's output independent of its neighbours,
+        at the cost of E / K times the arithmetic.
+      deterministic: no dropout, jitter or noise; evaluation policies.
+      require_causal: refuse a router under which a later token can decide the
+        fate of an earlier one.
+
+    Returns:
+      y_BxLxD and Aux: the router's, with the counts of `metrics.counts` added.
+    """
+    router = self.make_router(name='router')
+    if require_causal and not router.is_causal:
+      raise ValueError(
+        f'{type(router).__name__} lets later tokens decide the fate of earlier '
+        "ones, which a decoder must not: use priority='token' or k=1, or say "
+        'allow_non_causal_routing=True.'
+      )
+    if mask_BxL is not None:  # Not even NaN leaks out of padding.
+      x_BxLxD = jnp.where(mask_BxL[..., None], x_BxLxD, 0)
+    x_GxSxD = groups.split(x_BxLxD, self.group_size)
+    mask_GxS = (
+      None if mask_BxL is None else groups.split(mask_BxL, self.group_size)
+    )
+    x_GxSxD = constrain(x_GxSxD, 'group', None, 'act_embed')
+    assignment, aux = router(
+      x_GxSxD, mask_GxS=mask_GxS, deterministic=deterministic
+    )
+
+    def experts(x_ExGxCxD):
+      run = nn.vmap(
+        lambda expert, x_GxCxD: expert(x_GxCxD, deterministic=deterministic),
+        in_axes=0,
+        out_axes=0,
+        variable_axes={'params': 0},
+        split_rngs={'params': True, 'dropout': True},
+        metadata_params={nn.PARTITION_NAME: 'expert'},
+        spmd_axis_name='expert',
+      )
+      return run(self.make_expert(name='expert'), x_ExGxCxD)
+
+    if capacity_factor is None:
+      capacity = None
+      y_GxSxD = all_experts(experts, x_GxSxD, assignment)
+    else:
+      capacity = self.capacity_rule(
+        capacity_factor,
+        tokens=x_GxSxD.shape[1],
+        num_experts=router.num_experts,
+        k=router.k,
+      )
+      y_GxSxD = self.dispatch(experts, x_GxSxD, assignment, capacity)
+    y_GxSxD = constrain(y_GxSxD, 'group', None, 'act_embed')
+    counts = metrics.counts(assignment, capacity, mask_GxS)
+    aux = Aux(losses=aux.losses, metrics={**aux.metrics, **counts})
+    return y_GxSxD.reshape(x_BxLxD.shape), aux

@@ -1,0 +1,82 @@
+"""What the experts do: counts that add, and the fractions read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_experts.arrays import Array
+from sparse_experts.moe.assignment import Assignment
+
+
+def counts(
+  assignment: Assignment, capacity: int | None, mask_GxS: Array | None
+) -> dict[str, Array]:
+  """Float32 sums over all tokens of a batch.
+
+  They add over microbatches, steps, layers and processes.
+
+  Returns:
+    tokens: unmasked tokens. padding: masked ones.
+    chosen_E: choices of each expert, before any capacity.
+    kept_E: choices of each expert that found a slot.
+    gate_mass_E: sum of the gates of those.
+    left_out: unmasked tokens that reached no expert at all.
+    slots: slots there were (E * C * G), 0 without a capacity.
+  """
+  E = assignment.num_experts
+  G, S, _ = assignment.expert_GxSxK.shape
+  onehot_GxSxKxE = jax.nn.one_hot(assignment.expert_GxSxK, E)
+  kept_GxSxK = assignment.kept(capacity)
+  kept_GxSxKxE = onehot_GxSxKxE * kept_GxSxK[..., None]
+  real_GxS = jnp.ones((G, S), bool) if mask_GxS is None else mask_GxS
+  tokens = real_GxS.sum().astype(jnp.float32)
+  return {
+    'tokens': tokens,
+    'padding': G * S - tokens,
+    'chosen_E': onehot_GxSxKxE.sum((0, 1, 2)),
+    'kept_E': kept_GxSxKxE.sum((0, 1, 2)),
+    'gate_mass_E': jnp.einsum(
+      'GSKE,GSK->E', kept_GxSxKxE, assignment.gate_GxSxK
+    ),
+    'left_out': (real_GxS & ~kept_GxSxK.any(-1)).sum().astype(jnp.float32),
+    'slots': jnp.float32(G * E * (capacity or 0)),
+  }
+
+
+def summary(sums: Mapping[str, Array]) -> dict[str, float | np.ndarray]:
+  """Fractions of one layer from its summed metrics.
+
+  Returns:
+    load_E: share of the choices that went to each expert; sums to 1.
+    gate_mass_E: mean gate with which an expert's kept tokens came in.
+    imbalance: largest load over mean load; 1 is balance.
+    dropped: share of choices without a slot. left_out: share of tokens that
+      reached no expert. padding: share of positions masked.
+    dead: experts that no token chose. fill: share of slots in use (0 without
+      capacity).
+    entropy, confidence: of the router, means over tokens, where it reports
+      them (nats; probability of the first choice).
+  """
+  sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
+  chosen, kept = sums['chosen_E'].sum(), sums['kept_E'].sum()
+  load_E = sums['chosen_E'] / max(chosen, 1)
+  tokens = max(sums['tokens'], 1)
+  return {
+    'load_E': load_E,
+    'gate_mass_E': sums['gate_mass_E'] / np.maximum(sums['kept_E'], 1),
+    'imbalance': float(load_E.max() * load_E.size),
+    'dropped': float(1 - kept / max(chosen, 1)),
+    'left_out': float(sums['left_out'] / tokens),
+    'padding': float(sums['padding'] / (sums['padding'] + tokens)),
+    'dead': float((sums['chosen_E'] == 0).sum()),
+    'fill': float(kept / max(sums['slots'], 1)) if sums['slots'] else 0.0,
+    **{
+      name: float(sums[name] / tokens)
+      for name in ('entropy', 'confidence')
+      if name in sums
+    },
+  }

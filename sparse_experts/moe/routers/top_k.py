@@ -1,0 +1,257 @@
+"""Each token chooses its k most probable experts.
+
+Switch (k = 1), GShard, ST-MoE and Mesh TensorFlow (k = 2, n), V-MoE without
+its losses: they differ in the arguments below, which every recipe states.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_experts import sharding
+from sparse_experts.arrays import Array, Aux
+from sparse_experts.moe import losses
+from sparse_experts.moe.assignment import Assignment, places
+
+
+class TopK(nn.Module):
+  """Learned router: softmax(x W) in float32, then `route`.
+
+  Attributes:
+    num_experts: E.
+    k: choices per token, K <= E.
+    gates: 'all' or 'chosen', see `route`.
+    policy_train, policy_eval: which choices after the first are taken, in
+      training and otherwise; see `route`. 'random' draws from the rng stream
+      'dropout'.
+    threshold: of those policies.
+    priority: who is served first, see `assignment.places`.
+    balance_counts: 'first' or 'all', see `route`.
+    losses_over: 'tokens' or 'positions', see `route`.
+    jitter: in training the router's input is multiplied by
+      uniform(1 - jitter, 1 + jitter). Switch's code uses 1e-2 (its paper's
+      Figure 15 adds the noise to the logits; this follows the code).
+    noise: in training, Gaussian noise of standard deviation noise / E is added
+      to the logits (Riquelme et al. 2021, section 2.1, noise = 1).
+    kernel_init: initialiser of W, [D, E]; normal(0.02) in Switch and ST-MoE.
+
+  Example:
+    >>> router = TopK(num_experts=4, k=1)
+    >>> x_GxSxD = jax.random.normal(jax.random.key(0), (2, 16, 8))
+    >>> variables = router.init(jax.random.key(1), x_GxSxD)
+    >>> assignment, aux = router.apply(variables, x_GxSxD)
+    >>> assignment.expert_GxSxK.shape
+    (2, 16, 1)
+
+  References:
+    Shazeer et al. 2017, https://arxiv.org/abs/1701.06538.
+    Lepikhin et al. 2020 (GShard), https://arxiv.org/abs/2006.16668.
+    Fedus et al. 2021 (Switch), https://arxiv.org/abs/2101.03961.
+    Zoph et al. 2022 (ST-MoE), https://arxiv.org/abs/2202.08906.
+  """
+
+  num_experts: int
+  k: int = 1
+  gates: str = 'all'
+  policy_train: str = 'all'
+  policy_eval: str = 'all'
+  threshold: float = 0.2
+  priority: str = 'choice'
+  balance_counts: str = 'first'
+  losses_over: str = 'tokens'
+  jitter: float = 0.0
+  noise: float = 0.0
+  kernel_init: nn.initializers.Initializer = nn.initializers.normal(2e-2)
+
+  @property
+  def is_causal(self) -> bool:
+    """No token's fate depends on a later token of its group."""
+    return self.priority == 'token' or (
+      self.priority == 'choice' and self.k == 1
+    )
+
+  @nn.compact
+  def __call__(
+    self,
+    x_GxSxD: Array,
+    *,
+    mask_GxS: Array | None = None,
+    deterministic: bool = True,
+  ) -> tuple[Assignment, Aux]:
+    """Routes tokens x [G, S, D]; masked tokens get no expert."""
+    kernel_DxE = self.param(
+      'kernel',
+      sharding.named(self.kernel_init, 'embed', 'router'),
+      (x_GxSxD.shape[-1], self.num_experts),
+      jnp.float32,
+    )
+    # float32: rounding the logits to bfloat16 flips choices of experts and
+    # makes training diverge (Fedus et al. 2021, section 2.4 and Table 2).
+    x_GxSxD = x_GxSxD.astype(jnp.float32)
+    if self.jitter and not deterministic:
+      x_GxSxD *= jax.random.uniform(
+        self.make_rng('dropout'),
+        x_GxSxD.shape,
+        minval=1 - self.jitter,
+        maxval=1 + self.jitter,
+      )
+    logits_GxSxE = jnp.einsum('GSD,DE->GSE', x_GxSxD, kernel_DxE)
+    if self.noise and not deterministic:
+      logits_GxSxE += (self.noise / self.num_experts) * jax.random.normal(
+        self.make_rng('dropout'), logits_GxSxE.shape
+      )
+    policy = self.policy_eval if deterministic else self.policy_train
+    draws = policy == 'random' and self.k > 1
+    return route(
+      logits_GxSxE,
+      k=self.k,
+      mask_GxS=mask_GxS,
+      gates=self.gates,
+      policy=policy,
+      threshold=self.threshold,
+      priority=self.priority,
+      balance_counts=self.balance_counts,
+      losses_over=self.losses_over,
+      rng=self.make_rng('dropout') if draws else None,
+    )
+
+
+def route(
+  logits_GxSxE: Array,
+  *,
+  k: int = 1,
+  mask_GxS: Array | None = None,
+  gates: str = 'all',
+  policy: str = 'all',
+  threshold: float = 0.2,
+  priority: str = 'choice',
+  balance_counts: str = 'first',
+  losses_over: str = 'tokens',
+  rng: Array | None = None,
+) -> tuple[Assignment, Aux]:
+  """Top-k routing of given logits.
+
+  Args:
+    logits_GxSxE: float32 router logits.
+    k: choices per token, 1 <= k <= E; ties go to the lower expert index.
+    mask_GxS: boolean, False for padding, which gets no expert and no place.
+    gates: softmax over 'all' experts, p_e (Switch, V-MoE), or over the 'chosen'
+      ones, p_e / sum of the k chosen p (GShard, ST-MoE, Mixtral). "Softmax
+      after top-k" is 'chosen'; with k = 1 it leaves the router no gradient.
+    policy: which choices after the first are taken: 'all'; 'none'; 'threshold':
+      those with gate > threshold; 'random': with probability
+      min(1, gate / threshold). GShard's `2 g2 > rnd` (Algorithm 1) is 'random'
+      with threshold 0.5; Mesh TF and ST-MoE (appendix G) use 0.2. Choices not
+      taken keep their share of the gates: nothing is renormalised for them.
+    threshold: of `policy`, a gate.
+    priority: see `assignment.places`.
+    balance_counts: choices that count in f of the load-balancing loss: the
+      'first' (Switch, GShard, Mesh TF) or 'all' k (flaxformer).
+    losses_over: f, P and z are averaged over the unmasked 'tokens' of a group,
+      or over its 'positions', where masked ones count as zeros (Mesh TF's f
+      and P, flaxformer).
+    rng: key, needed by policy 'random'.
+
+  Returns:
+    Assignment and Aux with losses `load_balance` and `router_z` and metrics
+    `entropy` and `confidence` (sums over tokens, nats and probability).
+
+  Raises:
+    ValueError: an argument is out of its range.
+
+  Example:
+    >>> logits_GxSxE = jnp.log(jnp.array([[[.1, .6, .3], [.8, .1, .1]]]))
+    >>> assignment, aux = route(logits_GxSxE, k=2, gates='chosen')
+    >>> assignment.expert_GxSxK[0].tolist()
+    [[1, 2], [0, 1]]
+  """
+  num_experts = logits_GxSxE.shape[-1]
+  if not 1 <= k <= num_experts:
+    raise ValueError(f'k must be from 1 to num_experts={num_experts}, got {k}.')
+  _check('gates', gates, ('all', 'chosen'))
+  _check('policy', policy, ('all', 'none', 'threshold', 'random'))
+  _check('balance_counts', balance_counts, ('first', 'all'))
+  _check('losses_over', losses_over, ('tokens', 'positions'))
+  if policy == 'random' and k > 1 and rng is None:
+    raise ValueError("policy='random' draws numbers: pass rng.")
+
+  if mask_GxS is not None:  # Whatever padding holds, NaN too, stays there.
+    logits_GxSxE = jnp.where(mask_GxS[..., None], logits_GxSxE, 0)
+  probs_GxSxE = jax.nn.softmax(logits_GxSxE)
+  gate_GxSxK, expert_GxSxK = jax.lax.top_k(probs_GxSxE, k)
+  confidence_GxS = gate_GxSxK[..., 0]
+  counted_GxSxE = jax.nn.one_hot(
+    expert_GxSxK[..., :1] if balance_counts == 'first' else expert_GxSxK,
+    num_experts,
+  ).sum(2)
+  if gates == 'chosen':
+    gate_GxSxK /= gate_GxSxK.sum(-1, keepdims=True)
+
+  taken_GxSxK = _taken(gate_GxSxK, policy, threshold, rng)
+  if mask_GxS is not None:
+    taken_GxSxK &= mask_GxS[..., None]
+    counted_GxSxE *= mask_GxS[..., None]
+  expert_GxSxK = jnp.where(taken_GxSxK, expert_GxSxK, num_experts)
+  assignment = Assignment(
+    expert_GxSxK=expert_GxSxK,
+    gate_GxSxK=jnp.where(taken_GxSxK, gate_GxSxK, 0),
+    place_GxSxK=places(
+      expert_GxSxK,
+      num_experts,
+      priority=priority,
+      confidence_GxS=confidence_GxS,
+    ),
+    num_experts=num_experts,
+  )
+
+  real_GxS = (
+    jnp.ones(confidence_GxS.shape, bool) if mask_GxS is None else mask_GxS
+  )
+  if losses_over == 'tokens':
+    balance = losses.load_balance(probs_GxSxE, counted_GxSxE, real_GxS)
+  else:
+    real_probs_GxSxE = probs_GxSxE * real_GxS[..., None]
+    balance = losses.load_balance(real_probs_GxSxE, counted_GxSxE)
+  # A masked position's logits are zeros here, so over positions it adds
+  # (log E)^2, as it does in flaxformer.
+  z_mask_GxS = real_GxS if losses_over == 'tokens' else None
+  entropy_GxS = -(probs_GxSxE * jax.nn.log_softmax(logits_GxSxE)).sum(-1)
+  return assignment, Aux(
+    losses={
+      'load_balance': balance,
+      'router_z': losses.router_z(logits_GxSxE, z_mask_GxS),
+    },
+    metrics={
+      'entropy': (entropy_GxS * real_GxS).sum(),
+      'confidence': (confidence_GxS * real_GxS).sum(),
+    },
+  )
+
+
+def _taken(
+  gate_GxSxK: Array, policy: str, threshold: float, rng: Array | None
+) -> Array:
+  """Which choices are taken, boolean [G, S, K]; the first always is."""
+  if policy == 'all':
+    return jnp.ones(gate_GxSxK.shape, bool)
+  if policy == 'none':
+    later_GxSxK = jnp.zeros(gate_GxSxK.shape, bool)
+  elif policy == 'threshold':
+    later_GxSxK = gate_GxSxK > threshold
+  else:
+    draw_GxSxK = (
+      jax.random.uniform(rng, gate_GxSxK.shape)
+      if (rng is not None)
+      else jnp.zeros(gate_GxSxK.shape)
+    )
+    later_GxSxK = gate_GxSxK > draw_GxSxK * threshold
+  return later_GxSxK.at[..., 0].set(True)
+
+
+def _check(name: str, value: str, known: tuple[str, ...]) -> None:
+  if value not in known:
+    raise ValueError(
+      f'{name} must be one of {", ".join(known)}, not {value!r}.'
+    )

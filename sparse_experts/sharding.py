@@ -1,0 +1,236 @@
+"""Logical axis names, the one table that maps them to the mesh, and the mesh.
+
+Every parameter and every constrained activation names its axes (`embed`,
+`mlp`, `expert`, ...); `RULES` says which mesh axis each name is split over. A
+parallelism strategy is a table: FSDP is `embed -> data`, tensor parallelism
+`mlp, heads, vocab -> model`, expert parallelism `expert -> expert`.
+
+The mesh has the axes `data`, `expert`, `model`. Outside the experts the batch
+is split over data *and* expert ("data shards" means their product); between
+the two constraints of an expert layer E lies on `expert` and G on `data`, and
+the change from one to the other is the all-to-all.
+
+`jax.jit` with shardings does all partitioning (it is what pjit became).
+
+Example:
+  >>> mesh = make_mesh()  # all devices on `data`
+  >>> with use_mesh(mesh):
+  ...   y = constrain(jnp.ones((8, 16)), 'batch', 'act_embed')
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp  # noqa: F401  (used by the docstring's example)
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sparse_experts.arrays import Array
+
+MESH_AXES = ('data', 'expert', 'model')
+
+MeshAxes = str | tuple[str, ...] | None
+
+RULES: Mapping[str, MeshAxes] = {
+  # Activations.
+  'batch': ('data', 'expert'),
+  'length': None,
+  'act_embed': None,  # D of an activation; `embed` is D of a parameter.
+  'group': ('data', 'expert'),
+  'expert_group': 'data',  # G while tokens are with their experts.
+  # Parameters.
+  'embed': None,
+  'mlp': 'model',
+  'heads': 'model',
+  'kv': None,
+  'vocab': 'model',
+  'expert': 'expert',
+  'layers': None,
+  'router': None,  # E of a router's kernel: whole on every device.
+  'relpos_buckets': None,
+}
+
+_rules: contextvars.ContextVar[Mapping[str, MeshAxes]] = contextvars.ContextVar(
+  'rules', default=RULES
+)
+
+
+def make_mesh(
+  data: int = -1,
+  expert: int = 1,
+  model: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """A mesh of `data` x `expert` x `model` devices; one may be -1, the rest.
+
+  Args:
+    data, expert, model: number of devices along each axis.
+    devices: the devices, all of the job's by default.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  count = len(devices) if devices is not None else jax.device_count()
+  sizes = [data, expert, model]
+  if sizes.count(-1) == 1:
+    rest = -int(np.prod(sizes))
+    sizes[sizes.index(-1)] = count // rest if rest > 0 else 0
+  if min(sizes) < 1 or int(np.prod(sizes)) != count:
+    raise ValueError(
+      f'mesh axes must multiply to the number of devices: {data=} x {expert=} '
+      f'x {model=} on {count} devices; change an axis, or set one to -1.'
+    )
+  # Auto: on JAX's default, Explicit, sharding constraints raise.
+  return jax.make_mesh(
+    tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+  )
+
+
+@contextlib.contextmanager
+def use_rules(rules: Mapping[str, MeshAxes]) -> Iterator[None]:
+  """Overrides entries of the current rules for a block.
+
+  A rule names a mesh axis, several, or None (replicated).
+  """
+  unknown = {axis for value in rules.values() for axis in _axes(value)}
+  unknown -= set(MESH_AXES)
+  if unknown:
+    raise ValueError(
+      f'rules name mesh axes {sorted(unknown)}; the mesh has {MESH_AXES}.'
+    )
+  token = _rules.set({**_rules.get(), **rules})
+  try:
+    yield
+  finally:
+    _rules.reset(token)
+
+
+@contextlib.contextmanager
+def use_mesh(
+  mesh: Mesh, rules: Mapping[str, MeshAxes] | None = None
+) -> Iterator[Mesh]:
+  """Enters `mesh`, with `rules` that override entries of `RULES`.
+
+  This, not `with mesh:`, is how a mesh is entered: there JAX drops sharding
+  constraints silently.
+  """
+  with use_rules(rules or {}), jax.set_mesh(mesh):
+    yield mesh
+
+
+def data_shards(mesh: Mesh) -> int:
+  """Number of parts the batch is split into: data x expert."""
+  return mesh.shape['data'] * mesh.shape['expert']
+
+
+def spec(
+  names: Sequence[str | None], shape: Sequence[int], mesh, what: str = 'array'
+) -> PartitionSpec:
+  """The mesh axes of an array with these logical names.
+
+  Raises:
+    ValueError: a name is in no rule, or a dimension does not divide over its
+      mesh axes.
+  """
+  rules = _rules.get()
+  if len(names) != len(shape):
+    raise ValueError(f'{what} has shape {tuple(shape)} but axis names {names}.')
+  entries: list[MeshAxes] = []
+  for name, size in zip(names, shape):
+    if name is not None and name not in rules:
+      raise ValueError(
+        f'{what}: axis name {name!r} is in no rule; add it to the rules of '
+        f'sparse_experts/sharding.py. Known: {", ".join(sorted(rules))}.'
+      )
+    axes = _axes(rules[name]) if name is not None else ()
+    parts = int(np.prod([mesh.shape[axis] for axis in axes], initial=1))
+    if size % parts:
+      raise ValueError(
+        f'{what}: axis {name!r} of size {size} does not divide over '
+        f'{" x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)} devices; '
+        f'make it a multiple of {parts}, or change the mesh.'
+      )
+    entries.append(axes if len(axes) > 1 else (axes[0] if axes else None))
+  return PartitionSpec(*entries)
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+  """`x` with its axes laid out over the current mesh by their logical names.
+
+  Outside any mesh it returns `x`, so a layer can be tried on one device with
+  no ceremony. In a mesh entered by JAX's old `with mesh:` it raises.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    if not _legacy_mesh().empty:
+      raise ValueError(
+        'a mesh entered by `with mesh:` would drop sharding constraints '
+        'silently; enter it by `with sharding.use_mesh(mesh):`.'
+      )
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
+
+
+def named(init, *names: str):
+  """An initialiser whose parameter carries logical axis names."""
+  return nn.with_logical_partitioning(init, names)
+
+
+def names_of(boxed):
+  """Tree of logical axis name tuples of a tree of boxed parameters.
+
+  Raises:
+    ValueError: a parameter carries no names.
+  """
+
+  def names(path, leaf):
+    if not isinstance(leaf, nn.LogicallyPartitioned):
+      raise ValueError(
+        f'parameter {jax.tree_util.keystr(path, simple=True, separator="/")} '
+        'has no axis names; wrap its initialiser in sharding.named.'
+      )
+    return leaf.names
+
+  return jax.tree_util.tree_map_with_path(names, boxed, is_leaf=_is_boxed)
+
+
+def shardings(boxed, mesh: Mesh):
+  """Shardings of a tree whose leaves are boxed, or unnamed and replicated."""
+
+  def sharding(path, leaf):
+    if not isinstance(leaf, nn.LogicallyPartitioned):
+      return NamedSharding(mesh, PartitionSpec())
+    what = jax.tree_util.keystr(path, simple=True, separator='/')
+    return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh, what))
+
+  return jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=_is_boxed)
+
+
+def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+  """Sharding of a batch: its first axis over the data shards."""
+  names = ('batch', *[None] * (len(shape) - 1))
+  return NamedSharding(mesh, spec(names, shape, mesh, 'batch'))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Whole on every device, so that every process can read it."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def _axes(value: MeshAxes) -> tuple[str, ...]:
+  return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _is_boxed(leaf) -> bool:
+  return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def _legacy_mesh():
+  from jax._src import mesh as internal  # JAX has no public way to ask this.
+
+  return internal.thread_resources.env.physical_mesh

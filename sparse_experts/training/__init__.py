@@ -1,0 +1,1 @@
+"""The runner: a thin loop on optax, orbax, clu and seqio."""

@@ -1,0 +1,276 @@
+"""Checkpoints: parameters, optimizer and data iterator, committed together.
+
+    MODEL_DIR/checkpoints/<step>/{params,optimizer,data}/
+
+Orbax writes a step beside its final name and renames it when it is complete,
+so a kill at any instant leaves the last complete step usable. The position in
+the data lies inside the step and is committed with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import linen as nn
+
+from sparse_experts.training.state import TrainState
+
+
+@dataclasses.dataclass
+class DataArgs(ocp.args.CheckpointArgs):
+  """The batches to save or restore; see `data.batches.Batches`.
+
+  Attributes:
+    batches: this process's stream of batches.
+    streams: those that this process writes.
+  """
+
+  batches: Any
+  streams: tuple[int, ...] = ()
+
+
+class DataHandler(ocp.CheckpointHandler):
+  """Writes the position in the data before the step is committed."""
+
+  def save(self, directory: epath.Path, args: DataArgs) -> None:
+    args.batches.save(directory, args.streams)
+
+  def restore(self, directory: epath.Path, args: DataArgs) -> None:
+    args.batches.restore(directory)
+
+
+class Checkpoints:
+  """The checkpoints of one run.
+
+  Saving is asynchronous: arrays are copied to the host, and written while
+  training goes on. `saved step N` on stderr means that step N is complete.
+  """
+
+  def __init__(self, model_dir: epath.PathLike, keep: int | None = 3):
+    """Opens MODEL_DIR/checkpoints, keeping the last `keep` steps (None: all).
+
+    Raises:
+      ValueError: the directory cannot be written.
+    """
+    self._step: int | None = None
+    directory = directory_of(model_dir)
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise ValueError(
+        f'MODEL_DIR {model_dir} cannot be written ({error.strerror}); choose '
+        'a directory that can, by --gin.MODEL_DIR.'
+      ) from error
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
+      for item in ('params', 'optimizer'):
+        registry.add(item, args, ocp.StandardCheckpointHandler)
+    registry.add('data', DataArgs, DataHandler)
+    self._manager = ocp.CheckpointManager(
+      directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        async_options=ocp.AsyncOptions(
+          post_finalization_callback=self._announce
+        ),
+      ),
+      handler_registry=registry,
+    )
+
+  def latest(self) -> int | None:
+    """The latest complete step, if any."""
+    return self._manager.latest_step()
+
+  def save(self, state: TrainState, data: DataArgs) -> None:
+    """Saves `state` and where its data stands."""
+    self._manager.wait_until_finished()
+    self._step = int(state.step)
+    self._manager.save(
+      self._step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        optimizer=ocp.args.StandardSave(_optimizer_item(state)),
+        data=data,
+      ),
+    )
+
+  def restore(
+    self, step: int, boxed: TrainState, placed: TrainState, data: DataArgs
+  ) -> TrainState:
+    """The state at `step`, every array where `placed` says, and its data.
+
+    Any mesh and any number of processes will do.
+
+    Raises:
+      ValueError: the checkpoint is of another architecture, or damaged.
+    """
+    target = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      nn.unbox(boxed),
+      placed,
+    )
+    path = self._manager.directory / str(step)
+    _check_same(path, 'params', target.params)
+    _check_same(path, 'optimizer', _optimizer_item(target))
+    restored = _damaged(path, self._manager.restore)(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(target.params),
+        optimizer=ocp.args.StandardRestore(_optimizer_item(target)),
+      ),
+    )
+    self._manager.restore(step, args=ocp.args.Composite(data=data))
+    return TrainState(params=restored.params, **restored.optimizer)
+
+  def close(self) -> None:
+    """Waits until what was saved is complete."""
+    self._manager.close()
+
+  def _announce(self) -> None:
+    print(f'saved step {self._step}', file=sys.stderr, flush=True)
+
+
+def directory_of(model_dir: epath.PathLike) -> epath.Path:
+  """Where the steps of a run lie."""
+  return epath.Path(model_dir).absolute() / 'checkpoints'
+
+
+def root_of(path: epath.PathLike) -> epath.Path:
+  """The MODEL_DIR of a path that `find` takes."""
+  path = epath.Path(path).absolute()
+  if path.name.isdigit() and path.parent.name == 'checkpoints':
+    return path.parent.parent
+  return path
+
+
+def find(path: epath.PathLike) -> tuple[epath.Path, int]:
+  """The step directory at `path`: itself one, or a MODEL_DIR's latest.
+
+  Raises:
+    FileNotFoundError: there is no complete step.
+  """
+  path = epath.Path(path).absolute()
+  if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path):
+    return path, int(path.name)
+  root = directory_of(path)
+  steps = ocp.utils.checkpoint_steps(root) if root.exists() else []
+  if not steps:
+    raise FileNotFoundError(
+      f'no complete checkpoint in {path}; give a MODEL_DIR that was trained in, '
+      'or one of its checkpoints/<step>.'
+    )
+  return root / str(max(steps)), max(steps)
+
+
+def load_params(
+  path: epath.PathLike, boxed: Any = None, placed: Any = None
+) -> tuple[Any, int]:
+  """The parameters of a checkpoint, and its step.
+
+  Args:
+    path: see `find`.
+    boxed, placed: shapes and shardings to restore to. Without, the arrays come
+      as the checkpoint has them, on the host.
+
+  Raises:
+    FileNotFoundError: no checkpoint. ValueError: of another architecture, or
+      damaged.
+  """
+  path, step = find(path)
+  checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+  restore = _damaged(path, checkpointer.restore)
+  if boxed is None:
+    metadata = _damaged(path, checkpointer.metadata)(path / 'params')
+    tree = metadata.item_metadata.tree
+    restore_args = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+    )
+    args = ocp.args.PyTreeRestore(restore_args=restore_args)
+  else:
+    target = nn.unbox(boxed)
+    _check_same(path, 'params', target)
+    args = ocp.args.PyTreeRestore(
+      target,
+      restore_args=jax.tree.map(
+        lambda leaf, sharding: ocp.ArrayRestoreArgs(
+          sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
+        ),
+        target,
+        placed,
+      ),
+    )
+  return restore(path / 'params', args=args), step
+
+
+def digest(params: Mapping[str, Any]) -> str:
+  """SHA-256 over names, shapes, dtypes and bytes of a tree of arrays."""
+  sha = hashlib.sha256()
+  for name, leaf in sorted(flatten(params).items()):
+    leaf = np.asarray(leaf)
+    sha.update(f'{name} {leaf.shape} {leaf.dtype}\n'.encode())
+    sha.update(np.ascontiguousarray(leaf).tobytes())
+  return sha.hexdigest()
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """Leaves by `a/b/c` path."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in leaves
+  }
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+  return {
+    'step': state.step,
+    'opt_state': state.opt_state,
+    'skipped': state.skipped,
+  }
+
+
+def _check_same(path: epath.Path, item: str, target: Any) -> None:
+  """Raises where the saved item's names or shapes are not the target's."""
+  metadata = _damaged(
+    path, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).metadata
+  )(path / item)
+  saved = {
+    name: tuple(leaf.shape)
+    for name, leaf in flatten(metadata.item_metadata.tree).items()
+  }
+  ours = {name: tuple(leaf.shape) for name, leaf in flatten(target).items()}
+  for name in sorted(saved.keys() | ours.keys()):
+    if saved.get(name) != ours.get(name):
+      raise ValueError(
+        f'checkpoint {path} is of another architecture: {item}/{name} is '
+        f'{saved.get(name, "absent")} there and {ours.get(name, "absent")} in '
+        'this model; use its own gin files, or another MODEL_DIR.'
+      )
+
+
+def _damaged(path: epath.Path, read):
+  """Turns whatever reading a damaged checkpoint raises into one line."""
+
+  @functools.wraps(read)
+  def wrapper(*args, **kwargs):
+    try:
+      return read(*args, **kwargs)
+    except Exception as error:
+      reason = str(error).strip().splitlines() or [type(error).__name__]
+      raise ValueError(
+        f'checkpoint {path} is damaged or incomplete ({reason[0][:200]}); '
+        'delete that step and continue from an earlier one.'
+      ) from error
+
+  return wrapper

@@ -1,0 +1,106 @@
+"""What a training run carries from step to step, created where it lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from sparse_experts import sharding
+from sparse_experts.arrays import Array
+from sparse_experts.models.model import Model
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Parameters, optimizer state and counters.
+
+  Attributes:
+    step: int32, steps taken, skipped ones too: the index of the next batch.
+    params: float32 parameters.
+    opt_state: the optimizer's.
+    skipped: int32, steps not applied because something was not finite.
+  """
+
+  step: Array
+  params: Any
+  opt_state: Any
+  skipped: Array
+
+
+def abstract(
+  model: Model,
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  make_optimizer: Callable[..., optax.GradientTransformation],
+) -> tuple[TrainState, optax.GradientTransformation]:
+  """Shapes and axis names of the state, and the optimizer. Costs no memory.
+
+  Args:
+    model: the model.
+    shapes: of a batch.
+    make_optimizer: (names) -> optimizer.
+
+  Returns:
+    A TrainState of `jax.ShapeDtypeStruct`, boxed where axes have names, and
+    the optimizer for these parameters.
+  """
+  params = jax.eval_shape(lambda key: model.init(key, shapes), _abstract_key())
+  optimizer = make_optimizer(sharding.names_of(params))
+  counter = jax.ShapeDtypeStruct((), jnp.int32)
+  state = TrainState(
+    step=counter,
+    params=params,
+    opt_state=jax.eval_shape(optimizer.init, params),
+    skipped=counter,
+  )
+  return state, optimizer
+
+
+def shardings(
+  boxed: TrainState,
+  mesh: Mesh,
+  optimizer_rules: Mapping[str, sharding.MeshAxes] | None = None,
+) -> TrainState:
+  """Where each array of the state lives.
+
+  Args:
+    boxed: from `abstract`.
+    mesh: the mesh.
+    optimizer_rules: override the rules for the optimizer state only: ZeRO-1 is
+      {'embed': 'data'} here, FSDP is that in the rules of `use_mesh`.
+  """
+  with sharding.use_rules(optimizer_rules or {}):
+    opt_state = sharding.shardings(boxed.opt_state, mesh)
+  placed = sharding.shardings(boxed.replace(opt_state=()), mesh)
+  return placed.replace(opt_state=opt_state)
+
+
+def create(
+  model: Model,
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  optimizer: optax.GradientTransformation,
+  placed: TrainState,
+  seed: int,
+) -> TrainState:
+  """The state at step 0, each array initialised on its own devices."""
+
+  def init(key):
+    params = nn.unbox(model.init(key, shapes))
+    return TrainState(
+      step=jnp.int32(0),
+      params=params,
+      opt_state=optimizer.init(params),
+      skipped=jnp.int32(0),
+    )
+
+  return jax.jit(init, out_shardings=placed)(jax.random.key(seed))
+
+
+def _abstract_key():
+  return jax.eval_shape(lambda: jax.random.key(0))

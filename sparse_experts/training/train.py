@@ -1,0 +1,275 @@
+"""Training: the loop, and nothing that has a meaning of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+
+from sparse_experts import sharding
+from sparse_experts.data.dataset import Dataset
+from sparse_experts.models.model import Model, summary
+from sparse_experts.training import checkpoints, global_batch, state, step
+from sparse_experts.training.preemption import Preemption
+from sparse_experts.training.progress import Progress
+from sparse_experts.training.writers import Writers
+
+
+def train(
+  model: Model,
+  model_dir: str,
+  dataset: Dataset,
+  train_steps: int,
+  *,
+  optimizer: Callable[..., optax.GradientTransformation],
+  learning_rate: optax.Schedule,
+  eval_dataset: Dataset | None = None,
+  mesh: Mapping[str, int] | None = None,
+  rules: Mapping[str, sharding.MeshAxes] | None = None,
+  optimizer_rules: Mapping[str, sharding.MeshAxes] | None = None,
+  microbatches: int = 1,
+  seed: int = 0,
+  checkpoint_period: int = 1000,
+  keep_checkpoints: int | None = 3,
+  eval_period: int = 1000,
+  log_period: int = 100,
+  max_skipped_in_a_row: int = 10,
+  profile: tuple[int, int] | None = None,
+  on_start: Callable[[epath.Path], None] | None = None,
+) -> dict[str, Any]:
+  """Trains to `train_steps`, from the latest checkpoint in `model_dir` if any.
+
+  The global batch and all randomness of a step are functions of seed and step:
+  stopping, resuming, and the number of processes change nothing.
+
+  Args:
+    model: the model.
+    model_dir: for checkpoints, metrics and TensorBoard; local or gs://.
+    dataset: what to train on.
+    train_steps: step to train to; no schedule reads it.
+    optimizer: (names, learning_rate=) -> optax optimizer, see `optimizers`.
+    learning_rate: step -> rate, see `schedules`.
+    eval_dataset: held-out data; its loss is taken before the first step, every
+      `eval_period` steps and at the end. None: no evaluation.
+    mesh: sizes of the axes 'data', 'expert', 'model', see `sharding.make_mesh`.
+    rules: overrides of `sharding.RULES`: FSDP is {'embed': 'data'}.
+    optimizer_rules: overrides for the optimizer state: ZeRO-1 likewise.
+    microbatches: parts a batch is run in, to save memory.
+    seed: of initialisation, dropout and jitter.
+    checkpoint_period: steps between checkpoints; the last step has one too.
+    keep_checkpoints: how many stay; None: all.
+    eval_period, log_period: steps.
+    max_skipped_in_a_row: a step with a loss or gradient that is not finite is
+      skipped and counted; so many in a row stop the run.
+    profile: (start, stop), steps to trace into MODEL_DIR/profile.
+    on_start: called with MODEL_DIR in process 0, once it exists.
+
+  Returns:
+    'step', 'train' and 'eval' metrics at the end, 'eval_before' at the first
+    step of this call, 'preempted'.
+
+  Raises:
+    ValueError: an argument, the data or the checkpoint does not fit the rest.
+    FloatingPointError: too many steps in a row were not finite.
+  """
+  for name, value in {
+    'train_steps': train_steps,
+    'checkpoint_period': checkpoint_period,
+    'eval_period': eval_period,
+    'log_period': log_period,
+    'microbatches': microbatches,
+  }.items():
+    if value < 1:
+      raise ValueError(f'{name} must be at least 1, got {value}.')
+  built_mesh = sharding.make_mesh(**(mesh or {}))
+  shards = sharding.data_shards(built_mesh)
+  if dataset.batch_size % (shards * microbatches):
+    raise ValueError(
+      f'batch_size={dataset.batch_size} does not divide over {shards} data '
+      f'shards (data x expert) x {microbatches} microbatches; make it a '
+      f'multiple of {shards * microbatches}, or change the mesh.'
+    )
+  with sharding.use_mesh(built_mesh, rules):
+    shapes = dataset.shapes(model.converter)
+    boxed, transformation = state.abstract(
+      model,
+      shapes,
+      functools.partial(optimizer, learning_rate=learning_rate),
+    )
+    placed = state.shardings(boxed, built_mesh, optimizer_rules)
+    dataset.check_vocabulary(model.module.embed.vocab_size)
+    feed = _Feed(model, dataset, built_mesh)
+    saver = checkpoints.Checkpoints(model_dir, keep_checkpoints)
+    writers, preemption = Writers(model_dir), Preemption()
+    if on_start is not None and jax.process_index() == 0:
+      on_start(epath.Path(model_dir))
+
+    start = saver.latest()
+    if start is None:
+      now = state.create(model, shapes, transformation, placed, seed)
+    else:
+      now = saver.restore(start, boxed, placed, feed.data_args)
+    start = start or 0
+
+    take_step = jax.jit(
+      functools.partial(
+        step.train_step,
+        model=model,
+        optimizer=transformation,
+        seed=seed,
+        microbatches=microbatches,
+        data_shards=shards,
+      ),
+      out_shardings=(placed, sharding.replicated(built_mesh)),
+      donate_argnums=0,
+    )
+    evaluate = None
+    if eval_dataset is not None:
+      evaluate = LossEvaluation(model, eval_dataset, built_mesh)
+    tokens = dataset.batch_size * sum(dataset.feature_lengths.values())
+    progress = Progress(start, train_steps, tokens)
+    if start:
+      progress.say(f'resumed at step {start}')
+    if start >= train_steps:
+      progress.say(f'TRAIN_STEPS={train_steps} are done; nothing left to train')
+
+    def held_out(at):
+      if evaluate is None:
+        return None
+      metrics = evaluate(now.params)
+      writers.write('eval', at, metrics)
+      progress.say(f'step {at}  held-out loss {metrics["loss"]:.4f} nats')
+      return metrics
+
+    eval_before = held_out(start)
+    eval_now, train_metrics, preempted = eval_before, None, False
+    sums, skipped, guard = None, None, _Guard(max_skipped_in_a_row)
+    try:
+      for i in range(start, train_steps):
+        if profile and i == profile[0]:
+          jax.profiler.start_trace(str(epath.Path(model_dir) / 'profile'))
+        now, new_sums = take_step(now, feed.next())
+        sums = new_sums if sums is None else _add(sums, new_sums)
+        # Looking at the step before keeps this one in flight.
+        guard.check(i, skipped)
+        skipped = new_sums['skipped']
+        done, last = i + 1, i + 1 == train_steps
+        progress.step(done)
+        if profile and done == profile[1]:
+          jax.block_until_ready(now)
+          jax.profiler.stop_trace()
+        if last or done % log_period == 0:
+          train_metrics = {
+            **summary(sums),
+            'gradient_norm': float(sums['gradient_norm'])
+            * microbatches
+            / float(sums['batches']),
+            'skipped': int(sums['skipped']),
+            'learning_rate': float(learning_rate(i)),
+          }
+          sums = None
+          train_metrics |= progress.report(done, train_metrics)
+          writers.write('train', done, train_metrics)
+        if last or done % eval_period == 0:
+          eval_now = held_out(done)
+        preempted = preemption.reached(done)
+        if last or preempted or done % checkpoint_period == 0:
+          guard.check(done, skipped)
+          skipped = None
+          saver.save(now, feed.data_args)
+        if preempted and not last:
+          progress.say(f'SIGTERM: stopping after step {done}')
+          break
+    finally:
+      saver.close()
+      writers.close()
+      progress.close()
+      preemption.close()
+    return {
+      'step': int(now.step),
+      'train': train_metrics,
+      'eval': eval_now,
+      'eval_before': eval_before,
+      'preempted': preempted,
+    }
+
+
+class LossEvaluation:
+  """The model's metrics on a dataset, at evaluation's capacity."""
+
+  def __init__(self, model: Model, dataset: Dataset, mesh: jax.sharding.Mesh):
+    dataset.check_vocabulary(model.module.embed.vocab_size)
+    self._model, self._dataset, self._mesh = model, dataset, mesh
+    self._step = jax.jit(
+      functools.partial(step.eval_step, model=model),
+      out_shardings=sharding.replicated(mesh),
+    )
+
+  def __call__(self, params) -> dict[str, Any]:
+    """Metrics over the dataset, see `models.model.summary`.
+
+    Raises:
+      ValueError: the dataset has no example.
+    """
+    sums = None
+    for batch in self._dataset.evaluation(self._model.converter):
+      batch = global_batch.place(batch, self._mesh, self._dataset.batch_size, 0)
+      new_sums = self._step(params, batch)
+      sums = new_sums if sums is None else _add(sums, new_sums)
+    if sums is None:
+      raise ValueError(
+        f'{self._dataset.mixture_or_task_name} has no example in split '
+        f'{self._dataset.split!r}; choose another split.'
+      )
+    return summary(sums)
+
+
+class _Feed:
+  """Global batches of a dataset on a mesh."""
+
+  def __init__(self, model: Model, dataset: Dataset, mesh: jax.sharding.Mesh):
+    self._mesh, self._batch_size = mesh, dataset.batch_size
+    process = jax.process_index()
+    rows = global_batch.rows_of_process(mesh, dataset.batch_size, process)
+    self._first_row = rows.start
+    batches = dataset.training(model.converter, rows)
+    self._batches = batches
+    self.data_args = checkpoints.DataArgs(
+      batches,
+      global_batch.streams_written(
+        mesh, dataset.batch_size, dataset.num_shards, process
+      ),
+    )
+
+  def next(self):
+    return global_batch.place(
+      next(self._batches), self._mesh, self._batch_size, self._first_row
+    )
+
+
+def _add(a, b):
+  return jax.tree.map(jnp.add, a, b)
+
+
+class _Guard:
+  """Stops a run that skips too many steps in a row."""
+
+  def __init__(self, limit: int):
+    self._limit, self._in_a_row = limit, 0
+
+  def check(self, step: int, skipped) -> None:
+    """Counts whether `step` was skipped (None: counted already)."""
+    if skipped is None:
+      return
+    self._in_a_row = self._in_a_row + 1 if int(skipped) else 0
+    if self._in_a_row >= self._limit:
+      raise FloatingPointError(
+        f'{self._limit} steps in a row up to step {step} had a loss or '
+        'gradient that is not finite; lower the learning rate, or continue '
+        'from an earlier checkpoint with another SEED.'
+      )

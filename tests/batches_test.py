@@ -1,0 +1,368 @@
+"""Tests of batches: what they are a function of, and that they resume."""
+
+import hashlib
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from sparse_experts.data import batches, corpus, objectives, vocabularies
+
+SPAN = {'inputs': 64, 'targets': 16}
+
+
+def _span_batches(**changes):
+  arguments = {
+    'task_name': 'docs_span_corruption',
+    'split': 'test',
+    'feature_lengths': SPAN,
+    'batch_size': 8,
+    'converter': 'encoder_decoder',
+    'seed': 0,
+  }
+  return batches.Batches(**arguments | changes)
+
+
+def _take(stream, count):
+  return [next(stream) for _ in range(count)]
+
+
+def _assert_equal(some, others):
+  assert len(some) == len(others)
+  for one, other in zip(some, others):
+    assert one.keys() == other.keys()
+    for name in one:
+      np.testing.assert_array_equal(one[name], other[name])
+
+
+def _differ(some, others):
+  return any(
+    (one['decoder_target_tokens'] != other['decoder_target_tokens']).any()
+    for one, other in zip(some, others)
+  )
+
+
+@pytest.mark.parametrize('pack', [True, False])
+@pytest.mark.parametrize(
+  'converter,task,lengths',
+  [
+    ('encoder_decoder', 'docs_domain', {'inputs': 32, 'targets': 8}),
+    ('decoder', 'docs_domain', {'inputs': 32, 'targets': 8}),
+    ('decoder', 'docs_lm', {'targets': 16}),
+  ],
+)
+def test_shapes_are_what_seqio_yields(converter, task, lengths, pack):
+  (batch,) = batches.eval_batches(
+    task, 'test', lengths, 2, converter, pack=pack, num_batches=1
+  )
+  assert {name: (rows.shape, rows.dtype) for name, rows in batch.items()} == {
+    name: (struct.shape, struct.dtype)
+    for name, struct in batches.shapes(converter, lengths, 2, pack).items()
+  }
+
+
+def test_shapes_refuses_unknown_converters_and_features():
+  with pytest.raises(ValueError, match="unknown converter 'encoder'"):
+    batches.shapes('encoder', {'targets': 8}, 2, False)
+  with pytest.raises(ValueError, match='takes lengths of'):
+    batches.shapes('encoder_decoder', {'targets': 8}, 2, False)
+
+
+def test_the_seed_decides_the_stream():
+  once, again = _take(_span_batches(), 3), _take(_span_batches(), 3)
+  _assert_equal(once, again)
+  assert _differ(once, _take(_span_batches(seed=1), 3))
+
+
+def test_epochs_have_the_same_documents_in_another_order():
+  stream = batches.Batches(
+    'docs_domain', 'test', {'inputs': 16, 'targets': 8}, 5, 'encoder_decoder',
+    seed=0, pack=False,
+  )  # fmt: skip
+  # The test split has a multiple of 5 documents only by luck: count rows.
+  count = sum(corpus.load().counts['test'].values())
+  rows = np.concatenate(
+    [b['encoder_input_tokens'] for b in _take(stream, 2 * count // 5 + 1)]
+  )
+  first, second = rows[:count].tolist(), rows[count : 2 * count].tolist()
+  assert first != second
+  # The buffer that separates chunks lets some documents cross the boundary.
+  assert len(set(map(tuple, first)) & set(map(tuple, second))) > 0.4 * count
+
+
+@pytest.mark.parametrize('drawn', [0, 3, 45])
+def test_resumed_batches_equal_uninterrupted_ones(drawn, tmp_path):
+  # The test split is some 220 batches of 8 x 71 tokens; 3 batches are within
+  # the shuffle buffer's first filling.
+  stream = _span_batches()
+  _take(stream, drawn)
+  stream.save(tmp_path)
+  # More than an epoch further on.
+  expected = _take(stream, 300)
+  resumed = _span_batches()
+  _take(resumed, 2)
+  resumed.restore(tmp_path)
+  _assert_equal(expected, _take(resumed, 300))
+
+
+def test_a_fresh_process_resumes(tmp_path):
+  def digest(stream):
+    tokens = [b['encoder_input_tokens'].tobytes() for b in _take(stream, 20)]
+    return hashlib.sha256(b''.join(tokens)).hexdigest()
+
+  stream = _span_batches()
+  _take(stream, 7)
+  stream.save(tmp_path)
+  script = f"""
+import hashlib
+from sparse_experts.data import batches
+stream = batches.Batches('docs_span_corruption', 'test', {SPAN}, 8,
+                         'encoder_decoder', seed=0)
+stream.restore({str(tmp_path)!r})
+tokens = [next(stream)['encoder_input_tokens'].tobytes() for _ in range(20)]
+print(hashlib.sha256(b''.join(tokens)).hexdigest())
+"""
+  root = str(pathlib.Path(batches.__file__).parents[2])
+  printed = subprocess.check_output(
+    [sys.executable, '-c', script],
+    env=batches.os.environ | {'PYTHONPATH': root},
+    text=True,
+  )
+  assert printed == digest(stream) + '\n'
+
+
+def test_mixtures_resume_too(tmp_path):
+  seqio.MixtureRegistry.add(
+    'docs_mixture', [('docs_domain', 1.0), ('docs_summary', 2.0)]
+  )
+
+  def open_mixture():
+    return batches.Batches(
+      'docs_mixture', 'test', SPAN, 4, 'encoder_decoder', seed=0
+    )
+
+  stream = open_mixture()
+  targets = np.concatenate(
+    [b['decoder_target_tokens'] for b in _take(stream, 10)]
+  )
+  assert len(np.unique(targets)) > 50
+  stream.save(tmp_path)
+  resumed = open_mixture()
+  resumed.restore(tmp_path)
+  _assert_equal(_take(stream, 30), _take(resumed, 30))
+  identity = json.loads((tmp_path / 'batches.json').read_text())
+  assert set(identity['corpus']) == {'docs_domain', 'docs_summary'}
+  seqio.MixtureRegistry.remove('docs_mixture')
+
+
+@pytest.mark.parametrize('num_shards', [1, 4])
+def test_processes_split_the_rows_of_the_same_batches(num_shards):
+  def draw(rows):
+    stream = _span_batches(rows=rows, num_shards=num_shards)
+    return _take(stream, 21), stream.streams
+
+  whole, opened = draw(slice(None))
+  assert opened == range(num_shards)
+  for processes in (2, 4):
+    size = 8 // processes
+    parts = [draw(slice(i * size, (i + 1) * size)) for i in range(processes)]
+    joined = [
+      {name: np.concatenate([p[name] for p in step]) for name in step[0]}
+      for step in zip(*(part for part, _ in parts))
+    ]
+    _assert_equal(whole, joined)
+    if num_shards == 4:
+      # A process opens only its own streams.
+      assert [len(opened) for _, opened in parts] == [
+        4 // processes
+      ] * processes
+
+
+def test_streams_have_documents_and_noise_of_their_own():
+  stream = _span_batches(
+    task_name='docs_domain',
+    feature_lengths={'inputs': 64, 'targets': 8},
+    num_shards=2,
+    pack=False,
+  )
+  # Less than an epoch of the 465 documents: no document on both sides.
+  rows = np.stack([b['encoder_input_tokens'] for b in _take(stream, 40)])
+  left = set(map(tuple, rows[:, :4].reshape(-1, 64).tolist()))
+  right = set(map(tuple, rows[:, 4:].reshape(-1, 64).tolist()))
+  assert len(left) > 100 and len(right) > 100
+  # Different documents may share their first 64 tokens.
+  assert len(left & right) < 10
+
+  corrupted = next(_span_batches(num_shards=2))['encoder_input_tokens'] > 8000
+  assert (corrupted[:4] != corrupted[4:]).any()
+
+
+def test_any_number_of_processes_may_continue(tmp_path):
+  halves = [
+    _span_batches(rows=rows, num_shards=4)
+    for rows in (slice(0, 4), slice(4, 8))
+  ]
+  for half in halves:
+    _take(half, 5)
+    half.save(tmp_path)
+  expected = [
+    {name: np.concatenate([left[name], right[name]]) for name in left}
+    for left, right in zip(*(_take(half, 10) for half in halves))
+  ]
+  whole = _span_batches(num_shards=4)
+  whole.restore(tmp_path)
+  _assert_equal(expected, _take(whole, 10))
+
+
+def test_a_stream_that_two_processes_open_is_written_by_one(tmp_path):
+  first = _span_batches(rows=slice(0, 6), num_shards=2)
+  second = _span_batches(rows=slice(6, 8), num_shards=2)
+  assert (first.streams, second.streams) == (range(2), range(1, 2))
+  first.save(tmp_path, streams=first.streams)
+  second.save(tmp_path, streams=[])
+  second.restore(tmp_path)
+  whole = _span_batches(num_shards=2)
+  np.testing.assert_array_equal(
+    next(second)['encoder_input_tokens'],
+    next(whole)['encoder_input_tokens'][6:],
+  )
+
+
+@pytest.mark.parametrize(
+  'change,message',
+  [
+    ({'seed': 1}, 'have seed 0, these have 1'),
+    ({'batch_size': 4}, 'have batch_size 8, these have 4'),
+    ({'split': 'validation'}, "have split 'test', these have 'validation'"),
+    ({'pack': False}, 'have pack True, these have False'),
+    ({'num_shards': 2}, 'have num_shards 1, these have 2'),
+    (
+      {'feature_lengths': {'inputs': 60, 'targets': 16}},
+      "have feature_lengths {'inputs': 64.*these have {'inputs': 60",
+    ),
+  ],
+)
+def test_restoring_another_stream_is_refused(change, message, saved):
+  with pytest.raises(ValueError, match=message):
+    _span_batches(**change).restore(saved)
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('saved')
+  _span_batches().save(directory)
+  return directory
+
+
+def test_restoring_with_another_corpus_is_refused(saved, tmp_path):
+  other = tmp_path / 'other'
+  shutil.copytree(saved, other)
+  identity = json.loads((other / 'batches.json').read_text())
+  assert identity['corpus'] == {'docs_span_corruption': corpus.load().digest}
+  identity['corpus'] = {'docs_span_corruption': 'another'}
+  (other / 'batches.json').write_text(json.dumps(identity))
+  with pytest.raises(ValueError, match="have corpus .*'another'"):
+    _span_batches().restore(other)
+
+
+def test_restoring_from_nowhere_is_an_error(tmp_path):
+  with pytest.raises(FileNotFoundError, match='no saved batches'):
+    _span_batches().restore(tmp_path)
+
+
+def test_saved_iterators_are_small(saved):
+  # The shuffle buffer holds 256 examples and packing up to a few batches of 64;
+  # the 465 documents (474 kB) are not part of it.
+  assert sum(file.stat().st_size for file in saved.iterdir()) < 400_000
+
+
+@pytest.mark.parametrize(
+  'change,message',
+  [
+    ({'num_shards': 3}, 'batch size 8 is no multiple of num_shards 3'),
+    ({'rows': slice(8, 12)}, 'rows must be a range of'),
+    ({'rows': slice(0, 8, 2)}, 'rows must be a range of'),
+    ({'split': 'dev'}, "has no split 'dev'; it has train, validation, test"),
+    ({'converter': 'encoder'}, "unknown converter 'encoder'"),
+    (
+      {'task_name': 'docs_lm'},
+      r"has the features \['targets'\], but lengths are given for",
+    ),
+    ({'task_name': 'docs_spam'}, 'unknown task'),
+  ],
+)
+def test_arguments_that_make_no_stream_are_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    _span_batches(**change)
+
+
+def test_more_streams_than_files_are_refused(tmp_path):
+  path = str(tmp_path / 'one.tfrecord')
+  with tf.io.TFRecordWriter(path) as writer:
+    example = tf.train.Example()
+    example.features.feature['text'].bytes_list.value.append(b'a text')
+    writer.write(example.SerializeToString())
+  seqio.TaskRegistry.add(
+    'one_file',
+    source=seqio.TFExampleDataSource(
+      {'train': path}, {'text': tf.io.FixedLenFeature([], tf.string)}
+    ),
+    preprocessors=objectives.from_text(objectives.lm),
+    output_features={'targets': seqio.Feature(vocabularies.byte())},
+    metric_fns=[],
+  )
+  with pytest.raises(ValueError, match='has 1 for .* num_shards is 2'):
+    batches.Batches(
+      'one_file', 'train', {'targets': 4}, 2, 'decoder', seed=0, num_shards=2
+    )
+  seqio.TaskRegistry.remove('one_file')
+
+
+def test_eval_batches_are_the_split_once_in_order_and_padded():
+  arguments = ('docs_domain', 'test', {'inputs': 16, 'targets': 8})
+  all_batches = list(batches.eval_batches(*arguments, 50, 'encoder_decoder'))
+  count = sum(corpus.load().counts['test'].values())
+  assert len(all_batches) == -(-count // 50)
+  assert all(len(b['encoder_input_tokens']) == 50 for b in all_batches)
+  targets = np.concatenate([b['decoder_target_tokens'] for b in all_batches])
+  weights = np.concatenate([b['decoder_loss_weights'] for b in all_batches])
+  assert not targets[count:].any() and not weights[count:].any()
+  domains = [
+    batches.decode_tokens('docs_domain', 'targets', row)
+    for row in targets[:count]
+  ]
+  assert domains == [f'{d["domain"]}</s>' for d in corpus.documents('test')]
+
+
+def test_eval_batches_repeat_exactly_and_stop():
+  def run():
+    return list(
+      batches.eval_batches(
+        'docs_span_corruption', 'test', SPAN, 4, 'encoder_decoder',
+        num_batches=3,
+      )
+    )  # fmt: skip
+
+  once = run()
+  assert len(once) == 3
+  _assert_equal(once, run())
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused():
+  assert batches.vocabulary_size('docs_domain') == 8100
+  batches.check_vocabulary('docs_domain', 8100)
+  with pytest.raises(ValueError, match='8100 token ids.*only 8099'):
+    batches.check_vocabulary('docs_domain', 8099)
+
+
+def test_decode_tokens_shows_sentinels_and_document_ends():
+  vocabulary = vocabularies.docs()
+  ids = [*vocabulary.encode('one'), 8099, 1, *vocabulary.encode('two'), 1, 0, 0]
+  text = batches.decode_tokens('docs_lm', 'targets', np.array(ids))
+  assert text == 'one <extra_id_0></s>two</s>'
