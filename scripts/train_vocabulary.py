@@ -4,8 +4,8 @@
 
 OUTPUT is sparse_experts/data/assets/docs_8k.model unless given. Ids mean
 nothing without their vocabulary: retrain under a new name, or every checkpoint
-is lost. Takes less than a minute; the same corpus gives the same file. Made from the
-training split only.
+is lost. Takes less than a minute; the same corpus gives the same file. Made
+from the training split only.
 
 Docstrings are laid out by newlines and indentation, which the usual
 normalisation (NFKC, runs of spaces merged, newlines to spaces) destroys, and a

@@ -20,7 +20,7 @@ COMMANDS = {
   'list': 'name recipes, tasks and routers',
 }
 
-EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
+EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,10 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line, as the commands do."""
+
+  def error(self, message: str):
+    self.exit(2, f'error: {message}; --help lists commands and flags.\n')
+
+
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     prog='python -m sparse_experts',
     description='Sparse expert models in JAX and Flax.',
+    allow_abbrev=False,  # --gin.N would be short for --gin.NAME.
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog='commands:\n'
     + '\n'.join(f'  {name:10}{text}' for name, text in COMMANDS.items())
@@ -183,7 +191,7 @@ def _evaluate(args, bindings) -> None:
     return _print_json(_plain(results))
   rows = {
     **report.scalars(results['metrics']),
-    **results['task_metrics'],
+    **{f'task/{k}': v for k, v in results['task_metrics'].items()},
   }
   factor = results['capacity_factor']
   print(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib.util  # noqa: F401  gin forgets it and needs it.
+import inspect
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -55,10 +56,16 @@ def parse(
       )
     _one_line(gin.parse_config_file, file)
   for binding in bindings:
-    name, _, value = binding.partition('=')
+    name, _, text = binding.partition('=')
     if '.' not in name:
       _check_macro(name)
-    _one_line(gin.parse_config, f'{name} = {_literal(value)}')
+    _override(name, text)
+  missing = _required_macros() - _macros()
+  if missing:
+    raise ValueError(
+      f'the gin files require {", ".join(sorted(missing))}; give each by '
+      '--gin.NAME=VALUE, or add a file that defines it.'
+    )
   _one_line(gin.finalize)
 
 
@@ -86,15 +93,23 @@ def bound(function):
   """`function` with the arguments the files bind.
 
   Raises:
-    ValueError: they bind none.
+    ValueError: they do not bind all that it needs.
   """
   try:
-    return gin.get_configurable(function)
-  except ValueError as error:
+    given = gin.get_bindings(function, resolve_references=False)
+  except ValueError:  # No file imports its module.
+    given = {}
+  missing = [
+    name
+    for name, parameter in inspect.signature(function).parameters.items()
+    if parameter.default is parameter.empty and name not in given
+  ]
+  if missing:
     raise ValueError(
-      f'the gin files say nothing about {function.__name__}; add '
-      f'--gin_file=gin/runs/{function.__name__}.gin.'
-    ) from error
+      f'the gin files give {function.__name__} no {", ".join(missing)}; add a '
+      'file that does, such as --gin_file=gin/runs/default.gin.'
+    )
+  return gin.get_configurable(function)
 
 
 def operative() -> str:
@@ -122,15 +137,18 @@ def _macros() -> set[str]:
   }
 
 
-def _check_macro(name: str) -> None:
-  """Raises where `name` is a macro that no file defines or requires."""
-  required = {
+def _required_macros() -> set[str]:
+  return {
     reference.scoped_selector.rpartition('/')[0]
     for reference in gin.config.iterate_references(
-      gin.config._CONFIG, to=gin.config.macro
+      gin.config._CONFIG, to=gin.get_configurable(gin.config.macro)
     )
   }
-  known = _macros() | required
+
+
+def _check_macro(name: str) -> None:
+  """Raises where `name` is a macro that no file defines or requires."""
+  known = _macros() | _required_macros()
   if name not in known:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f'did you mean {near[0]}? ' if near else ''
@@ -140,13 +158,20 @@ def _check_macro(name: str) -> None:
     )
 
 
-def _literal(value: str) -> str:
-  """`value` as it is if gin can read it, otherwise as a string.
+def _override(name: str, text: str) -> None:
+  """Binds `name` to what gin reads in `text`, otherwise to the text itself.
 
   A shell eats quotes, so --gin.MODEL_DIR=/tmp/run means '/tmp/run'.
   """
   try:
-    gin.config.parse_value(value)
-  except Exception:
-    return repr(value)
-  return value
+    gin.parse_config(f'{name} = {text}')
+  except Exception as error:
+    if not text.startswith('@'):
+      now = gin.config._CONFIG.get((name, 'gin.macro'), {}).get('value')
+      if now is not None and not isinstance(now, str):
+        raise ValueError(
+          f'--gin.{name}={text} is text, but the gin files have {name} = '
+          f'{now!r}; give a value of that kind.'
+        ) from error
+      text = repr(text)
+    _one_line(gin.parse_config, f'{name} = {text}')

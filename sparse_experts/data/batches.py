@@ -97,6 +97,11 @@ class Batches(Iterator[Batch]):
   Epochs follow one another without end, each in another order and with fresh
   noise. What it yields depends on the arguments only, not on the machine.
 
+  Attributes:
+    identity: what the global stream is a function of, with the digests of
+      embedded corpora; must be the same in all processes of a run.
+    streams: those that this process has open.
+
   >>> batches = Batches('docs_lm', 'train', {'targets': 32}, batch_size=4,
   ...                   converter='decoder', seed=0)
   >>> next(batches)['decoder_target_tokens'].shape
@@ -140,7 +145,7 @@ class Batches(Iterator[Batch]):
     """
     task = tasks.find(task_name, modules)
     self.streams = streams(rows, batch_size, num_shards)
-    self._identity = {
+    self.identity = {
       'task': task_name,
       'split': split,
       'feature_lengths': dict(feature_lengths),
@@ -198,7 +203,7 @@ class Batches(Iterator[Batch]):
     for i in self.streams if streams is None else streams:
       self._checkpoint(i).write(self._prefix(directory, i))
       if i == 0:
-        description = self._identity | {'batches_drawn': self._drawn}
+        description = self.identity | {'batches_drawn': self._drawn}
         text = json.dumps(description, indent=2)
         (directory / 'batches.json').write_text(text)
 
@@ -209,15 +214,22 @@ class Batches(Iterator[Batch]):
 
     Raises:
       FileNotFoundError: nothing was saved there.
-      ValueError: what was saved is another stream of data than this one.
+      ValueError: what was saved is another stream of data than this one, or
+        batches have been drawn from this one already.
     """
+    if self._drawn:
+      # tf.data does not rewind its seeds.
+      raise ValueError(
+        f'batches are restored before the first is drawn, not after '
+        f'{self._drawn}: make new ones and restore these'
+      )
     directory = epath.Path(directory)
     file = directory / 'batches.json'
     if not file.exists():
       raise FileNotFoundError(f'no saved batches: {file} does not exist')
     saved = json.loads(file.read_text())
     drawn = saved.pop('batches_drawn')
-    for key, ours in self._identity.items():
+    for key, ours in self.identity.items():
       if saved[key] != ours:
         raise ValueError(
           f'the batches saved in {directory} have {key} {saved[key]!r}, these '
@@ -233,7 +245,7 @@ class Batches(Iterator[Batch]):
     return tf.train.Checkpoint(iterator=self._iterators[stream])
 
   def _prefix(self, directory: epath.Path, stream: int) -> str:
-    num_shards = self._identity['num_shards']
+    num_shards = self.identity['num_shards']
     return os.fspath(directory / f'stream-{stream:05}-of-{num_shards:05}')
 
 
@@ -399,9 +411,9 @@ def _digests(task) -> dict[str, str]:
   """Digests of the data of those tasks whose source declares one."""
   import seqio
 
-  sources = {t.name: t.source for t in seqio.get_subtasks(task)}
   return {
-    name: source.digest
-    for name, source in sources.items()
-    if hasattr(source, 'digest')
+    subtask.name: subtask.source.digest
+    for subtask in seqio.get_subtasks(task)
+    # `seqio.DataSource` has none: a source that can tell declares one.
+    if hasattr(type(subtask.source), 'digest')
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 
 _ROUNDING = {'floor': math.floor, 'round': round, 'ceil': math.ceil}
 
@@ -49,7 +50,7 @@ class CapacityRule:
         f'capacity_factor must be above 0, got {factor}; None drops nothing.'
       )
     choices = tokens * (k if self.per_choice else 1)
-    slots = max(
-      _ROUNDING[self.rounding](factor * choices / num_experts), self.minimum
-    )
+    # The factor as written: in floats 1.1 * 100 / 10 is more than 11.
+    share = Fraction(str(factor)) * choices / num_experts
+    slots = max(_ROUNDING[self.rounding](share), self.minimum)
     return min(slots, tokens) if self.clip else slots

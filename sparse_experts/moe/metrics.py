@@ -69,9 +69,11 @@ def summary(sums: Mapping[str, Array]) -> dict[str, float | np.ndarray]:
     'load_E': load_E,
     'gate_mass_E': sums['gate_mass_E'] / np.maximum(sums['kept_E'], 1),
     'imbalance': float(load_E.max() * load_E.size),
-    'dropped': float(1 - kept / max(chosen, 1)),
+    'dropped': float((chosen - kept) / max(chosen, 1)),
     'left_out': float(sums['left_out'] / tokens),
-    'padding': float(sums['padding'] / (sums['padding'] + tokens)),
+    'padding': float(
+      sums['padding'] / max(sums['padding'] + sums['tokens'], 1)
+    ),
     'dead': float((sums['chosen_E'] == 0).sum()),
     'fill': float(kept / max(sums['slots'], 1)) if sums['slots'] else 0.0,
     **{

@@ -75,9 +75,9 @@ def shardings(
     optimizer_rules: override the rules for the optimizer state only: ZeRO-1 is
       {'embed': 'data'} here, FSDP is that in the rules of `use_mesh`.
   """
+  placed = sharding.shardings(boxed.replace(opt_state=()), mesh)
   with sharding.use_rules(optimizer_rules or {}):
     opt_state = sharding.shardings(boxed.opt_state, mesh)
-  placed = sharding.shardings(boxed.replace(opt_state=()), mesh)
   return placed.replace(opt_state=opt_state)
 
 

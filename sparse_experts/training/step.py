@@ -76,7 +76,7 @@ def train_step(
     (grads, sums), _ = jax.lax.scan(accumulate, zeros, items)
     grads = jax.tree.map(lambda g: g / microbatches, grads)
 
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(sums['objective'])
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)

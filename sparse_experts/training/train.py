@@ -67,7 +67,7 @@ def train(
     max_skipped_in_a_row: a step with a loss or gradient that is not finite is
       skipped and counted; so many in a row stop the run.
     profile: (start, stop), steps to trace into MODEL_DIR/profile.
-    on_start: called with MODEL_DIR in process 0, once it exists.
+    on_start: called with MODEL_DIR in process 0, once the state is there.
 
   Returns:
     'step', 'train' and 'eval' metrics at the end, 'eval_before' at the first
@@ -79,13 +79,17 @@ def train(
   """
   for name, value in {
     'train_steps': train_steps,
+    'batch_size': dataset.batch_size,
     'checkpoint_period': checkpoint_period,
     'eval_period': eval_period,
     'log_period': log_period,
     'microbatches': microbatches,
+    'max_skipped_in_a_row': max_skipped_in_a_row,
   }.items():
-    if value < 1:
-      raise ValueError(f'{name} must be at least 1, got {value}.')
+    if not isinstance(value, int) or value < 1:
+      raise ValueError(
+        f'{name} must be a whole number, at least 1, got {value!r}.'
+      )
   built_mesh = sharding.make_mesh(**(mesh or {}))
   shards = sharding.data_shards(built_mesh)
   if dataset.batch_size % (shards * microbatches):
@@ -106,15 +110,14 @@ def train(
     feed = _Feed(model, dataset, built_mesh)
     saver = checkpoints.Checkpoints(model_dir, keep_checkpoints)
     writers, preemption = Writers(model_dir), Preemption()
-    if on_start is not None and jax.process_index() == 0:
-      on_start(epath.Path(model_dir))
-
     start = saver.latest()
     if start is None:
       now = state.create(model, shapes, transformation, placed, seed)
     else:
       now = saver.restore(start, boxed, placed, feed.data_args)
     start = start or 0
+    if on_start is not None and jax.process_index() == 0:
+      on_start(epath.Path(model_dir))
 
     take_step = jax.jit(
       functools.partial(

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 
 import seqio
 import tensorflow as tf
-from rouge_score import rouge_scorer
 
 from sparse_experts.data import corpus, objectives, vocabularies
 
@@ -33,17 +32,21 @@ class DocumentSource(seqio.DataSource):
   def __init__(self):
     super().__init__(corpus.SPLITS, caching_permitted=False)
 
+  @functools.cached_property
+  def _corpus(self) -> corpus.Corpus:
+    return corpus.load()
+
   @property
   def digest(self) -> str:
     """Identifies the data; see `corpus.Corpus`."""
-    return corpus.load().digest
+    return self._corpus.digest
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
     return True
 
   def list_shards(self, split: str) -> Sequence[str]:
-    return [os.fspath(corpus.load().files[split])]
+    return [os.fspath(self._corpus.files[split])]
 
   def get_dataset(
     self,
@@ -51,7 +54,7 @@ class DocumentSource(seqio.DataSource):
     shuffle: bool = True,
     seed: int | None = None,
     shard_info: seqio.ShardInfo | None = None,
-    **_,
+    **_,  # seqio's other arguments are for sources that cache.
   ) -> tf.data.Dataset:
     records = tf.data.TFRecordDataset(self.list_shards(split))
     columns = tf.io.parse_example(
@@ -69,6 +72,10 @@ class DocumentSource(seqio.DataSource):
     return order.map(
       lambda i: {k: v[i * num_shards + index] for k, v in columns.items()}
     )
+
+
+# One for all tasks: it looks for the cached corpus once.
+_SOURCE = DocumentSource()
 
 
 def _permutations(count: int, seed: int | None) -> tf.data.Dataset:
@@ -107,7 +114,7 @@ def add_docs_task(
   """
   return seqio.TaskRegistry.add(
     name,
-    source=DocumentSource(),
+    source=_SOURCE,
     preprocessors=preprocessors,
     output_features={f: seqio.Feature(vocabulary) for f in features},
     metric_fns=metric_fns,
@@ -164,6 +171,9 @@ def rouge(
   >>> rouge(['a fast sort'], ['a fast sort'])
   {'rouge1': 100.0, 'rouge2': 100.0, 'rougeL': 100.0}
   """
+  # Slow to import, and only an evaluation needs it.
+  from rouge_score import rouge_scorer
+
   kinds = ['rouge1', 'rouge2', 'rougeL']
   scorer = rouge_scorer.RougeScorer(kinds)
   scores = [

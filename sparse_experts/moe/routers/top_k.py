@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.scipy.special import entr
 
 from sparse_experts import sharding
 from sparse_experts.arrays import Array, Aux
@@ -180,12 +181,16 @@ def route(
   if mask_GxS is not None:  # Whatever padding holds, NaN too, stays there.
     logits_GxSxE = jnp.where(mask_GxS[..., None], logits_GxSxE, 0)
   probs_GxSxE = jax.nn.softmax(logits_GxSxE)
-  gate_GxSxK, expert_GxSxK = jax.lax.top_k(probs_GxSxE, k)
+  expert_GxSxK = _largest(probs_GxSxE, k)
+  onehot_GxSxKxE = jax.nn.one_hot(expert_GxSxK, num_experts)
+  # One-hot rather than a lookup: the gradient is no scatter-add.
+  gate_GxSxK = (onehot_GxSxKxE * probs_GxSxE[:, :, None]).sum(-1)
   confidence_GxS = gate_GxSxK[..., 0]
-  counted_GxSxE = jax.nn.one_hot(
-    expert_GxSxK[..., :1] if balance_counts == 'first' else expert_GxSxK,
-    num_experts,
-  ).sum(2)
+  counted_GxSxE = (
+    onehot_GxSxKxE[:, :, 0]
+    if balance_counts == 'first'
+    else onehot_GxSxKxE.sum(2)
+  )
   if gates == 'chosen':
     gate_GxSxK /= gate_GxSxK.sum(-1, keepdims=True)
 
@@ -217,7 +222,8 @@ def route(
   # A masked position's logits are zeros here, so over positions it adds
   # (log E)^2, as it does in flaxformer.
   z_mask_GxS = real_GxS if losses_over == 'tokens' else None
-  entropy_GxS = -(probs_GxSxE * jax.nn.log_softmax(logits_GxSxE)).sum(-1)
+  # -p log p, 0 at p = 0, where its slope is infinite: no gradient enters.
+  entropy_GxS = entr(jax.lax.stop_gradient(probs_GxSxE)).sum(-1)
   return assignment, Aux(
     losses={
       'load_balance': balance,
@@ -230,22 +236,32 @@ def route(
   )
 
 
+def _largest(probs_GxSxE: Array, k: int) -> Array:
+  """Experts of the k largest probabilities of each token, int32 [G, S, K].
+
+  Not `jax.lax.top_k`, for which XLA gathers the operand from all devices.
+  """
+  experts = []
+  for _ in range(k):
+    expert_GxS = jnp.argmax(probs_GxSxE, -1).astype(jnp.int32)
+    experts.append(expert_GxS)
+    is_it_GxSxE = jax.nn.one_hot(expert_GxS, probs_GxSxE.shape[-1], dtype=bool)
+    probs_GxSxE = jnp.where(is_it_GxSxE, -1, probs_GxSxE)
+  return jnp.stack(experts, -1)
+
+
 def _taken(
   gate_GxSxK: Array, policy: str, threshold: float, rng: Array | None
 ) -> Array:
   """Which choices are taken, boolean [G, S, K]; the first always is."""
-  if policy == 'all':
+  if policy == 'all' or gate_GxSxK.shape[-1] == 1:
     return jnp.ones(gate_GxSxK.shape, bool)
   if policy == 'none':
     later_GxSxK = jnp.zeros(gate_GxSxK.shape, bool)
   elif policy == 'threshold':
     later_GxSxK = gate_GxSxK > threshold
   else:
-    draw_GxSxK = (
-      jax.random.uniform(rng, gate_GxSxK.shape)
-      if (rng is not None)
-      else jnp.zeros(gate_GxSxK.shape)
-    )
+    draw_GxSxK = jax.random.uniform(rng, gate_GxSxK.shape)
     later_GxSxK = gate_GxSxK > draw_GxSxK * threshold
   return later_GxSxK.at[..., 0].set(True)
 

@@ -1,0 +1,25 @@
+# Sourced by the other scripts: makes or updates the virtual environment and
+# sets VENV. PYTHON chooses the interpreter; an interpreter of another version
+# than that of .venv gets a folder of its own, .venv-3.12 say.
+# Usage: source scripts/environment.sh [EXTRA]
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=${PYTHON:-python3}
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+VERSION=$(version_of "$PYTHON")
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "error: Python 3.11 or newer is needed, $PYTHON is $VERSION; set PYTHON=python3.12, say." >&2
+  exit 2
+fi
+VENV=.venv
+if [ -x "$VENV/bin/python" ] && [ "$(version_of "$VENV/bin/python")" != "$VERSION" ]; then
+  VENV=.venv-$VERSION
+fi
+# What is installed is up to date when setup.py is older than the stamp.
+STAMP=$VENV/.installed${1:+-$1}
+if [ ! -e "$STAMP" ] || [ setup.py -nt "$STAMP" ]; then
+  echo "installing into $VENV (once; a few minutes)" >&2
+  [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+  "$VENV/bin/pip" install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
+  touch "$STAMP"
+fi

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs the test extra and runs the checks. Plain: the default run; --all
+# adds what is marked slow. Other arguments go to pytest.
+set -euo pipefail
+source "$(dirname "$0")/environment.sh" test
+marks=(-m 'not slow')
+if [ "${1:-}" = --all ]; then
+  marks=()
+  shift
+fi
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+exec "$VENV/bin/python" -m pytest "${marks[@]}" "$@"

@@ -1,0 +1,60 @@
+"""The command line for tests: in this process, and in others."""
+
+import contextlib
+import io
+import os
+import pathlib
+import subprocess
+import sys
+from typing import NamedTuple
+
+from sparse_experts import cli
+
+TESTS = pathlib.Path(__file__).resolve().parent
+TINY = f'--gin_file={TESTS / "tiny.gin"}'
+NO_EVALUATION = '--gin.train.train.eval_dataset=None'
+
+
+class Outcome(NamedTuple):
+  """What a user sees of a command that has ended."""
+
+  code: int
+  stdout: str
+  stderr: str
+
+
+def run(*arguments: str) -> Outcome:
+  """Runs a command in this process; fast, but shares its libraries' state."""
+  stdout, stderr = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+    code = cli.main(arguments)
+  return Outcome(code, stdout.getvalue(), stderr.getvalue())
+
+
+def train(model_dir, *arguments: str) -> Outcome:
+  """Trains the tiny model, without evaluation."""
+  outcome = run(
+    'train', TINY, f'--gin.MODEL_DIR={model_dir}', NO_EVALUATION, *arguments
+  )
+  assert outcome.code == 0, outcome.stderr
+  return outcome
+
+
+def start(*arguments: str, devices: int = 8, **options) -> subprocess.Popen:
+  """Starts Python with arguments in a process of its own."""
+  return subprocess.Popen(
+    [sys.executable, *arguments],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**os.environ, **environment(devices)},
+    **options,
+  )
+
+
+def environment(devices: int) -> dict[str, str]:
+  """What another process needs to find the package and have fake devices."""
+  return {
+    'PYTHONPATH': f'{TESTS.parent}:{TESTS}',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+  }

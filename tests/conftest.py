@@ -1,0 +1,33 @@
+"""Every test: 8 fake devices, strict shapes, compiled programs kept."""
+
+import os
+import pathlib
+
+# Before JAX is imported. Subprocesses inherit it.
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+).strip()
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+CACHE = pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'jax'
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Compiling dominates the tests, which look at numbers and not at speed: compile
+# without optimisation, and keep programs between runs and processes.
+jax.config.update('jax_disable_most_optimizations', True)
+jax.config.update('jax_compilation_cache_dir', str(CACHE))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(CACHE)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+
+
+@pytest.fixture
+def key():
+  """A random key."""
+  return jax.random.key(0)

@@ -1,0 +1,357 @@
+"""Models: scan, remat and microbatches change nothing; decoding is exact."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_models
+from flax import linen as nn
+
+from sparse_experts.models import layout
+from sparse_experts.models.model import summary
+from sparse_experts.sharding import names_of
+from sparse_experts.training import optimizers, state, step
+
+
+def close(a, b, rtol=2e-5, atol=2e-6):
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), a, b
+  )
+
+
+def loss_and_grads(model, params, batch):
+  def loss(params):
+    return model.loss(params, batch, train=True, rng=jax.random.key(1))
+
+  (value, sums), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  return value, sums, grads
+
+
+def rolled(params, kinds):
+  return {
+    name: layout.roll(part, kinds) if name in ('encoder', 'decoder') else part
+    for name, part in params.items()
+  }
+
+
+KINDS = layout.is_sparse(4, 2)
+
+
+@pytest.fixture(scope='module')
+def plain():
+  """An encoder-decoder, its batch, parameters, loss and gradients."""
+  model = tiny_models.make_model()
+  batch = tiny_models.make_batch()
+  params = tiny_models.make_params(model, batch)
+  return model, batch, params, loss_and_grads(model, params, batch)
+
+
+@pytest.mark.parametrize('remat', ['none', 'full', 'dots'])
+def test_scan_and_remat_change_nothing(plain, remat):
+  _, batch, params, (loss, sums, grads) = plain
+  model = tiny_models.make_model(scan=True, remat=remat)
+  scanned = loss_and_grads(model, rolled(params, KINDS), batch)
+  close(scanned[0], loss)
+  close(scanned[1], sums)
+  close(scanned[2], rolled(grads, KINDS))
+  # Aux passed through the scan: every sparse layer reports.
+  assert set(scanned[1]['layers']) == {
+    f'{stack}/layers_{i}' for stack in ('encoder', 'decoder') for i in (1, 3)
+  }
+  # Its gradient too: the balance loss reaches each router.
+  routers = scanned[2]['encoder']['period']['layers_1']['moe']['router']
+  assert (np.abs(routers['kernel']).max((1, 2)) > 0).all()
+
+
+@pytest.mark.parametrize('optimizer', ['adafactor', 'adam'])
+def test_one_optimizer_step_is_equal_for_scan_and_no_scan(plain, optimizer):
+  _, batch, params, (_, _, grads) = plain
+
+  def take_step(scan, params, grads):
+    model = tiny_models.make_model(scan=scan)
+    make = functools.partial(getattr(optimizers, optimizer), learning_rate=0.1)
+    _, transformation = state.abstract(model, batch, make)
+    updates, _ = jax.jit(transformation.update)(
+      grads, transformation.init(params), params
+    )
+    return updates
+
+  expected = rolled(take_step(False, params, grads), KINDS)
+  actual = take_step(True, rolled(params, KINDS), rolled(grads, KINDS))
+  close(actual, expected, rtol=1e-5, atol=1e-8)
+  assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(actual)) > 0
+
+
+def test_roll_and_unroll_are_inverse(plain):
+  params = plain[2]['encoder']
+  restored = layout.unroll(layout.roll(params, KINDS), KINDS)
+  assert jax.tree.structure(restored) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, restored, params)
+
+
+def test_scan_without_a_period_is_an_error():
+  model = tiny_models.make_model(scan=True, layers=2, sparse_layers=(1,))
+  with pytest.raises(ValueError, match='needs a period that repeats.*ds'):
+    jax.eval_shape(lambda: model.init(jax.random.key(0), tiny_models.make_batch()))
+
+
+@pytest.mark.parametrize(
+  'kinds, expected',
+  [
+    ('dsdsds', (0, 2, 3)),
+    ('dddd', (0, 1, 4)),
+    ('xdddy', (1, 1, 3)),
+    # Two ways to compile 5 of 8: the shorter period, one block, wins.
+    ('dddsddds', (0, 4, 2)),
+    ('xdsdsy', (1, 2, 2)),
+  ],
+)
+def test_period(kinds, expected):
+  prefix, period, repeats = expected
+  assert layout.split_period(kinds) == expected
+  unit = kinds[prefix : prefix + period]
+  assert kinds[prefix : prefix + period * repeats] == unit * repeats
+
+
+@pytest.mark.parametrize('group_size', [None, 24])
+def test_microbatches_change_nothing(group_size):
+  # group_size 24: two sequences of 12 a group, so groups are whole in each
+  # half. Rows have different numbers of targets.
+  model = tiny_models.make_model(
+    layers=2, group_size=group_size, z_loss=1e-2, capacity_factor_train=0.5
+  )
+  batch = tiny_models.make_batch(inputs=12, targets=12)
+  params = tiny_models.make_params(model, batch)
+  identity = optax.identity()  # An optimizer whose update is the gradient.
+
+  def gradients(microbatches):
+    before = state.TrainState(
+      jnp.int32(0), params, identity.init(params), jnp.int32(0)
+    )
+    after, sums = jax.jit(
+      functools.partial(
+        step.train_step,
+        model=model,
+        optimizer=identity,
+        seed=0,
+        microbatches=microbatches,
+      )
+    )(before, batch)
+    grads = jax.tree.map(jnp.subtract, after.params, params)
+    return grads, sums
+
+  (one, sums_one), (two, sums_two) = gradients(1), gradients(4)
+  close(two, one, rtol=1e-4, atol=1e-5)
+  summary_one, summary_two = summary(sums_one), summary(sums_two)
+  assert summary_one['layers']['encoder/layers_1']['dropped'] > 0
+  close(summary_two, summary_one, rtol=1e-5)
+  close(
+    sums_two['objective'] / 4, sums_one['objective'], rtol=1e-5
+  )
+
+
+FAMILIES = {
+  'encoder_decoder': dict(encoder=True),
+  'encoder_decoder_scanned': dict(encoder=True, scan=True),
+  'decoder': dict(encoder=False, k=2),
+  'decoder_scanned_own_bias': dict(encoder=False, scan=True, own_bias=True),
+  'sparse_dense': dict(encoder=True, layers=2, extra_mlp=True),
+  'dense': dict(encoder=True, layers=2, sparse_layers=0),
+}
+
+
+def exact(model, batch, params):
+  """Teacher-forced log-probabilities without capacity, [B, L, V]."""
+
+  def log_probs(params):
+    logits_BxLxV, _ = model.module.apply({'params': params}, batch)
+    return jax.nn.log_softmax(logits_BxLxV)
+
+  return jax.jit(log_probs)(params)
+
+
+def incremental(model, batch, params):
+  """The same, one token after the other through the cache."""
+  L = batch['decoder_input_tokens'].shape[1]
+
+  def log_probs(params):
+    logits_BxV, variables = model.module.apply(
+      {'params': params}, batch, L, method='start', mutable=['cache']
+    )
+
+    def take(cache, token_B):
+      logits_BxV, variables = model.module.apply(
+        {'params': params, 'cache': cache},
+        token_B,
+        method='step',
+        mutable=['cache'],
+      )
+      return variables['cache'], logits_BxV
+
+    tokens_LxB = batch['decoder_input_tokens'][:, 1:].T
+    _, rest_LxBxV = jax.lax.scan(take, variables['cache'], tokens_LxB)
+    logits_BxLxV = jnp.concatenate([logits_BxV[None], rest_LxBxV]).swapaxes(0, 1)
+    return jax.nn.log_softmax(logits_BxLxV)
+
+  return jax.jit(log_probs)(params)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_teacher_forced_equals_incremental(family):
+  arguments = FAMILIES[family]
+  model = tiny_models.make_model(**arguments)
+  batch = tiny_models.make_batch(encoder=arguments['encoder'])
+  params = tiny_models.make_params(model, batch)
+  real_BxL = np.asarray(batch['decoder_target_tokens'] > 0)
+  expected = np.asarray(exact(model, batch, params))
+  actual = np.asarray(incremental(model, batch, params))
+  np.testing.assert_allclose(actual[real_BxL], expected[real_BxL], atol=1e-5)
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+@pytest.mark.parametrize('encoder', [True, False])
+def test_a_sequence_alone_and_in_a_batch_decodes_alike(encoder, temperature):
+  model = tiny_models.make_model(encoder=encoder, layers=2)
+  batch = tiny_models.make_batch(encoder=encoder)
+  params = tiny_models.make_params(model, batch)
+  if not encoder:  # Prompts of different lengths.
+    prompt = jnp.arange(8)[None] < jnp.array([1, 2, 3, 4, 5, 6, 7, 8])[:, None]
+    batch['decoder_causal_attention'] = prompt.astype(jnp.int32)
+    batch['decoder_input_tokens'] *= prompt
+  keys = jax.random.split(jax.random.key(5), 8)
+  decode = jax.jit(
+    functools.partial(model.decode, max_tokens=6, temperature=temperature)
+  )
+  tokens, scores = decode(params, batch, keys)
+  assert len({tuple(row) for row in np.asarray(tokens)}) > 1
+  for i in (0, 3, 7):
+    row = {name: x[i : i + 1] for name, x in batch.items()}
+    alone, score = decode(params, row, keys[i : i + 1])
+    np.testing.assert_array_equal(alone[0], tokens[i])
+    np.testing.assert_allclose(score[0], scores[i], atol=1e-5)
+
+
+def test_decoded_score_is_the_score():
+  model = tiny_models.make_model(layers=2)
+  batch = tiny_models.make_batch()
+  params = tiny_models.make_params(model, batch)
+  keys = jax.random.split(jax.random.key(0), 8)
+  tokens, scores = jax.jit(functools.partial(model.decode, max_tokens=8))(
+    params, batch, keys
+  )
+  answer = {
+    'encoder_input_tokens': batch['encoder_input_tokens'],
+    'decoder_target_tokens': tokens,
+    'decoder_input_tokens': jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1],
+  }
+  np.testing.assert_allclose(
+    jax.jit(model.score)(params, answer), scores, atol=2e-5
+  )
+
+
+def test_the_encoder_sees_a_packed_example_as_if_alone():
+  model = tiny_models.make_model(layers=2)
+  one, two = (
+    {
+      name: x[:1]
+      for name, x in tiny_models.make_batch(seed=seed).items()
+    }
+    for seed in (1, 2)
+  )
+  packed = {}
+  for name in one:
+    packed[name] = jnp.concatenate([one[name], two[name]], axis=1)
+  for side, feature in (('encoder', 'input'), ('decoder', 'target')):
+    lengths = [x[f'{side}_{feature}_tokens'].shape[1] for x in (one, two)]
+    segments = np.repeat([1, 2], lengths)[None]
+    packed[f'{side}_segment_ids'] = jnp.asarray(
+      np.where(packed[f'{side}_{feature}_tokens'] > 0, segments, 0)
+    )
+  params = tiny_models.make_params(model, one)
+  score = jax.jit(model.score)
+  alone = score(params, one) + score(params, two)
+  np.testing.assert_allclose(score(params, packed), alone, rtol=1e-5)
+
+
+def test_dropout_is_for_training_only():
+  model = tiny_models.make_model(layers=2, dropout_rate=0.5)
+  batch = tiny_models.make_batch()
+  params = tiny_models.make_params(model, batch)
+
+  @functools.partial(jax.jit, static_argnames='train')
+  def loss(key, train):
+    return model.loss(params, batch, key, train=train)[0]
+
+  a, b = jax.random.split(jax.random.key(0))
+  assert loss(a, train=True) == loss(a, train=True) != loss(b, train=True)
+  assert loss(a, train=False) == loss(b, train=False)
+
+
+def test_bfloat16_activations_and_float32_parameters():
+  model = tiny_models.make_model(layers=2, dtype=jnp.bfloat16)
+  batch = tiny_models.make_batch()
+  params = tiny_models.make_params(model, batch)
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+  logits, _ = jax.eval_shape(
+    lambda: model.module.apply({'params': params}, batch)
+  )
+  assert logits.dtype == jnp.bfloat16
+  loss, _, grads = loss_and_grads(model, params, batch)
+  assert loss.dtype == jnp.float32 and np.isfinite(loss)
+  full = tiny_models.make_model(layers=2)
+  np.testing.assert_allclose(
+    loss, loss_and_grads(full, params, batch)[0], rtol=2e-2
+  )
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
+
+
+def test_prefix_sees_itself():
+  # Of a decoder with a bidirectional prefix, the first position's prediction
+  # depends on the prefix's last token; of a causal one it does not.
+  def first_logits(bidirectional, last_token):
+    model = tiny_models.make_model(encoder=False, layers=2)
+    module = model.module.clone(bidirectional_prefix=bidirectional)
+    batch = tiny_models.make_batch(encoder=False)
+    prefix = (jnp.arange(8)[None] < 4) * jnp.ones((8, 1), jnp.int32)
+    batch['decoder_causal_attention'] = prefix
+    params = tiny_models.make_params(model, batch)
+    batch['decoder_input_tokens'] = (
+      batch['decoder_input_tokens'].at[:, 3].set(last_token)
+    )
+    return module.apply({'params': params}, batch)[0][:, 0]
+
+  np.testing.assert_array_equal(first_logits(False, 5), first_logits(False, 6))
+  assert np.abs(first_logits(True, 5) - first_logits(True, 6)).max() > 1e-3
+
+
+def test_layer_reduction_and_weights():
+  # Two sparse layers a stack: the sum over layers is four times their mean.
+  batch = tiny_models.make_batch()
+  values = {}
+  for reduction in ('sum', 'mean'):
+    model = tiny_models.make_model(layer_reduction=reduction)
+    params = tiny_models.make_params(model, batch)
+    _, sums = jax.jit(functools.partial(model.loss, train=False))(params, batch)
+    values[reduction] = sums['aux_losses']
+  close(values['sum'], jax.tree.map(lambda x: 4 * x, values['mean']))
+  with pytest.raises(ValueError, match=r"\['sinkhorn'\], which no router"):
+    bad = tiny_models.make_model()
+    object.__setattr__(bad, 'loss_weights', {'sinkhorn': 1.0})
+    jax.eval_shape(functools.partial(bad.loss, train=False), params, batch)
+
+
+def test_every_parameter_has_names():
+  model = tiny_models.make_model(scan=True, extra_mlp=True)
+  boxed = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), tiny_models.make_batch())
+  )
+  names = names_of(boxed)
+  ranks = jax.tree.map(lambda x: x.ndim, nn.unbox(boxed))
+  is_names = lambda x: isinstance(x, tuple)
+  lengths = jax.tree.map(len, names, is_leaf=is_names)
+  assert lengths == ranks
+  wi = names['decoder']['period']['layers_1']['moe']['expert']['wi']['kernel']
+  assert wi == ('layers', 'expert', 'embed', 'mlp')
