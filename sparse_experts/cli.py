@@ -126,6 +126,8 @@ def _prepare(args: argparse.Namespace) -> None:
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.ERROR)
+    # Orbax leaves reads behind where one fails; they fail later, out of reach.
+    sys.unraisablehook = lambda _: None
   import jax
 
   cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'

@@ -95,7 +95,9 @@ def test_roll_and_unroll_are_inverse(plain):
 def test_scan_without_a_period_is_an_error():
   model = tiny_models.make_model(scan=True, layers=2, sparse_layers=(1,))
   with pytest.raises(ValueError, match='needs a period that repeats.*ds'):
-    jax.eval_shape(lambda: model.init(jax.random.key(0), tiny_models.make_batch()))
+    jax.eval_shape(
+      lambda: model.init(jax.random.key(0), tiny_models.make_batch())
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,9 +150,7 @@ def test_microbatches_change_nothing(group_size):
   summary_one, summary_two = summary(sums_one), summary(sums_two)
   assert summary_one['layers']['encoder/layers_1']['dropped'] > 0
   close(summary_two, summary_one, rtol=1e-5)
-  close(
-    sums_two['objective'] / 4, sums_one['objective'], rtol=1e-5
-  )
+  close(sums_two['objective'] / 4, sums_one['objective'], rtol=1e-5)
 
 
 FAMILIES = {
@@ -193,7 +193,9 @@ def incremental(model, batch, params):
 
     tokens_LxB = batch['decoder_input_tokens'][:, 1:].T
     _, rest_LxBxV = jax.lax.scan(take, variables['cache'], tokens_LxB)
-    logits_BxLxV = jnp.concatenate([logits_BxV[None], rest_LxBxV]).swapaxes(0, 1)
+    logits_BxLxV = jnp.concatenate([logits_BxV[None], rest_LxBxV]).swapaxes(
+      0, 1
+    )
     return jax.nn.log_softmax(logits_BxLxV)
 
   return jax.jit(log_probs)(params)
@@ -255,10 +257,7 @@ def test_decoded_score_is_the_score():
 def test_the_encoder_sees_a_packed_example_as_if_alone():
   model = tiny_models.make_model(layers=2)
   one, two = (
-    {
-      name: x[:1]
-      for name, x in tiny_models.make_batch(seed=seed).items()
-    }
+    {name: x[:1] for name, x in tiny_models.make_batch(seed=seed).items()}
     for seed in (1, 2)
   )
   packed = {}
@@ -294,7 +293,9 @@ def test_bfloat16_activations_and_float32_parameters():
   model = tiny_models.make_model(layers=2, dtype=jnp.bfloat16)
   batch = tiny_models.make_batch()
   params = tiny_models.make_params(model, batch)
-  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
+    jnp.dtype('float32')
+  }
   logits, _ = jax.eval_shape(
     lambda: model.module.apply({'params': params}, batch)
   )

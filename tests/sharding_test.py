@@ -101,7 +101,9 @@ def test_dense_flops_fall_by_the_number_of_devices():
         lambda: mlp.init(jax.random.key(0), jnp.zeros((G, S, D)))['params']
       )
       params = jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        lambda leaf, s: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=s
+        ),
         nn.unbox(boxed),
         sharding.shardings(boxed, mesh),
       )
@@ -141,7 +143,8 @@ def take_step(model, batch, params, mesh, rules=None, optimizer_rules=None):
       placed,
     )
     batch = jax.device_put(
-      batch, {k: sharding.batch_sharding(mesh, x.shape) for k, x in batch.items()}
+      batch,
+      {k: sharding.batch_sharding(mesh, x.shape) for k, x in batch.items()},
     )
     after, sums = jax.jit(
       functools.partial(
@@ -209,7 +212,9 @@ def test_state_is_created_sharded_and_the_same_on_any_mesh():
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     with sharding.use_mesh(mesh):
       boxed, optimizer = state.abstract(
-        model, shapes, functools.partial(optimizers.adafactor, learning_rate=1.0)
+        model,
+        shapes,
+        functools.partial(optimizers.adafactor, learning_rate=1.0),
       )
       placed = state.shardings(boxed, mesh)
       created.append(state.create(model, shapes, optimizer, placed, seed=3))
@@ -227,7 +232,9 @@ def test_errors_name_rule_values_and_remedy():
   with sharding.use_mesh(mesh):
     with pytest.raises(ValueError, match="'wings' is in no rule"):
       sharding.constrain(jnp.zeros((8, 4)), 'batch', 'wings')
-    with pytest.raises(ValueError, match='size 6 does not divide.*multiple of 8'):
+    with pytest.raises(
+      ValueError, match='size 6 does not divide.*multiple of 8'
+    ):
       sharding.constrain(jnp.zeros((6, 4)), 'batch', None)
     with pytest.raises(ValueError, match='has shape'):
       sharding.constrain(jnp.zeros((8, 4)), 'batch')

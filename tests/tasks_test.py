@@ -103,6 +103,30 @@ def test_out_of_domain_targets_are_the_held_out_package_alone():
     assert corpus.OUT_OF_DOMAIN not in corpus.load().counts[split]
 
 
+def test_every_epoch_has_every_document_in_another_order():
+  def read(seed, shards):
+    """Two epochs of the test split, shard after shard."""
+    epochs = [[], []]
+    for i in range(shards):
+      dataset = docs.DocumentSource().get_dataset(
+        'test', seed=seed, shard_info=seqio.ShardInfo(i, shards)
+      )
+      texts = [
+        e['text'].decode() for e in dataset.repeat(2).as_numpy_iterator()
+      ]
+      epochs[0] += texts[: len(texts) // 2]
+      epochs[1] += texts[len(texts) // 2 :]
+    return epochs
+
+  documents = sorted(d['text'] for d in corpus.documents('test'))
+  for shards in (1, 3):
+    first, second = read(0, shards)
+    assert sorted(first) == sorted(second) == documents
+    assert first != documents and first != second
+  assert read(0, 1) == read(0, 1)
+  assert read(0, 1) != read(1, 1)
+
+
 def test_accuracy_counts_equal_strings():
   # Two of four.
   assert docs.accuracy(

@@ -37,7 +37,7 @@ class Model:
     capacity_factor_train, capacity_factor_eval: of sparse layers; None drops
       nothing. Decoding always drops nothing.
 
-  Example: see docs/architecture.md.
+  Example: docs/architecture.md builds and runs one; tests run that.
   """
 
   module: nn.Module

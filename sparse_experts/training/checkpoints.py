@@ -9,11 +9,11 @@ the data lies inside the step and is committed with it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -111,7 +111,8 @@ class Checkpoints:
     Any mesh and any number of processes will do.
 
     Raises:
-      ValueError: the checkpoint is of another architecture, or damaged.
+      ValueError: the checkpoint is of another architecture or other data, or
+        damaged.
     """
     target = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(
@@ -123,14 +124,16 @@ class Checkpoints:
     path = self._manager.directory / str(step)
     _check_same(path, 'params', target.params)
     _check_same(path, 'optimizer', _optimizer_item(target))
-    restored = _damaged(path, self._manager.restore)(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(target.params),
-        optimizer=ocp.args.StandardRestore(_optimizer_item(target)),
-      ),
-    )
-    self._manager.restore(step, args=ocp.args.Composite(data=data))
+    with _reading(path):
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(target.params),
+          optimizer=ocp.args.StandardRestore(_optimizer_item(target)),
+        ),
+      )
+    with _reading(path, checked=True):
+      self._manager.restore(step, args=ocp.args.Composite(data=data))
     return TrainState(params=restored.params, **restored.optimizer)
 
   def close(self) -> None:
@@ -188,13 +191,10 @@ def load_params(
       damaged.
   """
   path, step = find(path)
-  checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-  restore = _damaged(path, checkpointer.restore)
   if boxed is None:
-    metadata = _damaged(path, checkpointer.metadata)(path / 'params')
-    tree = metadata.item_metadata.tree
     restore_args = jax.tree.map(
-      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+      _saved_tree(path, 'params'),
     )
     args = ocp.args.PyTreeRestore(restore_args=restore_args)
   else:
@@ -210,7 +210,9 @@ def load_params(
         placed,
       ),
     )
-  return restore(path / 'params', args=args), step
+  checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+  with _reading(path):
+    return checkpointer.restore(path / 'params', args=args), step
 
 
 def digest(params: Mapping[str, Any]) -> str:
@@ -242,12 +244,9 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
 
 def _check_same(path: epath.Path, item: str, target: Any) -> None:
   """Raises where the saved item's names or shapes are not the target's."""
-  metadata = _damaged(
-    path, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).metadata
-  )(path / item)
   saved = {
     name: tuple(leaf.shape)
-    for name, leaf in flatten(metadata.item_metadata.tree).items()
+    for name, leaf in flatten(_saved_tree(path, item)).items()
   }
   ours = {name: tuple(leaf.shape) for name, leaf in flatten(target).items()}
   for name in sorted(saved.keys() | ours.keys()):
@@ -259,18 +258,31 @@ def _check_same(path: epath.Path, item: str, target: Any) -> None:
       )
 
 
-def _damaged(path: epath.Path, read):
-  """Turns whatever reading a damaged checkpoint raises into one line."""
+def _saved_tree(path: epath.Path, item: str) -> Any:
+  """Shapes and dtypes of a saved item."""
+  checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+  with _reading(path):
+    metadata = checkpointer.metadata(path / item).item_metadata
+    if metadata is None:
+      raise FileNotFoundError(f'{item} has no metadata')
+    return metadata.tree
 
-  @functools.wraps(read)
-  def wrapper(*args, **kwargs):
-    try:
-      return read(*args, **kwargs)
-    except Exception as error:
-      reason = str(error).strip().splitlines() or [type(error).__name__]
-      raise ValueError(
-        f'checkpoint {path} is damaged or incomplete ({reason[0][:200]}); '
-        'delete that step and continue from an earlier one.'
-      ) from error
 
-  return wrapper
+@contextlib.contextmanager
+def _reading(path: epath.Path, checked: bool = False) -> Iterator[None]:
+  """Turns whatever reading a damaged checkpoint raises into one line.
+
+  Args:
+    path: the step.
+    checked: a plain ValueError is the reader's own line about other data.
+  """
+  try:
+    yield
+  except Exception as error:
+    if checked and type(error) is ValueError:
+      raise
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    raise ValueError(
+      f'checkpoint {path} is damaged or incomplete ({reason[0][:200]}); '
+      'delete that step and continue from an earlier one.'
+    ) from error

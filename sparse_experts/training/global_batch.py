@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from sparse_experts.arrays import Array
@@ -41,6 +45,21 @@ def streams_written(
     for stream in range(num_shards)
     if process == min(p for p, held in readers.items() if stream in held)
   )
+
+
+def check_same_on_all_processes(identity: Mapping[str, Any]) -> None:
+  """Raises ValueError where processes would read different data.
+
+  Hosts with other versions of packages have another embedded corpus.
+  """
+  text = json.dumps(identity, sort_keys=True)
+  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+  digests = multihost_utils.process_allgather(digest)
+  if (digests.reshape(-1, digest.size) != digest).any():
+    raise ValueError(
+      f'processes would read different data; process {jax.process_index()} '
+      f'reads {text}; give all hosts the same files and package versions.'
+    )
 
 
 def place(

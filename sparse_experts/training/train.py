@@ -241,6 +241,7 @@ class _Feed:
     rows = global_batch.rows_of_process(mesh, dataset.batch_size, process)
     self._first_row = rows.start
     batches = dataset.training(model.converter, rows)
+    global_batch.check_same_on_all_processes(batches.identity)
     self._batches = batches
     self.data_args = checkpoints.DataArgs(
       batches,

@@ -1,0 +1,67 @@
+"""What README.md and docs/ show really runs, and what they name is there."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from sparse_experts.cli import COMMANDS
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [
+  ROOT / 'README.md',
+  ROOT / 'CONTRIBUTING.md',
+  *ROOT.glob('docs/**/*.md'),
+]
+
+
+def blocks(path):
+  return re.findall(r'```python\n(.*?)```', path.read_text(), re.DOTALL)
+
+
+def run(path):
+  names = {}
+  for block in blocks(path):
+    exec(compile(block, str(path), 'exec'), names)
+  return names
+
+
+def test_readme():
+  names = run(ROOT / 'README.md')
+  assert names['y_BxLxD'].shape == names['x_BxLxD'].shape
+  assert names['assignment'].expert_GxSxK.tolist() == [[[1, 2], [0, 1]]]
+  # Gates over the chosen: .6 / .9 and .3 / .9; .8 / .9 and .1 / .9.
+  np.testing.assert_allclose(
+    names['assignment'].gate_GxSxK[0],
+    [[2 / 3, 1 / 3], [8 / 9, 1 / 9]],
+    rtol=1e-5,
+  )
+  # Expert 1: token 0's first choice, then token 1's second.
+  assert names['assignment'].place_GxSxK.tolist() == [[[0, 0], [0, 1]]]
+  assert len(blocks(ROOT / 'README.md')[0].splitlines()) <= 12
+
+
+def test_architecture():
+  with jax.numpy_rank_promotion('raise'):
+    names = run(ROOT / 'docs/architecture.md')
+  assert names['answers_BxT'].shape == (4, 5)
+  assert np.isfinite(names['loss'])
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_links_and_paths_exist(page):
+  text = page.read_text()
+  for target in re.findall(r'\]\(([^)#]+)\)', text):
+    if not target.startswith('http'):
+      assert (page.parent / target).exists(), target
+  for path in re.findall(
+    r'`((?:gin|scripts|docs|tests|sparse_experts)/[a-z0-9_/.]+)`', text
+  ):
+    assert (ROOT / path).exists(), path
+
+
+def test_readme_names_every_command():
+  text = (ROOT / 'README.md').read_text()
+  assert all(f'sparse_experts {command}' in text for command in COMMANDS)

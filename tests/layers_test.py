@@ -1,0 +1,295 @@
+"""Layers against loops in numpy, and T5's buckets in integers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from sparse_experts.layers.attention import (
+  Attention,
+  RelativeBias,
+  relative_buckets,
+)
+from sparse_experts.layers.embed import TokenEmbed
+from sparse_experts.layers.linear import Linear
+from sparse_experts.layers.mlp import Mlp
+from sparse_experts.layers.norm import RMSNorm
+
+B, L, M, D, H, A, F, V = 2, 3, 5, 4, 2, 3, 6, 7
+KEY = jax.random.key(0)
+
+close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6)
+
+
+def normal(*shape, seed=0):
+  rng = np.random.default_rng([seed, *shape])
+  return rng.normal(size=shape).astype(np.float32)
+
+
+def test_rms_norm():
+  # x = (3, 4, 0, 0): mean square 25 / 4, root 2.5; (1.2, 1.6, 0, 0) times 1..4.
+  scale = {'params': {'scale': jnp.arange(1.0, 5.0)}}
+  x = jnp.array([[3.0, 4.0, 0.0, 0.0]])
+  close(RMSNorm().apply(scale, x), [[1.2, 3.2, 0, 0]])
+  # Epsilon is under the root: 25 / 4 + 2.75 = 9.
+  close(RMSNorm(epsilon=2.75).apply(scale, x), [[1, 8 / 3, 0, 0]])
+  # In bfloat16 a mean square of many would round; the sum is in float32.
+  low = RMSNorm().apply(
+    {'params': {'scale': jnp.ones(4)}}, x.astype('bfloat16')
+  )
+  assert low.dtype == jnp.bfloat16
+  close(low.astype(jnp.float32), [[1.2, 1.6, 0, 0]], rtol=4e-3)
+
+
+def test_linear_contracts_the_last_axes():
+  x = normal(B, L, H, A)
+  kernel = normal(H, A, D)
+  linear = Linear((D,), ('heads', 'kv', 'embed'), num_inputs=2)
+  y = linear.apply({'params': {'kernel': kernel}}, x)
+  close(y, x.reshape(B, L, -1) @ kernel.reshape(-1, D))
+
+
+def test_fan_in_counts_all_contracted_axes():
+  # 8 * 16 inputs: variance .5 / 128 of 128 * 64 entries, deviation 1.6%.
+  linear = Linear((64,), ('heads', 'kv', 'embed'), 2, init_scale=0.5)
+  params = linear.init(KEY, jnp.ones((1, 8, 16)))['params']
+  assert params['kernel'].names == ('heads', 'kv', 'embed')
+  close(params['kernel'].value.var() * 128, 0.5, rtol=0.08)
+
+
+@pytest.mark.parametrize('gated', [False, True])
+@pytest.mark.parametrize('activation', ['relu', 'gelu', 'gelu_exact', 'silu'])
+def test_mlp(activation, gated):
+  x = normal(L, D)
+  names = ('wi_0', 'wi_1') if gated else ('wi',)
+  weights = {name: normal(D, F, seed=i) for i, name in enumerate(names)}
+  weights['wo'] = normal(F, D)
+  params = {name: {'kernel': kernel} for name, kernel in weights.items()}
+  y = Mlp(F, activation=activation, gated=gated).apply({'params': params}, x)
+  close(y, [oracle.mlp(row, weights, activation) for row in x])
+
+
+def test_unknown_activations_are_named():
+  with pytest.raises(
+    ValueError,
+    match="activation must be one of relu, gelu, gelu_exact, silu, not 'swish'",
+  ):
+    Mlp(F, activation='swish').init(KEY, jnp.ones((L, D)))
+
+
+def test_dropout_drops_a_hidden_unit_at_all_positions():
+  # With one unit of ones and identity-like weights: rows are all 0 or all 2.
+  mlp = Mlp(1, dropout_rate=0.5)
+  params = {
+    'wi': {'kernel': jnp.ones((1, 1))},
+    'wo': {'kernel': jnp.ones((1, 1))},
+  }
+  x = jnp.ones((64, L, 1))
+  run = functools.partial(mlp.apply, {'params': params}, x)
+  y = run(deterministic=False, rngs={'dropout': KEY})
+  assert ((y == 0).all(1) | (y == 2).all(1)).all()
+  assert 16 <= (y[:, 0] == 0).sum() <= 48
+  assert (run() == 1).all()
+
+
+def attention_params():
+  kernels = {name: normal(D, H, A, seed=i) for i, name in enumerate('qkv')}
+  return {
+    'query': {'kernel': kernels['q']},
+    'key': {'kernel': kernels['k']},
+    'value': {'kernel': kernels['v']},
+    'out': {'kernel': normal(H, A, D)},
+  }
+
+
+def attend(params, x, memory, mask=None, bias=None):
+  """Attention of one sequence in loops."""
+  kernels = {name: np.float64(p['kernel']) for name, p in params.items()}
+  y = np.zeros((len(x), D))
+  for i in range(len(x)):
+    for h in range(H):
+      query = x[i] @ kernels['query'][:, h]
+      logits = np.array(
+        [
+          query @ (row @ kernels['key'][:, h])
+          + (0 if bias is None else bias[h, i, j])
+          for j, row in enumerate(memory)
+        ]
+      )
+      if mask is not None:
+        logits[~mask[i]] = -np.inf
+      for weight, row in zip(oracle.softmax(logits), memory):
+        value = row @ kernels['value'][:, h]
+        y[i] += weight * value @ kernels['out'][h]
+  return y
+
+
+ATTENTION = Attention(num_heads=H, head_width=A)
+
+
+@pytest.mark.parametrize('bias_rows', [None, 1, B])
+@pytest.mark.parametrize('masked', [False, True])
+def test_attention(masked, bias_rows):
+  params, x, memory = attention_params(), normal(B, L, D), normal(B, M, D)
+  mask = bias = None
+  if masked:
+    mask = (
+      np.arange(M) <= np.arange(L)[:, None] + np.array([0, 1])[:, None, None]
+    )
+  if bias_rows:
+    bias = normal(bias_rows, H, L, M)
+  y = ATTENTION.apply(
+    {'params': params}, x, memory, mask_BxLxM=mask, bias_1xHxLxM=bias
+  )
+  for b in range(B):
+    expected = attend(
+      params,
+      x[b],
+      memory[b],
+      None if mask is None else mask[b],
+      None if bias is None else bias[b % bias_rows],
+    )
+    close(y[b], expected)
+
+
+def test_attention_starts_with_unit_logits_unscaled():
+  # T5 divides no logits by sqrt(A): the query's kernel starts with variance
+  # 1 / (D A), the key's with 1 / D, deviation 1.6% of 8192 entries.
+  attention = Attention(num_heads=8, head_width=16)
+  x = jnp.ones((1, 2, 64))
+  params = jax.jit(attention.init)(KEY, x, x)['params']
+  for name, fan_in in [('query', 64 * 16), ('key', 64), ('out', 8 * 16)]:
+    close(params[name]['kernel'].value.var() * fan_in, 1, rtol=0.08)
+
+
+def test_a_filled_and_extended_cache_is_full_attention():
+  # Rows of different length: row 0 has two tokens in the cache, row 1 three;
+  # then two more each, one at a time.
+  params, x = attention_params(), normal(B, M, D)
+  lengths = np.array([2, 3])
+  bias = normal(1, H, M, M)
+  causal = np.tril(np.ones((M, M), bool))
+  full = ATTENTION.apply(
+    {'params': params},
+    x,
+    x,
+    mask_BxLxM=np.broadcast_to(causal, (B, M, M)),
+    bias_1xHxLxM=bias,
+  )
+  y, cache = ATTENTION.apply(
+    {'params': params},
+    x[:, :3],
+    x[:, :3],
+    mask_BxLxM=np.broadcast_to(causal[:3, :3], (B, 3, 3)),
+    bias_1xHxLxM=bias[:, :, :3, :3],
+    cache='fill',
+    cache_length=M,
+    mutable=['cache'],
+  )
+  close(y, full[:, :3])
+  for step in range(2):
+    positions = lengths + step
+    rows = np.arange(B)
+    new = x[rows, positions][:, None]
+    y, cache = ATTENTION.apply(
+      {'params': params, **cache},
+      new,
+      new,
+      mask_BxLxM=causal[positions][:, None],
+      bias_1xHxLxM=np.stack([bias[0][:, p : p + 1] for p in positions]),
+      cache='extend',
+      positions_B=jnp.asarray(positions),
+      mutable=['cache'],
+    )
+    close(y[:, 0], full[rows, positions])
+
+
+def test_a_read_cache_is_attention_to_its_memory():
+  params, x, memory = attention_params(), normal(B, L, D), normal(B, M, D)
+  filled, cache = ATTENTION.apply(
+    {'params': params},
+    x,
+    memory,
+    cache='fill',
+    cache_length=M,
+    mutable=['cache'],
+  )
+  read = ATTENTION.apply({'params': params, **cache}, x, None, cache='read')
+  close(read, filled)
+  close(filled, [attend(params, *row) for row in zip(x, memory)])
+
+
+@pytest.mark.parametrize(
+  'bidirectional, num_buckets, max_distance',
+  [(True, 32, 128), (False, 32, 128), (False, 8, 16)],
+)
+def test_buckets_are_those_of_t5(bidirectional, num_buckets, max_distance):
+  # T5: the first half of a direction's n buckets hold a distance d each; then
+  # bucket e + floor(log(d / e) / log(m / e) * (n - e)), e = n // 2, m the
+  # largest distance. It is e + j or more if and only if
+  # d / e >= (m / e)^(j / (n - e)), or d^(n-e) e^j >= e^(n-e) m^j in integers.
+  def bucket(distance):
+    n, first = num_buckets, 0
+    if bidirectional:
+      n //= 2
+      first = n if distance > 0 else 0
+      d = abs(distance)
+    else:
+      d = max(-distance, 0)
+    e = n // 2
+    if d < e:
+      return first + d
+    over = [
+      j
+      for j in range(n - e)
+      if d ** (n - e) * e**j >= e ** (n - e) * max_distance**j
+    ]
+    return first + e + max(over)
+
+  distances = np.arange(-2 * max_distance, 2 * max_distance + 1)
+  buckets = relative_buckets(
+    jnp.asarray(distances),
+    bidirectional=bidirectional,
+    num_buckets=num_buckets,
+    max_distance=max_distance,
+  )
+  assert buckets.dtype == jnp.int32
+  assert buckets.tolist() == [bucket(int(d)) for d in distances]
+
+
+def test_buckets_by_hand():
+  # Encoder, n = 16 a direction, e = 8, m / e = 16: j of d = 16 is
+  # 8 log 2 / log 16 = 2, of 20 it is 2.6, of 127 7.97. Keys after the query
+  # add 16; 128 and beyond share the last bucket.
+  distances = [0, -7, -8, -16, -20, -127, -128, -999, 7, 16, 999]
+  buckets = relative_buckets(
+    jnp.array(distances), bidirectional=True, num_buckets=32, max_distance=128
+  )
+  assert buckets.tolist() == [0, 7, 8, 10, 10, 15, 15, 15, 23, 26, 31]
+
+
+def test_relative_bias_reads_the_bucket_of_key_minus_query():
+  table = normal(H, 4)
+  queries, keys = jnp.array([[1, 2]]), jnp.array([[0, 1, 2, 3]])
+  bias = RelativeBias(H, bidirectional=True, num_buckets=4, max_distance=8)
+  y = bias.apply({'params': {'embedding': table}}, queries, keys)
+  # n = 2 a direction: distance 0 is bucket 0, before it 1, after it 2 + 1.
+  expected = table[:, [[1, 0, 3, 3], [1, 1, 0, 3]]]
+  close(y, expected[None])
+
+
+def test_embedding_and_its_logits():
+  table = normal(V, D)
+  embed = TokenEmbed(V, D)
+  params = {'params': {'embedding': table}}
+  tokens = jnp.array([[0, 6, 3], [3, 3, 1]])
+  close(embed.apply(params, tokens), table[np.asarray(tokens)])
+  x = normal(B, L, D)
+  logits = embed.apply(params, x, method='attend')
+  close(logits, x @ table.T / 2)  # The root of D = 4.
+  low = TokenEmbed(V, D, dtype=jnp.bfloat16)
+  assert low.apply(params, tokens).dtype == jnp.bfloat16
+  assert low.init(KEY, tokens)['params']['embedding'].value.dtype == jnp.float32
