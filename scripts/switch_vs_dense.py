@@ -64,7 +64,7 @@ def curve(gin_file, model_dir, seed, steps, period):
 
 def ledger(gin_file):
   output = subprocess.run(
-    command(gin_file, '-', 0, 1, 1, 'inspect') + ['--json'],
+    [*command(gin_file, '-', 0, 1, 1, 'inspect'), '--json'],
     check=True,
     cwd=ROOT,
     capture_output=True,
@@ -135,6 +135,8 @@ def write_page(curves, steps, args):
     f'{facts["train_flops_per_token"]:,} |'
     for name, facts in counts.items()
   )
+  switch_parts = counts['Switch, 8 experts']['components']
+  routers = sum(n for part, n in switch_parts.items() if 'routers' in part)
   (RESULTS / 'switch_vs_dense.md').write_text(f"""\
 # Switch against its dense twin
 
@@ -148,8 +150,8 @@ initialisation and data order; within a seed both models see the same batches.
 |---|---|---|---|
 {parameters}
 
-The router's {counts['Switch, 8 experts']['components']['encoder routers'] * 2:,} \
-parameters are all that Switch adds to what a token meets.
+The routers' {routers:,} parameters are all that Switch adds to what a token \
+meets.
 
 | step | Switch, 8 experts | dense twin | Switch ahead by, mean | over seeds |
 |---|---|---|---|---|

@@ -10,4 +10,5 @@ if [ "${1:-}" = --all ]; then
 fi
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
-exec "$VENV/bin/python" -m pytest "${marks[@]}" "$@"
+# A file's tests stay in one process, which shares what it has compiled.
+exec "$VENV/bin/python" -m pytest -n auto --dist loadfile "${marks[@]}" "$@"

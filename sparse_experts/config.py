@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib.util  # noqa: F401  gin forgets it and needs it.
 import inspect
-import logging
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -42,12 +41,12 @@ def parse(
     ValueError, FileNotFoundError: one line that names what is wrong.
   """
   gin.clear_config(clear_constants=True)
-  # Gin logs an ERROR for every folder in which a file is not.
-  logging.getLogger('gin').setLevel(logging.CRITICAL)
-  for path in ('', *search_paths, str(root())):
-    gin.add_config_file_search_path(path)
+  folders = ('', *search_paths, str(root()))
+  gin.config._LOCATION_PREFIXES[:] = folders
+  # Gin also looks into Python packages, and logs an ERROR where a file is not.
+  gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
   for file in files:
-    searched = [pathlib.Path(p) / file for p in ('', *search_paths, root())]
+    searched = [pathlib.Path(folder) / file for folder in folders]
     if not any(path.is_file() for path in searched):
       raise FileNotFoundError(
         f'gin file {file!r} is not in {", ".join(map(str, searched))}; '

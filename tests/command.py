@@ -44,6 +44,7 @@ def start(*arguments: str, devices: int = 8, **options) -> subprocess.Popen:
   """Starts Python with arguments in a process of its own."""
   return subprocess.Popen(
     [sys.executable, *arguments],
+    stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

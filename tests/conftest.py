@@ -10,8 +10,8 @@ os.environ['XLA_FLAGS'] = (
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 CACHE = pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'jax'
 

@@ -15,7 +15,6 @@ DISPATCHERS = {
   'gather': functools.partial(gather, capacity=2),
   'einsum': functools.partial(einsum, capacity=2),
   'gather_all': functools.partial(gather, capacity=S),
-  'einsum_all': functools.partial(einsum, capacity=S),
   'all_experts': all_experts,
 }
 
@@ -38,7 +37,7 @@ def gradients(dispatch, k):
   return jax.grad(run, argnums=(0, 1, 2), has_aux=True)
 
 
-@functools.cache  # One compilation for each k and dtype.
+@functools.cache  # One compilation for each k.
 def compiled(k):
   @jax.jit
   def run(*arguments):
@@ -63,15 +62,11 @@ def arguments(dtype=np.float32, masked=False):
   )
 
 
-def same(left, right, tolerance=1e-6):
+def same(left, right):
   for name in left:
     assert np.abs(left[name]).max() > 0.01  # There is something to compare.
     np.testing.assert_allclose(
-      np.asarray(left[name], np.float32),
-      np.asarray(right[name], np.float32),
-      rtol=tolerance,
-      atol=tolerance,
-      err_msg=name,
+      left[name], right[name], rtol=1e-6, atol=1e-6, err_msg=name
     )
 
 
@@ -83,7 +78,6 @@ def test_all_give_the_same_outputs_and_gradients(k, masked):
   results = compiled(k)(*arguments(masked=masked))
   assert (assignment.chosen() & ~assignment.kept(2)).any()
   same(results['einsum'], results['gather'])
-  same(results['einsum_all'], results['gather_all'])
   same(results['all_experts'], results['gather_all'])
   # The capacity of 2 mattered, and padding got and gave nothing.
   assert np.abs(results['gather']['y'] - results['gather_all']['y']).max() > 0.1
@@ -104,12 +98,10 @@ def test_a_dropped_token_gets_nothing_and_gives_nothing():
 
 
 def test_bfloat16_tokens_give_bfloat16_outputs():
-  low = compiled(2)(*arguments(jnp.bfloat16))
-  exact = compiled(2)(*arguments())
-  for name, result in low.items():
+  shapes = jax.eval_shape(compiled(2), *arguments(jnp.bfloat16))
+  for result in shapes.values():
     assert all(result[part].dtype == jnp.bfloat16 for part in ('y', 'x', 'w'))
     assert result['logits'].dtype == jnp.float32
-    same(result, exact[name], tolerance=0.05)
 
 
 def primitives(f, *arguments):

@@ -36,10 +36,8 @@ def test_rms_norm():
   close(RMSNorm().apply(scale, x), [[1.2, 3.2, 0, 0]])
   # Epsilon is under the root: 25 / 4 + 2.75 = 9.
   close(RMSNorm(epsilon=2.75).apply(scale, x), [[1, 8 / 3, 0, 0]])
-  # In bfloat16 a mean square of many would round; the sum is in float32.
-  low = RMSNorm().apply(
-    {'params': {'scale': jnp.ones(4)}}, x.astype('bfloat16')
-  )
+  ones = {'params': {'scale': jnp.ones(4)}}
+  low = RMSNorm().apply(ones, x.astype(jnp.bfloat16))
   assert low.dtype == jnp.bfloat16
   close(low.astype(jnp.float32), [[1.2, 1.6, 0, 0]], rtol=4e-3)
 
@@ -81,12 +79,9 @@ def test_unknown_activations_are_named():
 
 
 def test_dropout_drops_a_hidden_unit_at_all_positions():
-  # With one unit of ones and identity-like weights: rows are all 0 or all 2.
+  # One hidden unit, all weights 1: a sequence is all 0 or all 1 / (1 - .5).
   mlp = Mlp(1, dropout_rate=0.5)
-  params = {
-    'wi': {'kernel': jnp.ones((1, 1))},
-    'wo': {'kernel': jnp.ones((1, 1))},
-  }
+  params = {name: {'kernel': jnp.ones((1, 1))} for name in ('wi', 'wo')}
   x = jnp.ones((64, L, 1))
   run = functools.partial(mlp.apply, {'params': params}, x)
   y = run(deterministic=False, rngs={'dropout': KEY})
@@ -130,15 +125,15 @@ def attend(params, x, memory, mask=None, bias=None):
 ATTENTION = Attention(num_heads=H, head_width=A)
 
 
-@pytest.mark.parametrize('bias_rows', [None, 1, B])
-@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize(
+  'masked, bias_rows', [(False, None), (True, 1), (True, B)]
+)
 def test_attention(masked, bias_rows):
   params, x, memory = attention_params(), normal(B, L, D), normal(B, M, D)
   mask = bias = None
   if masked:
-    mask = (
-      np.arange(M) <= np.arange(L)[:, None] + np.array([0, 1])[:, None, None]
-    )
+    last = np.arange(L) + np.array([[0], [1]])  # Visible key of each [B, L].
+    mask = np.arange(M) <= last[..., None]
   if bias_rows:
     bias = normal(bias_rows, H, L, M)
   y = ATTENTION.apply(

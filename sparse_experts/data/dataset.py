@@ -16,7 +16,7 @@ class Dataset:
 
   Attributes:
     mixture_or_task_name: as registered with seqio.
-    feature_lengths: tokens of each feature, e.g. {'inputs': 256, 'targets': 64}.
+    feature_lengths: tokens by feature, e.g. {'inputs': 256, 'targets': 58}.
     batch_size: global number of rows.
     split: of the task.
     pack: several examples share a row.

@@ -152,9 +152,7 @@ def directory_of(model_dir: epath.PathLike) -> epath.Path:
 def root_of(path: epath.PathLike) -> epath.Path:
   """The MODEL_DIR of a path that `find` takes."""
   path = epath.Path(path).absolute()
-  if path.name.isdigit() and path.parent.name == 'checkpoints':
-    return path.parent.parent
-  return path
+  return path.parent.parent if _names_step(path) else path
 
 
 def find(path: epath.PathLike) -> tuple[epath.Path, int]:
@@ -164,16 +162,15 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int]:
     FileNotFoundError: there is no complete step.
   """
   path = epath.Path(path).absolute()
-  if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path):
-    return path, int(path.name)
-  root = directory_of(path)
-  steps = ocp.utils.checkpoint_steps(root) if root.exists() else []
-  if not steps:
+  directory = directory_of(root_of(path))
+  steps = ocp.utils.checkpoint_steps(directory) if directory.exists() else []
+  step = int(path.name) if _names_step(path) else max(steps, default=None)
+  if step not in steps:
     raise FileNotFoundError(
-      f'no complete checkpoint in {path}; give a MODEL_DIR that was trained in, '
-      'or one of its checkpoints/<step>.'
+      f'no complete checkpoint in {path}; give a MODEL_DIR that was trained '
+      'in, or one of its checkpoints/<step>.'
     )
-  return root / str(max(steps)), max(steps)
+  return directory / str(step), step
 
 
 def load_params(
@@ -232,6 +229,10 @@ def flatten(tree: Any) -> dict[str, Any]:
     jax.tree_util.keystr(path, simple=True, separator='/'): leaf
     for path, leaf in leaves
   }
+
+
+def _names_step(path: epath.Path) -> bool:
+  return path.name.isdigit() and path.parent.name == 'checkpoints'
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

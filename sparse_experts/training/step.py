@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sparse_experts.arrays import Array
+from sparse_experts.models import model as model_module
 from sparse_experts.models.model import Batch, Model, Sums
 from sparse_experts.sharding import constrain
 from sparse_experts.training.state import TrainState
@@ -98,6 +99,21 @@ def eval_step(params, batch: Batch, *, model: Model) -> Sums:
   """The model's sums on a batch at evaluation's capacity, without dropout."""
   _, sums = model.loss(params, batch, train=False)
   return sums
+
+
+def summary(sums: Sums, microbatches: int) -> dict[str, Any]:
+  """Metrics from the sums of `train_step`, added over any number of steps.
+
+  Returns:
+    What `models.model.summary` does, `gradient_norm` (mean over steps) and
+    `skipped` (steps).
+  """
+  steps = float(sums['batches']) / microbatches
+  return {
+    **model_module.summary(sums),
+    'gradient_norm': float(sums['gradient_norm']) / steps,
+    'skipped': int(sums['skipped']),
+  }
 
 
 def split_microbatches(batch: Batch, microbatches: int, data_shards: int):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -77,69 +78,41 @@ def train(
     ValueError: an argument, the data or the checkpoint does not fit the rest.
     FloatingPointError: too many steps in a row were not finite.
   """
-  for name, value in {
-    'train_steps': train_steps,
-    'batch_size': dataset.batch_size,
-    'checkpoint_period': checkpoint_period,
-    'eval_period': eval_period,
-    'log_period': log_period,
-    'microbatches': microbatches,
-    'max_skipped_in_a_row': max_skipped_in_a_row,
-  }.items():
-    if not isinstance(value, int) or value < 1:
-      raise ValueError(
-        f'{name} must be a whole number, at least 1, got {value!r}.'
-      )
+  _check_counts(
+    train_steps=train_steps,
+    batch_size=dataset.batch_size,
+    checkpoint_period=checkpoint_period,
+    eval_period=eval_period,
+    log_period=log_period,
+    microbatches=microbatches,
+    max_skipped_in_a_row=max_skipped_in_a_row,
+  )
   built_mesh = sharding.make_mesh(**(mesh or {}))
-  shards = sharding.data_shards(built_mesh)
-  if dataset.batch_size % (shards * microbatches):
-    raise ValueError(
-      f'batch_size={dataset.batch_size} does not divide over {shards} data '
-      f'shards (data x expert) x {microbatches} microbatches; make it a '
-      f'multiple of {shards * microbatches}, or change the mesh.'
-    )
   with sharding.use_mesh(built_mesh, rules):
-    shapes = dataset.shapes(model.converter)
-    boxed, transformation = state.abstract(
+    run = _begin(
       model,
-      shapes,
+      model_dir,
+      dataset,
+      built_mesh,
       functools.partial(optimizer, learning_rate=learning_rate),
+      optimizer_rules,
+      microbatches,
+      seed,
+      keep_checkpoints,
     )
-    placed = state.shardings(boxed, built_mesh, optimizer_rules)
-    dataset.check_vocabulary(model.module.embed.vocab_size)
-    feed = _Feed(model, dataset, built_mesh)
-    saver = checkpoints.Checkpoints(model_dir, keep_checkpoints)
-    writers, preemption = Writers(model_dir), Preemption()
-    start = saver.latest()
-    if start is None:
-      now = state.create(model, shapes, transformation, placed, seed)
-    else:
-      now = saver.restore(start, boxed, placed, feed.data_args)
-    start = start or 0
     if on_start is not None and jax.process_index() == 0:
       on_start(epath.Path(model_dir))
-
-    take_step = jax.jit(
-      functools.partial(
-        step.train_step,
-        model=model,
-        optimizer=transformation,
-        seed=seed,
-        microbatches=microbatches,
-        data_shards=shards,
-      ),
-      out_shardings=(placed, sharding.replicated(built_mesh)),
-      donate_argnums=0,
-    )
-    evaluate = None
-    if eval_dataset is not None:
-      evaluate = LossEvaluation(model, eval_dataset, built_mesh)
+    now, start, feed = run.state, run.start, run.feed
+    writers, preemption = Writers(model_dir), Preemption()
     tokens = dataset.batch_size * sum(dataset.feature_lengths.values())
     progress = Progress(start, train_steps, tokens)
     if start:
       progress.say(f'resumed at step {start}')
     if start >= train_steps:
       progress.say(f'TRAIN_STEPS={train_steps} are done; nothing left to train')
+    evaluate = None
+    if eval_dataset is not None:
+      evaluate = LossEvaluation(model, eval_dataset, built_mesh)
 
     def held_out(at):
       if evaluate is None:
@@ -149,14 +122,14 @@ def train(
       progress.say(f'step {at}  held-out loss {metrics["loss"]:.4f} nats')
       return metrics
 
-    eval_before = held_out(start)
-    eval_now, train_metrics, preempted = eval_before, None, False
+    eval_before = eval_now = held_out(start)
+    train_metrics, preempted = None, False
     sums, skipped, guard = None, None, _Guard(max_skipped_in_a_row)
     try:
       for i in range(start, train_steps):
         if profile and i == profile[0]:
           jax.profiler.start_trace(str(epath.Path(model_dir) / 'profile'))
-        now, new_sums = take_step(now, feed.next())
+        now, new_sums = run.take_step(now, feed.next())
         sums = new_sums if sums is None else _add(sums, new_sums)
         # Looking at the step before keeps this one in flight.
         guard.check(i, skipped)
@@ -167,29 +140,23 @@ def train(
           jax.block_until_ready(now)
           jax.profiler.stop_trace()
         if last or done % log_period == 0:
-          train_metrics = {
-            **summary(sums),
-            'gradient_norm': float(sums['gradient_norm'])
-            * microbatches
-            / float(sums['batches']),
-            'skipped': int(sums['skipped']),
-            'learning_rate': float(learning_rate(i)),
-          }
-          sums = None
+          train_metrics = step.summary(sums, microbatches)
+          train_metrics['learning_rate'] = float(learning_rate(i))
           train_metrics |= progress.report(done, train_metrics)
           writers.write('train', done, train_metrics)
+          sums = None
         if last or done % eval_period == 0:
           eval_now = held_out(done)
         preempted = preemption.reached(done)
         if last or preempted or done % checkpoint_period == 0:
           guard.check(done, skipped)
           skipped = None
-          saver.save(now, feed.data_args)
+          run.checkpoints.save(now, feed.data_args)
         if preempted and not last:
           progress.say(f'SIGTERM: stopping after step {done}')
           break
     finally:
-      saver.close()
+      run.checkpoints.close()
       writers.close()
       progress.close()
       preemption.close()
@@ -200,6 +167,62 @@ def train(
       'eval_before': eval_before,
       'preempted': preempted,
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """What the loop turns on: the state at step `start`, and what moves it."""
+
+  start: int
+  state: state.TrainState
+  take_step: Callable[..., Any]
+  feed: _Feed
+  checkpoints: checkpoints.Checkpoints
+
+
+def _begin(
+  model: Model,
+  model_dir: str,
+  dataset: Dataset,
+  mesh: jax.sharding.Mesh,
+  make_optimizer: Callable[..., optax.GradientTransformation],
+  optimizer_rules: Mapping[str, sharding.MeshAxes] | None,
+  microbatches: int,
+  seed: int,
+  keep_checkpoints: int | None,
+) -> _Run:
+  """Creates or restores the state on the mesh, with its step and data."""
+  shards = sharding.data_shards(mesh)
+  if dataset.batch_size % (shards * microbatches):
+    raise ValueError(
+      f'batch_size={dataset.batch_size} does not divide over {shards} data '
+      f'shards (data x expert) x {microbatches} microbatches; make it a '
+      f'multiple of {shards * microbatches}, or change the mesh.'
+    )
+  shapes = dataset.shapes(model.converter)
+  boxed, optimizer = state.abstract(model, shapes, make_optimizer)
+  placed = state.shardings(boxed, mesh, optimizer_rules)
+  dataset.check_vocabulary(model.module.embed.vocab_size)
+  feed = _Feed(model, dataset, mesh)
+  saver = checkpoints.Checkpoints(model_dir, keep_checkpoints)
+  start = saver.latest()
+  if start is None:
+    now = state.create(model, shapes, optimizer, placed, seed)
+  else:
+    now = saver.restore(start, boxed, placed, feed.data_args)
+  take_step = jax.jit(
+    functools.partial(
+      step.train_step,
+      model=model,
+      optimizer=optimizer,
+      seed=seed,
+      microbatches=microbatches,
+      data_shards=shards,
+    ),
+    out_shardings=(placed, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
+  return _Run(start or 0, now, take_step, feed, saver)
 
 
 class LossEvaluation:
@@ -258,6 +281,14 @@ class _Feed:
 
 def _add(a, b):
   return jax.tree.map(jnp.add, a, b)
+
+
+def _check_counts(**counts: int) -> None:
+  for name, value in counts.items():
+    if not isinstance(value, int) or value < 1:
+      raise ValueError(
+        f'{name} must be a whole number, at least 1, got {value!r}.'
+      )
 
 
 class _Guard:
