@@ -8,7 +8,12 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
 from sparse_experts import cli
+from sparse_experts.training import checkpoints
 
 TESTS = pathlib.Path(__file__).resolve().parent
 TINY = f'--gin_file={TESTS / "tiny.gin"}'
@@ -59,3 +64,28 @@ def environment(devices: int) -> dict[str, str]:
     'PYTHONPATH': f'{TESTS.parent}:{TESTS}',
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
   }
+
+
+def saved(model_dir, step: int) -> dict[str, np.ndarray]:
+  """Every array of a checkpoint, of parameters and optimizer, by its path."""
+  folder = checkpoints.directory_of(model_dir) / str(step)
+  handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+  arrays = {}
+  for item in ('params', 'optimizer'):
+    tree = handler.metadata(folder / item).item_metadata.tree
+    on_host = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+    )
+    args = ocp.args.PyTreeRestore(restore_args=on_host)
+    restored = handler.restore(folder / item, args=args)
+    for name, array in checkpoints.flatten(restored).items():
+      arrays[f'{item}/{name}'] = np.asarray(array)
+  return arrays
+
+
+def assert_same_bits(some, others) -> None:
+  """Two results of `saved` are equal, bit for bit."""
+  assert some.keys() == others.keys()
+  for name, array in some.items():
+    assert array.dtype == others[name].dtype
+    np.testing.assert_array_equal(array, others[name], err_msg=name)
