@@ -1,7 +1,7 @@
 # Sourced by the other scripts: makes or updates the virtual environment and
 # sets VENV. PYTHON chooses the interpreter; an interpreter of another version
 # than that of .venv gets a folder of its own, .venv-3.12 say.
-# Usage: source scripts/environment.sh [EXTRA]
+# Usage: EXTRA=test; source scripts/environment.sh (EXTRA may be empty)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
@@ -16,10 +16,10 @@ if [ -x "$VENV/bin/python" ] && [ "$(version_of "$VENV/bin/python")" != "$VERSIO
   VENV=.venv-$VERSION
 fi
 # What is installed is up to date when setup.py is older than the stamp.
-STAMP=$VENV/.installed${1:+-$1}
+STAMP=$VENV/.installed${EXTRA:+-$EXTRA}
 if [ ! -e "$STAMP" ] || [ setup.py -nt "$STAMP" ]; then
   echo "installing into $VENV (once; a few minutes)" >&2
   [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-  "$VENV/bin/pip" install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
+  "$VENV/bin/pip" install --quiet --disable-pip-version-check -e ".${EXTRA:+[$EXTRA]}"
   touch "$STAMP"
 fi

@@ -3,6 +3,7 @@
 # on the documentation corpus, evaluates it, and prints what it fills in.
 # Run it again to resume. Arguments go to every command: --gin.TRAIN_STEPS=600
 set -euo pipefail
+EXTRA=
 source "$(dirname "$0")/environment.sh"
 run() { "$VENV/bin/python" -m sparse_experts "$@"; }
 

@@ -2,7 +2,8 @@
 # Installs the test extra and runs the checks. Plain: the default run; --all
 # adds what is marked slow. Other arguments go to pytest.
 set -euo pipefail
-source "$(dirname "$0")/environment.sh" test
+EXTRA=test
+source "$(dirname "$0")/environment.sh"
 marks=(-m 'not slow')
 if [ "${1:-}" = --all ]; then
   marks=()
