@@ -147,6 +147,11 @@ def _prepare(args: argparse.Namespace) -> None:
     jax.distributed.initialize(
       args.coordinator, args.num_processes, args.process_id
     )
+  if args.coordinator:
+    # Results are process 0's to print; Gloo greets its peers on stdout.
+    first = jax.process_index() == 0
+    sys.stdout = os.fdopen(os.dup(1), 'w') if first else open(os.devnull, 'w')
+    os.dup2(2, 1)
 
 
 def _parse(args: argparse.Namespace, bindings: Sequence[str]) -> None:

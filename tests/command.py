@@ -6,14 +6,16 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sparse_experts import cli
+from sparse_experts import cli, config
 from sparse_experts.training import checkpoints
+from sparse_experts.training import train as runner
 
 TESTS = pathlib.Path(__file__).resolve().parent
 TINY = f'--gin_file={TESTS / "tiny.gin"}'
@@ -89,3 +91,13 @@ def assert_same_bits(some, others) -> None:
   for name, array in some.items():
     assert array.dtype == others[name].dtype
     np.testing.assert_array_equal(array, others[name], err_msg=name)
+
+
+def train_on(devices: Sequence[jax.Device], model_dir, *bindings: str, **mesh):
+  """As `train`, on some of this process's devices; returns the results."""
+  names = [
+    binding.removeprefix('--gin.')
+    for binding in (f'--gin.MODEL_DIR={model_dir}', NO_EVALUATION, *bindings)
+  ]
+  config.parse([TINY.partition('=')[2]], names, [])
+  return config.bound(runner.train)(mesh={**mesh, 'devices': devices})

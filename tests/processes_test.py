@@ -1,0 +1,131 @@
+"""Eight fake devices, and two real processes, train as one device does."""
+
+import json
+import pathlib
+import signal
+import socket
+import subprocess
+
+import command
+import jax
+import numpy as np
+import pytest
+
+EIGHT = "--gin.MESH={'data': 2, 'expert': 4}"
+STEPS = ('--gin.TRAIN_STEPS=4', '--gin.LOG_PERIOD=1')
+
+
+def _losses(model_dir: pathlib.Path) -> list[float]:
+  lines = (model_dir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line)['loss'] for line in lines]
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory) -> list[float]:
+  """The losses of four steps on one device."""
+  model_dir = tmp_path_factory.mktemp('alone')
+  command.train_on(jax.devices()[:1], model_dir, *STEPS)
+  losses = _losses(model_dir)
+  assert len(losses) == 4
+  return losses
+
+
+def _start_two(
+  *arguments: str, devices: int = 4
+) -> tuple[subprocess.Popen, subprocess.Popen]:
+  """One command in two processes, connected over loopback."""
+  with socket.socket() as unused:
+    unused.bind(('127.0.0.1', 0))
+    port = unused.getsockname()[1]
+  coordinator = (f'--coordinator=127.0.0.1:{port}', '--num_processes=2')
+  return tuple(
+    command.start(
+      *('-m', 'sparse_experts', *arguments),
+      *(*coordinator, f'--process_id={i}'),
+      devices=devices,
+    )
+    for i in range(2)
+  )
+
+
+def _end(processes) -> list[command.Outcome]:
+  outcomes = []
+  for process in processes:
+    stdout, stderr = process.communicate(timeout=300)
+    outcomes.append(command.Outcome(process.returncode, stdout, stderr))
+  assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+  return outcomes
+
+
+def test_data_and_expert_parallelism_change_nothing(alone, tmp_path):
+  command.train(tmp_path, EIGHT, *STEPS)
+  np.testing.assert_allclose(_losses(tmp_path), alone, rtol=1e-5)
+
+
+def test_two_processes_train_as_one(alone, tmp_path):
+  run = (command.TINY, f'--gin.MODEL_DIR={tmp_path}', EIGHT, *STEPS)
+  first, second = _end(
+    _start_two('train', *run, command.NO_EVALUATION, '--json')
+  )
+  np.testing.assert_allclose(_losses(tmp_path), alone, rtol=1e-5)
+  # The first speaks for both.
+  assert json.loads(first.stdout)['step'] == 4
+  assert 'saved step 4\n' in first.stderr
+  assert second.stdout == ''
+  assert 'saved step' not in second.stderr
+
+  # One process goes on, and would on any mesh.
+  outcome = command.train(tmp_path, '--gin.TRAIN_STEPS=5')
+  assert 'resumed at step 4\n' in outcome.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_device_train_as_one(alone, tmp_path):
+  run = (command.TINY, f'--gin.MODEL_DIR={tmp_path}', *STEPS)
+  _end(_start_two('train', *run, command.NO_EVALUATION, devices=1))
+  np.testing.assert_allclose(_losses(tmp_path), alone, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_and_infer_as_one(tmp_path):
+  command.train(tmp_path, '--gin.TRAIN_STEPS=2')
+  run = (command.TINY, f'--gin.MODEL_DIR={tmp_path}', '--json')
+  single, both = (
+    [
+      json.loads(run_command('evaluate').stdout),
+      json.loads(run_command('infer').stdout),
+    ]
+    for run_command in (
+      lambda name: command.run(name, *run),
+      lambda name: _end(_start_two(name, *run))[0],
+    )
+  )
+  assert single[0]['task_metrics'] == both[0]['task_metrics']
+  np.testing.assert_allclose(
+    single[0]['metrics']['loss'], both[0]['metrics']['loss'], rtol=1e-5
+  )
+  for one, other in zip(single[1], both[1], strict=True):
+    assert one['prediction'] == other['prediction']
+    np.testing.assert_allclose(one['log_prob'], other['log_prob'], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('terminated', [[0, 1], [1]])
+def test_two_processes_stop_at_the_same_step(terminated, tmp_path):
+  """Where a scheduler tells one of them, or both."""
+  processes = _start_two(
+    *('train', command.TINY, f'--gin.MODEL_DIR={tmp_path}', EIGHT),
+    *(command.NO_EVALUATION, '--gin.TRAIN_STEPS=100000', '--json'),
+  )
+  for line in processes[0].stderr:
+    if line.startswith('saved step '):
+      break
+  for i in terminated:
+    processes[i].send_signal(signal.SIGTERM)
+  first, _ = _end(processes)
+  results = json.loads(first.stdout)
+  assert results['preempted']
+  assert f'SIGTERM: stopping after step {results["step"]}\n' in first.stderr
+  assert first.stderr.endswith(f'saved step {results["step"]}\n')
+  inspect = command.run('inspect', '--json', f'--checkpoint={tmp_path}')
+  assert json.loads(inspect.stdout)['step'] == results['step']
