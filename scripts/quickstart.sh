@@ -15,4 +15,6 @@ run evaluate --gin_file=gin/quickstart.gin "$@"
 run evaluate --gin_file=gin/quickstart.gin --gin.EVAL_SPLIT=out_of_domain "$@"
 echo
 echo '== infer: the model fills in held-out text =='
-run infer --gin_file=gin/quickstart.gin "$@"
+# A sentence or two at a time, to be read.
+run infer --gin_file=gin/quickstart.gin \
+  --gin.TASK_FEATURE_LENGTHS="{'inputs': 48, 'targets': 12}" "$@"

@@ -150,7 +150,8 @@ def _prepare(args: argparse.Namespace) -> None:
   if args.coordinator:
     # Results are process 0's to print; Gloo greets its peers on stdout.
     first = jax.process_index() == 0
-    sys.stdout = os.fdopen(os.dup(1), 'w') if first else open(os.devnull, 'w')
+    results = os.dup(1) if first else os.open(os.devnull, os.O_WRONLY)
+    sys.stdout = os.fdopen(results, 'w')
     os.dup2(2, 1)
 
 

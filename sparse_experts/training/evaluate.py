@@ -27,7 +27,7 @@ def evaluate(
   *,
   mesh: Mapping[str, int] | None = None,
   rules: Mapping[str, sharding.MeshAxes] | None = None,
-  max_tokens: int = 64,
+  max_tokens: int | None = None,
 ) -> dict[str, Any]:
   """Evaluates the latest checkpoint in `model_dir` on a dataset's split.
 
@@ -40,7 +40,7 @@ def evaluate(
     model, dataset: what to evaluate on what.
     model_dir: a run's directory, or one checkpoints/<step> of it.
     mesh, rules: as in `train.train`; any mesh reads any checkpoint.
-    max_tokens: of a decoded answer.
+    max_tokens: tokens of an answer, at most; None: the length of targets.
 
   Returns:
     'step', 'capacity_factor', 'metrics' (see `models.model.summary`),
@@ -97,7 +97,11 @@ def _task_metrics(model, params, dataset, mesh, max_tokens) -> dict[str, float]:
     logger_cls=[],
   )
   answers = Answers(
-    model, params, mesh, dataset.batch_size, max_tokens=max_tokens
+    model,
+    params,
+    mesh,
+    dataset.batch_size,
+    max_tokens=max_tokens or dataset.feature_lengths['targets'],
   )
 
   def predict(examples):

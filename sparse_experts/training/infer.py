@@ -23,7 +23,7 @@ def infer(
   dataset: Dataset,
   *,
   num_examples: int = 4,
-  max_tokens: int = 64,
+  max_tokens: int | None = None,
   temperature: float = 0.0,
   seed: int = 0,
   mesh: Mapping[str, int] | None = None,
@@ -35,7 +35,7 @@ def infer(
     model, dataset: who answers what; the dataset must not be packed.
     model_dir: a run's directory, or one checkpoints/<step> of it.
     num_examples: how many.
-    max_tokens: tokens of an answer, at most.
+    max_tokens: tokens of an answer, at most; None: the length of targets.
     temperature: 0 is greedy, see `decoding.sample`.
     seed: of sampling, folded with each example's index.
     mesh, rules: as in `train.train`.
@@ -64,7 +64,7 @@ def infer(
       params,
       built_mesh,
       dataset.batch_size,
-      max_tokens=max_tokens,
+      max_tokens=max_tokens or dataset.feature_lengths['targets'],
       temperature=temperature,
       seed=seed,
     )
