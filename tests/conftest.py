@@ -20,9 +20,9 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # without optimisation, and keep programs between runs and processes.
 jax.config.update('jax_disable_most_optimizations', True)
 jax.config.update('jax_compilation_cache_dir', str(CACHE))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(CACHE)
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 

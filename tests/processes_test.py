@@ -57,8 +57,9 @@ def _end(processes) -> list[command.Outcome]:
   return outcomes
 
 
-def test_data_and_expert_parallelism_change_nothing(alone, tmp_path):
-  command.train(tmp_path, EIGHT, *STEPS)
+def test_eight_devices_and_then_four_train_as_one(alone, tmp_path):
+  command.train(tmp_path, EIGHT, *STEPS, '--gin.TRAIN_STEPS=2')
+  command.train_on(jax.devices()[:4], tmp_path, *STEPS, expert=2)
   np.testing.assert_allclose(_losses(tmp_path), alone, rtol=1e-5)
 
 
@@ -74,7 +75,6 @@ def test_two_processes_train_as_one(alone, tmp_path):
   assert second.stdout == ''
   assert 'saved step' not in second.stderr
 
-  # One process goes on, and would on any mesh.
   outcome = command.train(tmp_path, '--gin.TRAIN_STEPS=5')
   assert 'resumed at step 4\n' in outcome.stderr
 

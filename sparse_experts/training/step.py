@@ -78,9 +78,13 @@ def train_step(
     grads = jax.tree.map(lambda g: g / microbatches, grads)
 
   norm = optax.tree.norm(grads)
-  finite = jnp.isfinite(norm) & jnp.isfinite(sums['objective'])
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  finite = (
+    jnp.isfinite(sums['objective'])
+    & jnp.isfinite(norm)
+    & jnp.isfinite(optax.tree.norm(updates))
+  )
 
   def keep(new, old):
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

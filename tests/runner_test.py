@@ -1,0 +1,203 @@
+"""The runner: other meshes read a checkpoint, and bad steps do no harm."""
+
+import functools
+import json
+import math
+
+import command
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_experts import config, sharding
+from sparse_experts.data.dataset import Dataset
+from sparse_experts.models.model import Model
+from sparse_experts.training import (
+  checkpoints,
+  optimizers,
+  state,
+  step,
+  train,
+)
+
+DATASET = Dataset(
+  'tiny_sums', {'inputs': 16, 'targets': 16}, 8, modules=('tiny_tasks',)
+)
+
+
+@pytest.fixture(scope='module')
+def model() -> Model:
+  config.parse([command.TINY.partition('=')[2]], ['MODEL_DIR=/none'], [])
+  return config.value('MODEL')
+
+
+def _abstract(model: Model, learning_rate: float = 0.1):
+  make = functools.partial(optimizers.adafactor, learning_rate=learning_rate)
+  return state.abstract(model, DATASET.shapes('decoder'), make)
+
+
+# Checkpoints on other meshes.
+
+
+@pytest.fixture(scope='module')
+def on_eight(tmp_path_factory):
+  """MODEL_DIR of two steps on 2 x 4 devices."""
+  model_dir = tmp_path_factory.mktemp('eight')
+  eight = "--gin.MESH={'data': 2, 'expert': 4}"
+  command.train(model_dir, eight, '--gin.TRAIN_STEPS=2')
+  return model_dir
+
+
+@pytest.mark.parametrize(
+  'mesh,rules',
+  [
+    ({'data': 1}, {}),
+    ({'data': 1, 'expert': 4}, {}),
+    ({'data': 1, 'expert': 2, 'model': 2}, {}),
+    ({'data': 2, 'expert': 2}, {'embed': 'data'}),
+    ({'data': 8}, {'embed': 'data'}),
+  ],
+)
+def test_any_mesh_reads_a_checkpoint(mesh, rules, on_eight, model):
+  devices = jax.devices()[: math.prod(mesh.values())]
+  built = sharding.make_mesh(**mesh, devices=devices)
+  with sharding.use_mesh(built, rules):
+    boxed, _ = _abstract(model)
+    placed = state.shardings(boxed, built)
+    data = checkpoints.DataArgs(DATASET.training('decoder', slice(None)))
+    saver = checkpoints.Checkpoints(on_eight)
+    restored = saver.restore(2, boxed, placed, data)
+    saver.close()
+
+  assert jax.tree.all(
+    jax.tree.map(
+      lambda leaf, sharding: leaf.sharding.is_equivalent_to(
+        sharding, leaf.ndim
+      ),
+      restored,
+      placed,
+    )
+  )
+  # wi is [expert, embed, mlp] = [4, 16, 32], and no device has more than this.
+  wi = restored.params['decoder']['layers_1']['moe']['expert']['wi_0']
+  embed = mesh['data'] if rules else 1
+  part = (4 // mesh.get('expert', 1), 16 // embed, 32 // mesh.get('model', 1))
+  assert {s.data.shape for s in wi['kernel'].addressable_shards} == {part}
+
+  optimizer = {'opt_state': restored.opt_state}
+  optimizer |= {'step': restored.step, 'skipped': restored.skipped}
+  arrays = {'params': restored.params, 'optimizer': optimizer}
+  command.assert_same_bits(
+    {k: np.asarray(x) for k, x in checkpoints.flatten(arrays).items()},
+    command.saved(on_eight, 2),
+  )
+
+
+# Steps that are not finite.
+
+
+@pytest.fixture(scope='module')
+def steps(model):
+  """(state at step 0, jitted step by learning rate and microbatches)."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+
+  def make(learning_rate=0.1, microbatches=1):
+    boxed, optimizer = _abstract(model, learning_rate)
+    start = state.create(
+      model,
+      DATASET.shapes('decoder'),
+      optimizer,
+      state.shardings(boxed, mesh),
+      seed=0,
+    )
+    take = functools.partial(
+      step.train_step,
+      model=model,
+      optimizer=optimizer,
+      seed=0,
+      microbatches=microbatches,
+    )
+    return start, jax.jit(take)
+
+  return make
+
+
+@pytest.fixture
+def batch():
+  """Eight rows of random tokens; targets have a weight of 1."""
+  shapes = DATASET.shapes('decoder')
+  random = np.random.default_rng(0)
+  tokens = random.integers(2, 300, shapes['decoder_target_tokens'].shape)
+  batch = {name: np.ones(leaf.shape, np.int32) for name, leaf in shapes.items()}
+  batch['decoder_target_tokens'] = tokens.astype(np.int32)
+  batch['decoder_input_tokens'] = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
+  batch['decoder_loss_weights'] = np.ones(tokens.shape, np.float32)
+  return {name: jnp.asarray(x) for name, x in batch.items()}
+
+
+def _assert_equal(some, others):
+  jax.tree.map(np.testing.assert_array_equal, some, others)
+
+
+@pytest.mark.parametrize('microbatches', [1, 2])
+def test_a_bad_batch_is_skipped_and_counted(microbatches, steps, batch):
+  start, take = steps(microbatches=microbatches)
+  # One target of one row, so of one microbatch.
+  weights = batch['decoder_loss_weights'].at[5, 3].set(jnp.inf)
+  after, sums = take(start, {**batch, 'decoder_loss_weights': weights})
+  assert (int(after.step), int(after.skipped)) == (1, 1)
+  assert int(sums['skipped']) == 1
+  _assert_equal(after.params, start.params)
+  _assert_equal(after.opt_state, start.opt_state)
+
+  # Good ones go on as though the bad one had passed without a trace.
+  after, sums = take(after, batch)
+  assert (int(after.step), int(after.skipped)) == (2, 1)
+  assert int(sums['skipped']) == 0
+  expected, _ = take(start.replace(step=jnp.int32(1)), batch)
+  _assert_equal(after.params, expected.params)
+  _assert_equal(after.opt_state, expected.opt_state)
+  changed = jax.tree.map(lambda a, b: (a != b).any(), after, start)
+  assert jax.tree.all(changed.params)
+
+
+def test_an_update_that_is_not_finite_is_skipped(steps, batch):
+  """Loss and gradient are, the rate times the update overflows."""
+  start, take = steps(learning_rate=3e38)
+  after, sums = take(start, batch)
+  assert np.isfinite(sums['objective']) and np.isfinite(sums['gradient_norm'])
+  assert int(sums['skipped']) == int(after.skipped) == 1
+  _assert_equal(after.params, start.params)
+
+
+def test_skipped_steps_in_a_row_stop_the_run(tmp_path):
+  """Also where each is saved; what was saved is as good as ever."""
+  outcome = command.run(
+    *('train', command.TINY, f'--gin.MODEL_DIR={tmp_path}'),
+    *(command.NO_EVALUATION, '--gin.Z_LOSS=1e999'),
+    *('--gin.CHECKPOINT_PERIOD=1', '--gin.LOG_PERIOD=1'),
+    '--gin.train.train.max_skipped_in_a_row=3',
+  )
+  assert outcome.code == 2
+  assert outcome.stderr.splitlines()[-1].startswith(
+    'error: 3 steps in a row up to step 3 had a loss or gradient'
+  )
+  first, second = (command.saved(tmp_path, i) for i in (1, 2))
+  assert checkpoints.find(tmp_path)[1] == 2
+  counters = ('optimizer/step', 'optimizer/skipped')
+  assert [first.pop(name) for name in counters] == [1, 1]
+  assert [second.pop(name) for name in counters] == [2, 2]
+  command.assert_same_bits(first, second)
+  assert all(np.isfinite(array).all() for array in first.values())
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(line)['skipped'] for line in lines] == [1, 1, 1]
+
+
+def test_only_skipped_steps_in_a_row_count():
+  guard = train._Guard(2)
+  for i, skipped in enumerate([1, 0, 1, None, 0, 1]):
+    guard.check(i, skipped)
+  guard.check(6, None)
+  with pytest.raises(FloatingPointError, match='2 steps in a row up to step 7'):
+    guard.check(7, 1)
