@@ -31,7 +31,7 @@ def alone(tmp_path_factory) -> list[float]:
 
 
 def _start_two(
-  *arguments: str, devices: int = 4
+  *arguments: str, devices: int
 ) -> tuple[subprocess.Popen, subprocess.Popen]:
   """One command in two processes, connected over loopback."""
   with socket.socket() as unused:
@@ -63,27 +63,29 @@ def test_eight_devices_and_then_four_train_as_one(alone, tmp_path):
   np.testing.assert_allclose(_losses(tmp_path), alone, rtol=1e-5)
 
 
-def test_two_processes_train_as_one(alone, tmp_path):
-  run = (command.TINY, f'--gin.MODEL_DIR={tmp_path}', EIGHT, *STEPS)
+@pytest.mark.parametrize(
+  'devices,mesh',
+  [
+    (1, "--gin.MESH={'data': 1, 'expert': 2}"),
+    pytest.param(1, "--gin.MESH={'data': 2}", marks=pytest.mark.slow),
+    pytest.param(4, EIGHT, marks=pytest.mark.slow),
+  ],
+)
+def test_two_processes_train_as_one(devices, mesh, alone, tmp_path):
+  run = (command.TINY, f'--gin.MODEL_DIR={tmp_path}', mesh, *STEPS)
   first, second = _end(
-    _start_two('train', *run, command.NO_EVALUATION, '--json')
+    _start_two('train', *run, command.NO_EVALUATION, '--json', devices=devices)
   )
   np.testing.assert_allclose(_losses(tmp_path), alone, rtol=1e-5)
   # The first speaks for both.
   assert json.loads(first.stdout)['step'] == 4
   assert 'saved step 4\n' in first.stderr
   assert second.stdout == ''
-  assert 'saved step' not in second.stderr
+  assert 'step' not in second.stderr
 
+  # One process goes on, on another mesh.
   outcome = command.train(tmp_path, '--gin.TRAIN_STEPS=5')
   assert 'resumed at step 4\n' in outcome.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_of_one_device_train_as_one(alone, tmp_path):
-  run = (command.TINY, f'--gin.MODEL_DIR={tmp_path}', *STEPS)
-  _end(_start_two('train', *run, command.NO_EVALUATION, devices=1))
-  np.testing.assert_allclose(_losses(tmp_path), alone, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -97,7 +99,7 @@ def test_two_processes_evaluate_and_infer_as_one(tmp_path):
     ]
     for run_command in (
       lambda name: command.run(name, *run),
-      lambda name: _end(_start_two(name, *run))[0],
+      lambda name: _end(_start_two(name, *run, devices=4))[0],
     )
   )
   assert single[0]['task_metrics'] == both[0]['task_metrics']
@@ -116,6 +118,7 @@ def test_two_processes_stop_at_the_same_step(terminated, tmp_path):
   processes = _start_two(
     *('train', command.TINY, f'--gin.MODEL_DIR={tmp_path}', EIGHT),
     *(command.NO_EVALUATION, '--gin.TRAIN_STEPS=100000', '--json'),
+    devices=4,
   )
   for line in processes[0].stderr:
     if line.startswith('saved step '):

@@ -1,6 +1,8 @@
-"""A run that is stopped, killed and resumed is the run that never was."""
+"""A run that was stopped or killed and goes on is the run that never was."""
 
+import concurrent.futures
 import json
+import os
 import random
 import re
 import signal
@@ -10,6 +12,8 @@ import time
 import command
 import pytest
 
+from sparse_experts.training import preemption
+
 EVERY_STEP = '--gin.CHECKPOINT_PERIOD=1'
 
 # All that a run without a terminal says on stderr.
@@ -17,6 +21,47 @@ LINE = re.compile(
   r'saved step \d+|resumed at step \d+|SIGTERM: stopping after step \d+'
   r'|step \d+/20  loss \d+\.\d{3}(  [\d,]+ tokens/s  \d+:\d\d left)?'
 )
+
+
+def _start(model_dir) -> subprocess.Popen:
+  model_dir = f'--gin.MODEL_DIR={model_dir}'
+  return command.start(
+    *('-m', 'sparse_experts', 'train', command.TINY, model_dir, '--json'),
+    *(command.NO_EVALUATION, EVERY_STEP),
+  )
+
+
+def _wait_for_a_step(process: subprocess.Popen) -> tuple[int, str]:
+  """The first step that the process says it has saved, and all it said."""
+  heard = ''
+  for line in process.stderr:
+    heard += line
+    if line.startswith('saved step '):
+      return int(line.split()[-1]), heard
+  raise AssertionError(f'it ended with {process.wait()}:\n{heard}')
+
+
+def _terminate(process: subprocess.Popen) -> command.Outcome:
+  """Sends SIGTERM once a step is saved."""
+  _, heard = _wait_for_a_step(process)
+  process.send_signal(signal.SIGTERM)
+  stdout, rest = process.communicate(timeout=60)
+  return command.Outcome(process.returncode, stdout, heard + rest)
+
+
+def _kill(process: subprocess.Popen, within: float) -> int:
+  """Sends SIGKILL some seconds after a step is saved; returns that step."""
+  step, _ = _wait_for_a_step(process)
+  time.sleep(random.uniform(0, within))
+  process.kill()
+  process.communicate()
+  return step
+
+
+def _latest(model_dir) -> int:
+  outcome = command.run('inspect', '--json', f'--checkpoint={model_dir}')
+  assert outcome.code == 0, outcome.stderr
+  return json.loads(outcome.stdout)['step']
 
 
 @pytest.fixture(scope='module')
@@ -35,28 +80,15 @@ def half(tmp_path_factory):
   return model_dir
 
 
-def _start(model_dir) -> subprocess.Popen:
-  model_dir = f'--gin.MODEL_DIR={model_dir}'
-  return command.start(
-    *('-m', 'sparse_experts', 'train', command.TINY, model_dir, '--json'),
-    *(command.NO_EVALUATION, EVERY_STEP),
-  )
-
-
-def _wait_for_a_step(process: subprocess.Popen) -> tuple[int, str]:
-  """The first step that the process says it has saved, and what came before."""
-  heard = ''
-  for line in process.stderr:
-    heard += line
-    if line.startswith('saved step '):
-      return int(line.split()[-1]), heard
-  raise AssertionError(f'it ended with {process.wait()}:\n{heard}')
-
-
-def _latest(model_dir) -> int:
-  outcome = command.run('inspect', '--json', f'--checkpoint={model_dir}')
-  assert outcome.code == 0, outcome.stderr
-  return json.loads(outcome.stdout)['step']
+@pytest.fixture(scope='module')
+def interrupted(tmp_path_factory):
+  """Two runs at once: (MODEL_DIR, outcome of SIGTERM), (MODEL_DIR, step)."""
+  terminated = tmp_path_factory.mktemp('terminated')
+  killed = tmp_path_factory.mktemp('killed')
+  with concurrent.futures.ThreadPoolExecutor() as executor:
+    outcome = executor.submit(_terminate, _start(terminated))
+    step = executor.submit(_kill, _start(killed), within=0.3)
+  return (terminated, outcome.result()), (killed, step.result())
 
 
 def test_no_schedule_knows_the_number_of_steps(whole, half):
@@ -72,41 +104,46 @@ def test_ten_and_ten_steps_are_twenty(whole, half):
     assert json.loads(data.read_text())['batches_drawn'] == 20
 
 
-def test_terminated_killed_and_resumed(whole, tmp_path):
-  process = _start(tmp_path)
-  _, heard = _wait_for_a_step(process)
-  process.send_signal(signal.SIGTERM)
-  stdout, rest = process.communicate(timeout=60)
-  assert process.returncode == 0
-  lines = (heard + rest).splitlines()
+def test_sigterm_saves_and_ends_well(whole, interrupted):
+  model_dir, (code, stdout, stderr) = interrupted[0]
+  assert code == 0
+  lines = stderr.splitlines()
   assert all(LINE.fullmatch(line) for line in lines), lines
   results = json.loads(stdout)
   step = results['step']
   assert results['preempted'] and 1 < step < 20
   assert f'SIGTERM: stopping after step {step}' in lines
   assert lines[-1] == f'saved step {step}'
-  assert _latest(tmp_path) == step
+  assert _latest(model_dir) == step
 
-  process = _start(tmp_path)
-  saved, heard = _wait_for_a_step(process)
-  assert heard.startswith(f'resumed at step {step}\n')
-  assert saved == step + 1
-  time.sleep(random.uniform(0, 0.5))
-  process.kill()
-  process.communicate()
-  assert saved <= _latest(tmp_path) < 20
-
-  command.train(tmp_path, EVERY_STEP)
+  outcome = command.train(model_dir)
+  assert f'resumed at step {step}\n' in outcome.stderr
   command.assert_same_bits(
-    command.saved(whole, 20), command.saved(tmp_path, 20)
+    command.saved(whole, 20), command.saved(model_dir, 20)
   )
-  kept = {path.name for path in (tmp_path / 'checkpoints').iterdir()}
-  assert kept == {'18', '19', '20'}
 
 
-def test_sigterm_is_handed_back(half):
+def test_sigkill_costs_what_was_not_saved(whole, interrupted):
+  model_dir, step = interrupted[1]
+  assert step <= _latest(model_dir) < 20
+  # As a kill leaves it in the middle of a save.
+  (model_dir / 'checkpoints' / '19.orbax-checkpoint-tmp').mkdir()
+  command.train(model_dir)
+  command.assert_same_bits(
+    command.saved(whole, 20), command.saved(model_dir, 20)
+  )
+  # Three steps are kept, and nothing half-written.
+  kept = [path.name for path in (model_dir / 'checkpoints').iterdir()]
+  assert len(kept) == 3 and all(name.isdigit() for name in kept)
+
+
+def test_preemption_takes_sigterm_and_hands_it_back():
   before = signal.getsignal(signal.SIGTERM)
-  command.train(half, '--gin.TRAIN_STEPS=10')
+  asked = preemption.Preemption()
+  assert not asked.reached(1)
+  os.kill(os.getpid(), signal.SIGTERM)
+  assert asked.reached(2)
+  asked.close()
   assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -114,16 +151,12 @@ def test_sigterm_is_handed_back(half):
 def test_killed_at_any_moment(whole, tmp_path):
   """Also while it saves: there are twenty saves in a few seconds."""
   step = 0
-  for _ in range(5):
-    process = _start(tmp_path)
-    saved, _ = _wait_for_a_step(process)
+  while step < 8:  # Far from the end, however fast the machine is.
+    saved = _kill(_start(tmp_path), within=0.3)
     assert saved == step + 1
-    time.sleep(random.uniform(0, 0.3))
-    process.kill()
-    process.communicate()
     step = _latest(tmp_path)
     assert saved <= step < 20
-  command.train(tmp_path, EVERY_STEP)
+  command.train(tmp_path)
   command.assert_same_bits(
     command.saved(whole, 20), command.saved(tmp_path, 20)
   )

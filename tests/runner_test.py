@@ -98,29 +98,26 @@ def test_any_mesh_reads_a_checkpoint(mesh, rules, on_eight, model):
 
 
 @pytest.fixture(scope='module')
-def steps(model):
-  """(state at step 0, jitted step by learning rate and microbatches)."""
+def start(model) -> state.TrainState:
+  """The state at step 0, on one device."""
+  boxed, optimizer = _abstract(model)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  placed = state.shardings(boxed, mesh)
+  shapes = DATASET.shapes('decoder')
+  return state.create(model, shapes, optimizer, placed, seed=0)
 
-  def make(learning_rate=0.1, microbatches=1):
-    boxed, optimizer = _abstract(model, learning_rate)
-    start = state.create(
-      model,
-      DATASET.shapes('decoder'),
-      optimizer,
-      state.shardings(boxed, mesh),
-      seed=0,
-    )
-    take = functools.partial(
+
+def _step(model, learning_rate=0.1, microbatches=1):
+  _, optimizer = _abstract(model, learning_rate)
+  return jax.jit(
+    functools.partial(
       step.train_step,
       model=model,
       optimizer=optimizer,
       seed=0,
       microbatches=microbatches,
     )
-    return start, jax.jit(take)
-
-  return make
+  )
 
 
 @pytest.fixture
@@ -141,8 +138,8 @@ def _assert_equal(some, others):
 
 
 @pytest.mark.parametrize('microbatches', [1, 2])
-def test_a_bad_batch_is_skipped_and_counted(microbatches, steps, batch):
-  start, take = steps(microbatches=microbatches)
+def test_a_bad_batch_is_skipped_and_counted(microbatches, model, start, batch):
+  take = _step(model, microbatches=microbatches)
   # One target of one row, so of one microbatch.
   weights = batch['decoder_loss_weights'].at[5, 3].set(jnp.inf)
   after, sums = take(start, {**batch, 'decoder_loss_weights': weights})
@@ -162,10 +159,9 @@ def test_a_bad_batch_is_skipped_and_counted(microbatches, steps, batch):
   assert jax.tree.all(changed.params)
 
 
-def test_an_update_that_is_not_finite_is_skipped(steps, batch):
+def test_an_update_that_is_not_finite_is_skipped(model, start, batch):
   """Loss and gradient are, the rate times the update overflows."""
-  start, take = steps(learning_rate=3e38)
-  after, sums = take(start, batch)
+  after, sums = _step(model, learning_rate=3e38)(start, batch)
   assert np.isfinite(sums['objective']) and np.isfinite(sums['gradient_norm'])
   assert int(sums['skipped']) == int(after.skipped) == 1
   _assert_equal(after.params, start.params)
@@ -181,7 +177,7 @@ def test_skipped_steps_in_a_row_stop_the_run(tmp_path):
   )
   assert outcome.code == 2
   assert outcome.stderr.splitlines()[-1].startswith(
-    'error: 3 steps in a row up to step 3 had a loss or gradient'
+    'error: 3 steps in a row up to step 3 had a loss, gradient or'
   )
   first, second = (command.saved(tmp_path, i) for i in (1, 2))
   assert checkpoints.find(tmp_path)[1] == 2

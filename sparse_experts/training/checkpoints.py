@@ -79,6 +79,7 @@ class Checkpoints:
       directory,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep,
+        cleanup_tmp_directories=True,  # What a kill left half-written.
         async_options=ocp.AsyncOptions(
           post_finalization_callback=self._announce
         ),

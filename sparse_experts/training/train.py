@@ -65,8 +65,8 @@ def train(
     checkpoint_period: steps between checkpoints; the last step has one too.
     keep_checkpoints: how many stay; None: all.
     eval_period, log_period: steps.
-    max_skipped_in_a_row: a step with a loss or gradient that is not finite is
-      skipped and counted; so many in a row stop the run.
+    max_skipped_in_a_row: a step with a loss, gradient or update that is not
+      finite is skipped and counted; so many in a row stop the run.
     profile: (start, stop), steps to trace into MODEL_DIR/profile.
     on_start: called with MODEL_DIR in process 0, once the state is there.
 
@@ -304,7 +304,7 @@ class _Guard:
     self._in_a_row = self._in_a_row + 1 if int(skipped) else 0
     if self._in_a_row >= self._limit:
       raise FloatingPointError(
-        f'{self._limit} steps in a row up to step {step} had a loss or '
-        'gradient that is not finite; lower the learning rate, or continue '
+        f'{self._limit} steps in a row up to step {step} had a loss, gradient '
+        'or update that is not finite; lower the learning rate, or continue '
         'from an earlier checkpoint with another SEED.'
       )
