@@ -288,7 +288,7 @@ def test_evaluate_is_repeatable_and_uses_the_tasks_own_metrics(
 
 
 @pytest.mark.slow
-def test_an_encoder_decoder_is_fine_tuned_on_docs_domain(tmp_path):
+def test_an_encoder_decoder_is_fine_tuned_on_docs_domain(tmp_path, capfd):
   """The recipe of the quickstart, small, on the task with accuracy."""
   arguments = (
     QUICKSTART,
@@ -310,3 +310,5 @@ def test_an_encoder_decoder_is_fine_tuned_on_docs_domain(tmp_path):
   right = [a['prediction'] == a['targets'] for a in answers]
   assert accuracy == 100 * sum(right) / 16
   assert all(a['inputs'].startswith('domain: ') for a in answers)
+  # Nor did a library written in C++ say anything.
+  assert capfd.readouterr() == ('', '')

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -47,25 +48,36 @@ def train(model_dir, *arguments: str) -> Outcome:
   return outcome
 
 
+def train_on(devices: Sequence[jax.Device], model_dir, *bindings: str, **mesh):
+  """As `train`, on some of this process's devices; returns the results."""
+  names = [
+    binding.removeprefix('--gin.')
+    for binding in (f'--gin.MODEL_DIR={model_dir}', NO_EVALUATION, *bindings)
+  ]
+  config.parse([TINY.partition('=')[2]], names, [])
+  return config.bound(runner.train)(mesh={**mesh, 'devices': devices})
+
+
 def start(*arguments: str, devices: int = 8, **options) -> subprocess.Popen:
-  """Starts Python with arguments in a process of its own."""
-  return subprocess.Popen(
+  """Starts Python with arguments in a process that has fake devices."""
+  environment = {
+    **os.environ,
+    'PYTHONPATH': os.pathsep.join(map(str, (TESTS.parent, TESTS))),
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+  }
+  process = subprocess.Popen(
     [sys.executable, *arguments],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    env={**os.environ, **environment(devices)},
+    env=environment,
     **options,
   )
-
-
-def environment(devices: int) -> dict[str, str]:
-  """What another process needs to find the package and have fake devices."""
-  return {
-    'PYTHONPATH': f'{TESTS.parent}:{TESTS}',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-  }
+  watch = threading.Timer(300, process.kill)  # No test waits for ever.
+  watch.daemon = True
+  watch.start()
+  return process
 
 
 def saved(model_dir, step: int) -> dict[str, np.ndarray]:
@@ -89,15 +101,5 @@ def assert_same_bits(some, others) -> None:
   """Two results of `saved` are equal, bit for bit."""
   assert some.keys() == others.keys()
   for name, array in some.items():
-    assert array.dtype == others[name].dtype
-    np.testing.assert_array_equal(array, others[name], err_msg=name)
-
-
-def train_on(devices: Sequence[jax.Device], model_dir, *bindings: str, **mesh):
-  """As `train`, on some of this process's devices; returns the results."""
-  names = [
-    binding.removeprefix('--gin.')
-    for binding in (f'--gin.MODEL_DIR={model_dir}', NO_EVALUATION, *bindings)
-  ]
-  config.parse([TINY.partition('=')[2]], names, [])
-  return config.bound(runner.train)(mesh={**mesh, 'devices': devices})
+    assert array.dtype == others[name].dtype, name
+    assert array.tobytes() == others[name].tobytes(), name

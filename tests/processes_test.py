@@ -51,7 +51,7 @@ def _start_two(
 def _end(processes) -> list[command.Outcome]:
   outcomes = []
   for process in processes:
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate()
     outcomes.append(command.Outcome(process.returncode, stdout, stderr))
   assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
   return outcomes

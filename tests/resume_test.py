@@ -45,7 +45,7 @@ def _terminate(process: subprocess.Popen) -> command.Outcome:
   """Sends SIGTERM once a step is saved."""
   _, heard = _wait_for_a_step(process)
   process.send_signal(signal.SIGTERM)
-  stdout, rest = process.communicate(timeout=60)
+  stdout, rest = process.communicate()
   return command.Outcome(process.returncode, stdout, heard + rest)
 
 
