@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -128,6 +129,7 @@ def _prepare(args: argparse.Namespace) -> None:
     absl.logging.set_verbosity(absl.logging.ERROR)
     # Orbax leaves reads behind where one fails; they fail later, out of reach.
     sys.unraisablehook = lambda _: None
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   import jax
 
   cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'

@@ -15,7 +15,7 @@ DISPATCHERS = {
   'gather': functools.partial(gather, capacity=2),
   'einsum': functools.partial(einsum, capacity=2),
   'gather_all': functools.partial(gather, capacity=S),
-  'all_experts': all_experts,
+  'all_experts': functools.partial(all_experts, capacity=None),
 }
 
 

@@ -19,8 +19,9 @@ class LanguageModel(nn.Module):
 
   Batches are dictionaries with the feature names of seqio's converters:
   `encoder_input_tokens`, `decoder_input_tokens`, `decoder_target_tokens`, and
-  where examples are packed `*_segment_ids`. Token 0 is padding and the
-  decoder's first input.
+  where examples are packed `*_segment_ids`; for routers that need them,
+  `encoder_task_ids` and `decoder_task_ids`, int32 [B, L]. Token 0 is
+  padding and the decoder's first input.
 
   Attributes:
     embed: the token table, of both stacks.
@@ -67,6 +68,8 @@ class LanguageModel(nn.Module):
       _context(
         tokens_BxL.shape[1],
         mask_BxL=batch['decoder_target_tokens'] > 0,
+        token_ids_BxL=tokens_BxL,
+        task_ids_BxL=batch.get('decoder_task_ids'),
         attend_BxLxM=self._attend(batch),
         memory_BxMxD=memory_BxMxD,
         attend_memory_BxLxM=_attend_memory(batch),
@@ -106,11 +109,17 @@ class LanguageModel(nn.Module):
     mask_BxM = jnp.arange(max_length)[None] < lengths_B[:, None]
     self.put_variable('cache', 'position', lengths_B.astype(jnp.int32))
     self.put_variable('cache', 'written', mask_BxM)
+    task_ids_BxL = batch.get('decoder_task_ids')
+    if task_ids_BxL is not None:  # The whole answer has its prompt's task.
+      task_ids_BxL = task_ids_BxL[:, :L]
+      self.put_variable('cache', 'task_ids', task_ids_BxL[:, :1])
     y_BxLxD, _ = self.decoder(
       self._embed(tokens_BxL),
       _context(
         L,
         mask_BxL=mask_BxM[:, :L],
+        token_ids_BxL=tokens_BxL,
+        task_ids_BxL=task_ids_BxL,
         attend_BxLxM=attend_BxLxL,
         memory_BxMxD=memory_BxMxD,
         attend_memory_BxLxM=_attend_memory(batch),
@@ -138,6 +147,8 @@ class LanguageModel(nn.Module):
         attend_BxLxM=written_BxM[:, None],
         queries_BxL=position_B[:, None],
         keys_BxM=keys_1xM,
+        token_ids_BxL=tokens_B[:, None],
+        task_ids_BxL=self.get_variable('cache', 'task_ids'),
         attend_memory_BxLxM=attend_memory_BxLxM,
         positions_B=position_B,
         cache='step',
@@ -162,6 +173,8 @@ class LanguageModel(nn.Module):
       _context(
         tokens_BxM.shape[1],
         mask_BxL=mask_BxM,
+        token_ids_BxL=tokens_BxM,
+        task_ids_BxL=batch.get('encoder_task_ids'),
         attend_BxLxM=segments_BxM[:, :, None] == segments_BxM[:, None, :],
         capacity_factor=capacity_factor,
         deterministic=deterministic,

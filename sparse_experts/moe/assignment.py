@@ -41,6 +41,38 @@ class Assignment:
     return self.chosen() & (self.place_GxSxK < capacity)
 
 
+@flax.struct.dataclass
+class SoftAssignment:
+  """Slots that are mixtures of tokens, and tokens that are mixtures of slots.
+
+  Made by a soft router. Its number of slots C is its own, nothing is dropped.
+
+  Attributes:
+    dispatch_GxSxExC: float32, the weight of each token in each slot.
+    combine_GxSxExC: float32, the weight of each slot's output in each token.
+  """
+
+  dispatch_GxSxExC: Array
+  combine_GxSxExC: Array
+
+  @property
+  def num_experts(self) -> int:
+    return self.dispatch_GxSxExC.shape[2]
+
+
+def require_hard(assignment: Assignment | SoftAssignment, who: str) -> None:
+  """Refuses soft weights where choices are meant.
+
+  Raises:
+    ValueError: the assignment is soft.
+  """
+  if isinstance(assignment, SoftAssignment):
+    raise ValueError(
+      f'{who} executes choices, but this router returns soft weights, which '
+      'only the einsum dispatcher executes: use dispatch=einsum.'
+    )
+
+
 def places(
   expert_GxSxK: Array,
   num_experts: int,

@@ -8,13 +8,9 @@ one all-to-all each way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from sparse_experts.arrays import Array
+from sparse_experts.moe.experts import Experts
 from sparse_experts.sharding import constrain
-
-# x_ExGxCxD -> y_ExGxCxD: expert e on its slots of every group.
-Experts = Callable[[Array], Array]
 
 
 def exchange(experts: Experts, x_GxExCxD: Array) -> Array:

@@ -9,9 +9,12 @@ from flax import linen as nn
 
 from sparse_experts.arrays import Array, Aux
 from sparse_experts.moe import groups, metrics
+from sparse_experts.moe.assignment import SoftAssignment
 from sparse_experts.moe.capacity import CapacityRule
 from sparse_experts.moe.dispatchers.all_experts import all_experts
 from sparse_experts.moe.dispatchers.gather import gather
+from sparse_experts.moe.experts import Experts, init
+from sparse_experts.moe.router import Router
 from sparse_experts.sharding import constrain
 
 
@@ -24,17 +27,16 @@ class MoE(nn.Module):
   so the residual connection around the layer passes it on.
 
   Attributes:
-    make_router: builds the router, a module (x_GxSxD, mask_GxS=,
-      deterministic=) -> (Assignment, Aux) with `num_experts`, `k`, `is_causal`.
+    make_router: builds the router, see `router.Router`.
     make_expert: builds one expert, any module x_...xD -> y_...xD that takes
-      `deterministic`; the classes of the dense blocks serve. `nn.vmap` adds the
-      expert axis to parameters, their initialiser keys and their axis names, so
-      fan-in never counts E.
+      `deterministic` and has parameters only; the classes of the dense blocks
+      serve. `experts.init` stacks it.
     group_size: tokens S of a group, which share the experts' slots; None: one
       sequence.
     capacity_rule: from capacity factor to slots.
     dispatch: executes the assignment under a capacity: `dispatchers.gather` or
       `dispatchers.einsum`.
+    exact_dispatch: executes it where nothing is dropped.
 
   Example:
     >>> import functools, jax
@@ -54,6 +56,7 @@ class MoE(nn.Module):
   group_size: int | None = None
   capacity_rule: CapacityRule = CapacityRule()
   dispatch: Callable[..., Array] = gather
+  exact_dispatch: Callable[..., Array] = all_experts
 
   @nn.compact
   def __call__(
@@ -61,6 +64,8 @@ class MoE(nn.Module):
     x_BxLxD: Array,
     *,
     mask_BxL: Array | None = None,
+    token_ids_BxL: Array | None = None,
+    task_ids_BxL: Array | None = None,
     capacity_factor: float | None = None,
     deterministic: bool = True,
     require_causal: bool = False,
@@ -70,6 +75,8 @@ class MoE(nn.Module):
     Args:
       x_BxLxD: tokens.
       mask_BxL: boolean, False for padding: it takes no slot and gets 0.
+      token_ids_BxL: int32 ids of the tokens, for routers that need them.
+      task_ids_BxL: int32 task (skill, domain) of each token, likewise.
       capacity_factor: slots of an expert relative to a balanced load. None
         drops nothing and makes a token's output independent of its neighbours,
         at the cost of E / K times the arithmetic.
@@ -89,39 +96,70 @@ class MoE(nn.Module):
       )
     if mask_BxL is not None:  # Not even NaN leaks out of padding.
       x_BxLxD = jnp.where(mask_BxL[..., None], x_BxLxD, 0)
-    x_GxSxD = groups.split(x_BxLxD, self.group_size)
-    mask_GxS = (
-      None if mask_BxL is None else groups.split(mask_BxL, self.group_size)
-    )
-    x_GxSxD = constrain(x_GxSxD, 'group', None, 'act_embed')
-    assignment, aux = router(
-      x_GxSxD, mask_GxS=mask_GxS, deterministic=deterministic
-    )
 
-    def experts(x_ExGxCxD):
-      run = nn.vmap(
-        lambda expert, x_GxCxD: expert(x_GxCxD, deterministic=deterministic),
-        in_axes=0,
-        out_axes=0,
-        variable_axes={'params': 0},
-        split_rngs={'params': True, 'dropout': True},
-        metadata_params={nn.PARTITION_NAME: 'expert'},
-        spmd_axis_name='expert',
-      )
-      return run(self.make_expert(name='expert'), x_ExGxCxD)
+    def split(x_BxLx___):
+      if x_BxLx___ is not None:
+        return groups.split(x_BxLx___, self.group_size)
 
-    if capacity_factor is None:
-      capacity = None
-      y_GxSxD = all_experts(experts, x_GxSxD, assignment)
-    else:
+    x_GxSxD = constrain(split(x_BxLxD), 'group', None, 'act_embed')
+    mask_GxS = split(mask_BxL)
+    capacity = None
+    if capacity_factor is not None:
       capacity = self.capacity_rule(
         capacity_factor,
         tokens=x_GxSxD.shape[1],
         num_experts=router.num_experts,
         k=router.k,
       )
-      y_GxSxD = self.dispatch(experts, x_GxSxD, assignment, capacity)
+    assignment, aux = router(
+      x_GxSxD,
+      mask_GxS=mask_GxS,
+      deterministic=deterministic,
+      **self._given(
+        router,
+        whole=x_GxSxD.shape[:2] == x_BxLxD.shape[:2],
+        capacity=capacity,
+        token_ids_GxS=split(token_ids_BxL),
+        task_ids_GxS=split(task_ids_BxL),
+      ),
+    )
+
+    expert = self.make_expert(parent=None)
+    experts = Experts(
+      params=self.param(
+        'expert', init(expert, router.num_experts, x_BxLxD.shape[-1])
+      ),
+      key=self.make_rng('dropout') if self.has_rng('dropout') else None,
+      module=expert,
+      deterministic=deterministic,
+    )
+    hard = not isinstance(assignment, SoftAssignment)
+    exact = capacity is None and hard
+    dispatch = self.exact_dispatch if exact else self.dispatch
+    y_GxSxD = dispatch(experts, x_GxSxD, assignment, capacity)
     y_GxSxD = constrain(y_GxSxD, 'group', None, 'act_embed')
     counts = metrics.counts(assignment, capacity, mask_GxS)
     aux = Aux(losses=aux.losses, metrics={**aux.metrics, **counts})
     return y_GxSxD.reshape(x_BxLxD.shape), aux
+
+  @staticmethod
+  def _given(router: Router, *, whole: bool, capacity, **ids):
+    """The arguments that the router needs, and no others."""
+    name = type(router).__name__
+    if 'sequences' in router.needs and not whole:
+      raise ValueError(
+        f'{name} decides for whole sequences: set group_size=None, so that a '
+        'group is one.'
+      )
+    given = {'capacity': capacity} if 'capacity' in router.needs else {}
+    for argument, value in ids.items():
+      need = argument.removesuffix('_GxS')
+      if need not in router.needs:
+        continue
+      if value is None:
+        raise ValueError(
+          f'{name} needs {need}: pass {need}_BxL to the layer, or choose '
+          'another router.'
+        )
+      given[argument] = value
+    return given

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_experts.arrays import Array
-from sparse_experts.moe.assignment import Assignment
+from sparse_experts.moe.assignment import Assignment, SoftAssignment
 
 
 def counts(
-  assignment: Assignment, capacity: int | None, mask_GxS: Array | None
+  assignment: Assignment | SoftAssignment,
+  capacity: int | None,
+  mask_GxS: Array | None,
 ) -> dict[str, Array]:
   """Float32 sums over all tokens of a batch.
 
@@ -26,17 +28,19 @@ def counts(
     gate_mass_E: sum of the gates of those.
     left_out: unmasked tokens that reached no expert at all.
     slots: slots there were (E * C * G), 0 without a capacity.
+
+  Of soft weights, an expert's choices are its share of the tokens' mixtures.
   """
+  if isinstance(assignment, SoftAssignment):
+    return _soft_counts(assignment, mask_GxS)
   E = assignment.num_experts
   G, S, _ = assignment.expert_GxSxK.shape
   onehot_GxSxKxE = jax.nn.one_hot(assignment.expert_GxSxK, E)
   kept_GxSxK = assignment.kept(capacity)
   kept_GxSxKxE = onehot_GxSxKxE * kept_GxSxK[..., None]
   real_GxS = jnp.ones((G, S), bool) if mask_GxS is None else mask_GxS
-  tokens = real_GxS.sum().astype(jnp.float32)
   return {
-    'tokens': tokens,
-    'padding': G * S - tokens,
+    **_positions(real_GxS),
     'chosen_E': onehot_GxSxKxE.sum((0, 1, 2)),
     'kept_E': kept_GxSxKxE.sum((0, 1, 2)),
     'gate_mass_E': jnp.einsum(
@@ -45,6 +49,30 @@ def counts(
     'left_out': (real_GxS & ~kept_GxSxK.any(-1)).sum().astype(jnp.float32),
     'slots': jnp.float32(G * E * (capacity or 0)),
   }
+
+
+def _soft_counts(
+  assignment: SoftAssignment, mask_GxS: Array | None
+) -> dict[str, Array]:
+  G, S, E, C = assignment.combine_GxSxExC.shape
+  share_GxSxE = assignment.combine_GxSxExC.sum(-1)
+  real_GxS = jnp.ones((G, S), bool) if mask_GxS is None else mask_GxS
+  mass_E = share_GxSxE.sum((0, 1))
+  return {
+    **_positions(real_GxS),
+    'chosen_E': mass_E,
+    'kept_E': mass_E,
+    'gate_mass_E': mass_E,
+    'left_out': (real_GxS & (share_GxSxE.sum(-1) == 0))
+    .sum()
+    .astype(jnp.float32),
+    'slots': jnp.float32(G * E * C),
+  }
+
+
+def _positions(real_GxS: Array) -> dict[str, Array]:
+  tokens = real_GxS.sum().astype(jnp.float32)
+  return {'tokens': tokens, 'padding': real_GxS.size - tokens}
 
 
 def summary(sums: Mapping[str, Array]) -> dict[str, float | np.ndarray]:

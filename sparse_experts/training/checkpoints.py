@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -61,7 +62,7 @@ class Checkpoints:
     Raises:
       ValueError: the directory cannot be written.
     """
-    self._step: int | None = None
+    self._announcer: threading.Thread | None = None
     directory = directory_of(model_dir)
     try:
       directory.mkdir(parents=True, exist_ok=True)
@@ -80,9 +81,6 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         cleanup_tmp_directories=True,  # What a kill left half-written.
-        async_options=ocp.AsyncOptions(
-          post_finalization_callback=self._announce
-        ),
       ),
       handler_registry=registry,
     )
@@ -93,16 +91,19 @@ class Checkpoints:
 
   def save(self, state: TrainState, data: DataArgs) -> None:
     """Saves `state` and where its data stands."""
-    self._manager.wait_until_finished()
-    self._step = int(state.step)
+    self._wait()
+    step = int(state.step)
     self._manager.save(
-      self._step,
+      step,
       args=ocp.args.Composite(
         params=ocp.args.StandardSave(state.params),
         optimizer=ocp.args.StandardSave(_optimizer_item(state)),
         data=data,
       ),
     )
+    # Not orbax's post_finalization_callback, which comes before the rename.
+    self._announcer = threading.Thread(target=self._announce, args=(step,))
+    self._announcer.start()
 
   def restore(
     self, step: int, boxed: TrainState, placed: TrainState, data: DataArgs
@@ -139,10 +140,20 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits until what was saved is complete."""
+    self._wait()
     self._manager.close()
 
-  def _announce(self) -> None:
-    print(f'saved step {self._step}', file=sys.stderr, flush=True)
+  def _wait(self) -> None:
+    self._manager.wait_until_finished()
+    if self._announcer is not None:
+      self._announcer.join()
+
+  def _announce(self, step: int) -> None:
+    try:
+      self._manager.wait_until_finished()
+    except Exception:  # It reaches the main thread too, in `_wait`.
+      return
+    print(f'saved step {step}', file=sys.stderr, flush=True)
 
 
 def directory_of(model_dir: epath.PathLike) -> epath.Path:

@@ -13,21 +13,22 @@ import jax
 import jax.numpy as jnp
 
 from sparse_experts.arrays import Array
-from sparse_experts.moe.assignment import Assignment
-from sparse_experts.moe.expert_parallel import Experts
+from sparse_experts.moe.assignment import Assignment, require_hard
+from sparse_experts.moe.experts import Experts
 from sparse_experts.sharding import constrain
 
 
 def all_experts(
-  experts: Experts, x_GxSxD: Array, assignment: Assignment
+  experts: Experts, x_GxSxD: Array, assignment: Assignment, capacity: int | None
 ) -> Array:
-  """The exact output of the assignment, [G, S, D]."""
+  """The output of the assignment, [G, S, D]; exact where capacity is None."""
+  require_hard(assignment, 'all_experts')
   E = assignment.num_experts
   x_GxSxD = constrain(x_GxSxD, 'expert_group', None, 'act_embed')
   y_ExGxSxD = experts(jnp.broadcast_to(x_GxSxD, (E, *x_GxSxD.shape)))
   gate_GxSxE = jnp.einsum(
     'GSK,GSKE->GSE',
-    assignment.gate_GxSxK,
+    assignment.gate_GxSxK * assignment.kept(capacity),
     jax.nn.one_hot(assignment.expert_GxSxK, E),
   )
   return jnp.einsum(

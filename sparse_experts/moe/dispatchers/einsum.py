@@ -1,6 +1,6 @@
 """Dispatch by one-hot masks: the readable reference.
 
-The only form for soft assignments later, best for tiny groups; its masks cost
+The only form for soft assignments, best for tiny groups; its masks cost
 S * E * C * D multiplications each way.
 
 References:
@@ -13,30 +13,41 @@ import jax
 import jax.numpy as jnp
 
 from sparse_experts.arrays import Array
-from sparse_experts.moe.assignment import Assignment
-from sparse_experts.moe.expert_parallel import Experts, exchange
+from sparse_experts.moe.assignment import Assignment, SoftAssignment
+from sparse_experts.moe.expert_parallel import exchange
+from sparse_experts.moe.experts import Experts
 
 
 def einsum(
-  experts: Experts, x_GxSxD: Array, assignment: Assignment, capacity: int
+  experts: Experts,
+  x_GxSxD: Array,
+  assignment: Assignment | SoftAssignment,
+  capacity: int | None,
 ) -> Array:
   """Sends tokens to experts and mixes their outputs, [G, S, D]."""
-  E = assignment.num_experts
-  kept_GxSxK = assignment.kept(capacity)
-  # [G, S, K, E, C]: choice k of token s holds slot c of expert e.
-  expert_GxSxKxE = jax.nn.one_hot(
-    assignment.expert_GxSxK, E, dtype=x_GxSxD.dtype
-  )
-  slot_GxSxKxC = jax.nn.one_hot(
-    assignment.place_GxSxK, capacity, dtype=x_GxSxD.dtype
-  ) * kept_GxSxK[..., None].astype(x_GxSxD.dtype)
-  dispatch_GxSxExC = jnp.einsum('GSKE,GSKC->GSEC', expert_GxSxKxE, slot_GxSxKxC)
-  combine_GxSxExC = jnp.einsum(
-    'GSK,GSKE,GSKC->GSEC',
-    assignment.gate_GxSxK.astype(x_GxSxD.dtype),
-    expert_GxSxKxE,
-    slot_GxSxKxC,
-  )
+  if isinstance(assignment, Assignment):
+    assignment = soften(assignment, capacity or x_GxSxD.shape[1])
+  dispatch_GxSxExC = assignment.dispatch_GxSxExC.astype(x_GxSxD.dtype)
+  combine_GxSxExC = assignment.combine_GxSxExC.astype(x_GxSxD.dtype)
   x_GxExCxD = jnp.einsum('GSEC,GSD->GECD', dispatch_GxSxExC, x_GxSxD)
   y_GxExCxD = exchange(experts, x_GxExCxD)
   return jnp.einsum('GSEC,GECD->GSD', combine_GxSxExC, y_GxExCxD)
+
+
+def soften(assignment: Assignment, capacity: int) -> SoftAssignment:
+  """Choices as weights: 1 where a choice holds a slot, and its gate."""
+  expert_GxSxKxE = jax.nn.one_hot(
+    assignment.expert_GxSxK, assignment.num_experts
+  )
+  slot_GxSxKxC = jax.nn.one_hot(assignment.place_GxSxK, capacity)
+  return SoftAssignment(
+    dispatch_GxSxExC=jnp.einsum(
+      'GSKE,GSKC->GSEC', expert_GxSxKxE, slot_GxSxKxC
+    ),
+    combine_GxSxExC=jnp.einsum(
+      'GSK,GSKE,GSKC->GSEC',
+      assignment.gate_GxSxK,
+      expert_GxSxKxE,
+      slot_GxSxKxC,
+    ),
+  )

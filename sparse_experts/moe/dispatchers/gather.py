@@ -11,17 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from sparse_experts.arrays import Array
-from sparse_experts.moe.assignment import Assignment
-from sparse_experts.moe.expert_parallel import Experts, exchange
+from sparse_experts.moe.assignment import Assignment, require_hard
+from sparse_experts.moe.expert_parallel import exchange
+from sparse_experts.moe.experts import Experts
 
 
 def gather(
-  experts: Experts, x_GxSxD: Array, assignment: Assignment, capacity: int
+  experts: Experts, x_GxSxD: Array, assignment: Assignment, capacity: int | None
 ) -> Array:
   """Sends tokens to experts and mixes their outputs, [G, S, D]."""
+  require_hard(assignment, 'gather')
   G, S, D = x_GxSxD.shape
-  E, C = assignment.num_experts, capacity
-  slot_GxSxK, choice_GxEC = _indices(assignment, capacity)
+  E, C = assignment.num_experts, capacity or S
+  slot_GxSxK, choice_GxEC = _indices(assignment, C)
   x_GxECxD = _dispatch(x_GxSxD, slot_GxSxK, choice_GxEC)
   y_GxExCxD = exchange(experts, x_GxECxD.reshape(G, E, C, D))
   return _combine(

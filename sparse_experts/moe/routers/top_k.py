@@ -11,18 +11,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.scipy.special import entr
 
-from sparse_experts import sharding
 from sparse_experts.arrays import Array, Aux
 from sparse_experts.moe import losses
 from sparse_experts.moe.assignment import Assignment, places
+from sparse_experts.moe.router import KERNEL_INIT, Router
 
 
-class TopK(nn.Module):
+class TopK(Router):
   """Learned router: softmax(x W) in float32, then `route`.
 
   Attributes:
-    num_experts: E.
-    k: choices per token, K <= E.
     gates: 'all' or 'chosen', see `route`.
     policy_train, policy_eval: which choices after the first are taken, in
       training and otherwise; see `route`. 'random' draws from the rng stream
@@ -31,12 +29,11 @@ class TopK(nn.Module):
     priority: who is served first, see `assignment.places`.
     balance_counts: 'first' or 'all', see `route`.
     losses_over: 'tokens' or 'positions', see `route`.
-    jitter: in training the router's input is multiplied by
-      uniform(1 - jitter, 1 + jitter). Switch's code uses 1e-2 (its paper's
-      Figure 15 adds the noise to the logits; this follows the code).
+    jitter: see `Router.logits`; in training only. Switch's code uses 1e-2 (its
+      paper's Figure 15 adds the noise to the logits; this follows the code).
     noise: in training, Gaussian noise of standard deviation noise / E is added
       to the logits (Riquelme et al. 2021, section 2.1, noise = 1).
-    kernel_init: initialiser of W, [D, E]; normal(0.02) in Switch and ST-MoE.
+    kernel_init: initialiser of W, [D, E].
 
   Example:
     >>> router = TopK(num_experts=4, k=1)
@@ -53,8 +50,6 @@ class TopK(nn.Module):
     Zoph et al. 2022 (ST-MoE), https://arxiv.org/abs/2202.08906.
   """
 
-  num_experts: int
-  k: int = 1
   gates: str = 'all'
   policy_train: str = 'all'
   policy_eval: str = 'all'
@@ -64,7 +59,12 @@ class TopK(nn.Module):
   losses_over: str = 'tokens'
   jitter: float = 0.0
   noise: float = 0.0
-  kernel_init: nn.initializers.Initializer = nn.initializers.normal(2e-2)
+  kernel_init: nn.initializers.Initializer = KERNEL_INIT
+
+  @property
+  def needs(self) -> tuple[str, ...]:
+    draws = self.k > 1 and 'random' in (self.policy_train, self.policy_eval)
+    return ('rng',) if self.jitter or self.noise or draws else ()
 
   @property
   def is_causal(self) -> bool:
@@ -82,23 +82,11 @@ class TopK(nn.Module):
     deterministic: bool = True,
   ) -> tuple[Assignment, Aux]:
     """Routes tokens x [G, S, D]; masked tokens get no expert."""
-    kernel_DxE = self.param(
-      'kernel',
-      sharding.named(self.kernel_init, 'embed', 'router'),
-      (x_GxSxD.shape[-1], self.num_experts),
-      jnp.float32,
+    logits_GxSxE = self.logits(
+      x_GxSxD,
+      kernel_init=self.kernel_init,
+      jitter=0.0 if deterministic else self.jitter,
     )
-    # float32: rounding the logits to bfloat16 flips choices of experts and
-    # makes training diverge (Fedus et al. 2021, section 2.4 and Table 2).
-    x_GxSxD = x_GxSxD.astype(jnp.float32)
-    if self.jitter and not deterministic:
-      x_GxSxD *= jax.random.uniform(
-        self.make_rng('dropout'),
-        x_GxSxD.shape,
-        minval=1 - self.jitter,
-        maxval=1 + self.jitter,
-      )
-    logits_GxSxE = jnp.einsum('GSD,DE->GSE', x_GxSxD, kernel_DxE)
     if self.noise and not deterministic:
       logits_GxSxE += (self.noise / self.num_experts) * jax.random.normal(
         self.make_rng('dropout'), logits_GxSxE.shape

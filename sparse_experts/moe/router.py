@@ -1,0 +1,88 @@
+"""What every router declares, and the float32 logits most start from."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_experts import sharding
+from sparse_experts.arrays import Array
+
+KERNEL_INIT = nn.initializers.normal(2e-2)  # That of Switch and ST-MoE.
+
+
+class Router(nn.Module):
+  """Decides which tokens meet which experts; moves none.
+
+  A router is called as `router(x_GxSxD, mask_GxS=, deterministic=, **given)`,
+  where `given` has what it `needs`, and returns an `Assignment` (or, if it is
+  soft, a `SoftAssignment`) and `Aux`. Masked tokens (mask False) get no expert.
+
+  Attributes:
+    num_experts: E.
+    k: choices of a token that capacity is made for, see `CapacityRule`.
+
+  Declared by each class, as an attribute or a property:
+    needs: what it needs beside the tokens, of
+      'token_ids': their ids, int32 token_ids_GxS;
+      'task_ids': the task (skill, domain, language) of each, task_ids_GxS;
+      'capacity': the capacity C, None where nothing is dropped;
+      'sequences': that a group is one sequence;
+      'rng': the rng stream 'dropout', when not deterministic.
+    is_causal: no token's fate depends on a later token of its group.
+    drops: its lines can be longer than S * k / E, so that tokens are left out
+      at a capacity factor of 1.
+  """
+
+  num_experts: int
+  k: int = 1
+
+  needs: ClassVar[tuple[str, ...]] = ()
+  is_causal: ClassVar[bool] = True
+  drops: ClassVar[bool] = True
+
+  def logits(
+    self,
+    x_GxSxD: Array,
+    *,
+    width: int | None = None,
+    kernel_init: nn.initializers.Initializer = KERNEL_INIT,
+    jitter: float = 0.0,
+    name: str = 'kernel',
+  ) -> Array:
+    """Float32 x W of shape [G, S, width], by default one logit per expert.
+
+    Called inside the compact method of a router.
+
+    Args:
+      x_GxSxD: tokens, of any float dtype.
+      width: columns of W; None: E.
+      kernel_init: initialiser of W, [D, width].
+      jitter: x is multiplied by uniform(1 - jitter, 1 + jitter).
+      name: of the parameter W.
+    """
+    kernel_DxE = self.param(
+      name,
+      sharding.named(kernel_init, 'embed', 'router'),
+      (x_GxSxD.shape[-1], width or self.num_experts),
+      jnp.float32,
+    )
+    # float32: rounding the logits to bfloat16 flips choices of experts and
+    # makes training diverge (Fedus et al. 2021, section 2.4 and Table 2).
+    x_GxSxD = x_GxSxD.astype(jnp.float32)
+    if jitter:
+      x_GxSxD *= jax.random.uniform(
+        self.make_rng('dropout'),
+        x_GxSxD.shape,
+        minval=1 - jitter,
+        maxval=1 + jitter,
+      )
+    return jnp.einsum(
+      'GSD,DE->GSE',
+      x_GxSxD,
+      kernel_DxE,
+      precision=jax.lax.Precision.HIGHEST,
+    )
