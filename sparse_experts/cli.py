@@ -18,7 +18,9 @@ COMMANDS = {
   'evaluate': 'held-out loss and task metrics of a checkpoint',
   'infer': "a checkpoint's answers to a task's examples",
   'inspect': 'count parameters and arithmetic, or read a checkpoint',
-  'list': 'name recipes, tasks and routers',
+  'list': 'name recipes, tasks, routers and dispatchers',
+  'equivalence': 'routers x dispatchers x meshes against a numpy oracle',
+  'bench': "'bench layer': time a sparse layer, or compile it for a TPU pod",
 }
 
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       'infer': _infer,
       'inspect': _inspect,
       'list': _list,
+      'equivalence': _equivalence,
+      'bench': _bench,
     }[args.command]
     return command(args, _bindings(rest)) or 0
   except EXPECTED_ERRORS as error:
@@ -69,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     '--gin_file=gin/quickstart.gin\n',
   )
   parser.add_argument('command', nargs='?', choices=COMMANDS, metavar='COMMAND')
+  parser.add_argument('what', nargs='?', help="bench: what to, 'layer'")
   parser.add_argument(
     '--gin_file', action='append', default=[], metavar='FILE', help='repeatable'
   )
@@ -89,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     '--checkpoint', metavar='DIR', help='inspect: a MODEL_DIR or a step of it'
+  )
+  parser.add_argument(
+    '--topology',
+    metavar='NAME',
+    help="bench: compile for these TPU chips, such as 'v5p:4x4x4'",
   )
   parser.add_argument(
     '--profile', metavar='START:STOP', help='train: trace these steps'
@@ -157,16 +167,19 @@ def _prepare(args: argparse.Namespace) -> None:
     os.dup2(2, 1)
 
 
-def _parse(args: argparse.Namespace, bindings: Sequence[str]) -> None:
+def _parse(
+  args: argparse.Namespace, bindings: Sequence[str], *more_files: str
+) -> None:
   from sparse_experts import config
 
-  if not args.gin_file:
+  files = [*args.gin_file, *more_files]
+  if not files:
     raise ValueError(
       f'{args.command} needs --gin_file=FILE; `python -m sparse_experts list` '
       'names those that come with the package.'
     )
   paths = [path for path in args.gin_search_paths.split(',') if path]
-  config.parse(args.gin_file, bindings, paths)
+  config.parse(files, bindings, paths)
 
 
 def _train(args, bindings) -> None:
@@ -261,20 +274,153 @@ def _inspect_checkpoint(args) -> None:
 def _list(args, bindings) -> None:
   from sparse_experts import config
   from sparse_experts.data import tasks
-  from sparse_experts.moe import routers
+  from sparse_experts.moe import dispatchers
 
   folder = config.root()
   recipes = sorted((folder / 'gin').rglob('*.gin'))
   facts = {
     'recipes': [str(path.relative_to(folder)) for path in recipes],
     'tasks': tasks.names(),
-    'routers': routers.names(),
+    'routers': _router_names(),
+    'dispatchers': dispatchers.names(),
   }
   if args.json:
     return _print_json(facts)
   for title, names in facts.items():
     print(f'{title}:')
     print('\n'.join(f'  {name}' for name in names))
+
+
+def _equivalence(args, bindings) -> None:
+  # Fake devices, if no backend has been asked for its devices yet.
+  fake = '--xla_force_host_platform_device_count'
+  if fake not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {fake}=8'
+  import jax
+
+  from sparse_experts import config
+  from sparse_experts.analysis import equivalence
+  from sparse_experts.training import report
+
+  jax.config.update('jax_platforms', 'cpu')
+  args.gin_file = args.gin_file or ['gin/equivalence.gin']
+  _parse(args, bindings)
+  names = config.value('ROUTERS') or _router_names()
+  dispatchers, meshes = config.value('DISPATCHERS'), config.value('MESHES')
+  widths = (24, 12, 24, 10, 10)
+  table = []
+  if not args.json:
+    print(
+      report.line(
+        ('router', 'dispatcher', 'mesh', 'outputs', 'gradients'), widths
+      )
+    )
+  for name in names:
+    _parse(args, bindings, f'gin/routers/{name}.gin')
+    thorough = name in config.value('ON_ALL_MESHES')
+    rows = equivalence.rows(
+      name,
+      config.value('ROUTER'),
+      [
+        (dispatcher, mesh)
+        for dispatcher in dispatchers
+        for mesh in (meshes if thorough else meshes[:1])
+      ],
+    )
+    table += rows
+    for row in () if args.json else rows:
+      mesh = ' '.join(f'{axis}={size}' for axis, size in row['mesh'].items())
+      found = ('illegal:', row.get('reason'))
+      if row['legal']:
+        found = tuple(
+          f'{row[f"{what}_difference"]:.1e}' for what in ('output', 'gradient')
+        )
+      print(report.line((name, row['dispatcher'], mesh, *found), widths))
+  if args.json:
+    _print_json(table)
+
+
+def _bench(args, bindings) -> None:
+  from sparse_experts import config
+  from sparse_experts.analysis import bench
+
+  if args.what != 'layer':
+    raise ValueError(f"bench times a 'layer', not {args.what!r}: bench layer.")
+  on_pod = args.topology is not None
+  default = 'gin/bench/pod_layer.gin' if on_pod else 'gin/bench/layer.gin'
+  args.gin_file = args.gin_file or [default]
+  _parse(args, bindings)
+  show = (lambda row: None) if args.json else _bench_printer(on_pod)
+  if on_pod:
+    rows = config.bound(bench.compiled_layer, given=('topology',))(
+      topology=args.topology, on_row=show
+    )
+  else:
+    rows = config.bound(bench.layer)(on_row=show)
+  if args.json:
+    _print_json(rows)
+
+
+def _bench_printer(on_pod: bool):
+  """Prints rows of `bench` as they come, below a heading."""
+  from sparse_experts.training import report
+
+  widths = (12, 7, 3, 11, 8, 9, 8, 14, 8, 8, 10)
+  heading = (
+    *('dispatcher', 'experts', 'k', 'forward ms', 'ratio', 'train ms'),
+    *('ratio', '(quartiles)', 'dropped', 'FLOPs', 'memory'),
+  )
+  if on_pod:
+    widths = (12, 7, 3, 8, 10, 10, 10, 0)
+    heading = (
+      *('dispatcher', 'experts', 'k', 'FLOPs', 'bytes', 'memory', 'XLA ms'),
+      'collectives',
+    )
+  print(report.line(heading, widths))
+
+  def show(row):
+    first = (row['dispatcher'], row['experts'], row['k'])
+    flops = f'{row["executed_flops_ratio"]:.2f}x'
+    memory = f'{row["temp_bytes"] / 2**30:.2f} GiB'
+    if on_pod:
+      seconds = row['optimal_seconds']
+      found = row['collectives']
+      rest = (
+        flops,
+        f'{row["bytes_accessed"] / 2**30:.2f} GiB',
+        memory,
+        'n/a' if seconds is None else f'{seconds * 1e3:.2f}',
+        'unreadable'
+        if found is None
+        else ', '.join(
+          f'{entry["count"]} {name} ({entry["bytes"] / 2**20:.0f} MiB)'
+          for name, entry in found.items()
+        ),
+      )
+    else:
+      low, high = row['train_ratio_iqr']
+      rest = (
+        f'{row["forward_ms"]:.1f}',
+        f'{row["forward_ratio"]:.2f}x',
+        f'{row["train_ms"]:.1f}',
+        f'{row["train_ratio"]:.2f}x',
+        f'({low:.2f} - {high:.2f})',
+        f'{row["dropped"]:.1%}',
+        flops,
+        memory,
+      )
+    print(report.line((*first, *rest), widths), flush=True)
+
+  return show
+
+
+def _router_names() -> list[str]:
+  """The routers there are a gin file for."""
+  from sparse_experts import config
+
+  return sorted(
+    path.stem for path in (config.root() / 'gin' / 'routers').glob('*.gin')
+  )
 
 
 def _print_ledger(args) -> None:

@@ -88,20 +88,20 @@ def defined(name: str) -> bool:
   return name in _macros()
 
 
-def bound(function):
-  """`function` with the arguments the files bind.
+def bound(function, given: Sequence[str] = ()):
+  """`function` with the arguments the files bind; the caller has those `given`.
 
   Raises:
     ValueError: they do not bind all that it needs.
   """
   try:
-    given = gin.get_bindings(function, resolve_references=False)
+    bindings = gin.get_bindings(function, resolve_references=False)
   except ValueError:  # No file imports its module.
-    given = {}
+    bindings = {}
   missing = [
     name
     for name, parameter in inspect.signature(function).parameters.items()
-    if parameter.default is parameter.empty and name not in given
+    if parameter.default is parameter.empty and name not in (*bindings, *given)
   ]
   if missing:
     raise ValueError(

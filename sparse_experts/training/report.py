@@ -64,3 +64,9 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     for name, value in metrics.items()
     if isinstance(value, (int, float))
   }
+
+
+def line(cells: Sequence[Any], widths: Sequence[int]) -> str:
+  """One row of a table that is printed as it grows."""
+  padded = (str(cell).ljust(width) for cell, width in zip(cells, widths))
+  return '  '.join(padded).rstrip()

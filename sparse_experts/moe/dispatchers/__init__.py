@@ -1,1 +1,29 @@
-"""Dispatchers execute an assignment and do not know who made it."""
+"""Dispatchers execute an assignment and do not know who made it.
+
+Each is a function (experts, x_GxSxD, assignment, capacity) -> y_GxSxD in the
+file of its name.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+
+from sparse_experts.arrays import Array
+
+
+def names() -> list[str]:
+  """The dispatchers there are, by file name."""
+  return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> Callable[..., Array]:
+  """The dispatcher of this name.
+
+  Raises:
+    ValueError: there is no such dispatcher.
+  """
+  if name not in names():
+    raise ValueError(
+      f'dispatcher must be one of {", ".join(names())}, not {name!r}.'
+    )
+  return getattr(importlib.import_module(f'{__name__}.{name}'), name)
