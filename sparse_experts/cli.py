@@ -384,17 +384,14 @@ def _bench_printer(on_pod: bool):
     memory = f'{row["temp_bytes"] / 2**30:.2f} GiB'
     if on_pod:
       seconds = row['optimal_seconds']
-      found = row['collectives']
       rest = (
         flops,
         f'{row["bytes_accessed"] / 2**30:.2f} GiB',
         memory,
         'n/a' if seconds is None else f'{seconds * 1e3:.2f}',
-        'unreadable'
-        if found is None
-        else ', '.join(
+        ', '.join(
           f'{entry["count"]} {name} ({entry["bytes"] / 2**20:.0f} MiB)'
-          for name, entry in found.items()
+          for name, entry in row['collectives'].items()
         ),
       )
     else:

@@ -146,8 +146,8 @@ def compiled_layer(
   the rest of the mesh is `data`.
 
   Returns:
-    A row for each: `dispatcher`, `experts`, `k`, `mesh`, `executed_flops_ratio`
-    and `topology.facts` of one chip.
+    A row for each: `dispatcher`, `experts`, `k`, `mesh`,
+    `executed_flops_ratio`, and `topology.facts` and `collectives` of one chip.
   """
   chips = topology_module.devices(topology)
   rows = []
@@ -157,7 +157,9 @@ def compiled_layer(
         expert=min(num_experts, len(chips)), devices=chips
       )
       for name in dispatcher_names:
-        compiled = _compile(shape, name, num_experts, k, mesh)
+        compiled, text = topology_module.compile(
+          _lower(shape, name, num_experts, k, mesh)
+        )
         facts = topology_module.facts(compiled)
         row = {
           'dispatcher': name,
@@ -166,6 +168,7 @@ def compiled_layer(
           'mesh': dict(mesh.shape),
           'executed_flops_ratio': facts['flops'] / 3 / shape.useful_flops(k),
           **facts,
+          'collectives': topology_module.collectives(text),
         }
         on_row(row)
         rows.append(row)
@@ -178,8 +181,8 @@ def _loss(module, factor, params, x_BxLxD):
   return jnp.square(y_BxLxD.astype(jnp.float32)).mean(), (y_BxLxD, aux)
 
 
-def _compile(shape: Layer, dispatcher: str, num_experts: int, k: int, mesh):
-  """Forward and backward of a sparse layer on abstract arrays of a mesh."""
+def _lower(shape: Layer, dispatcher: str, num_experts: int, k: int, mesh):
+  """Forward + backward of a sparse layer on abstract arrays of a mesh."""
   module = shape.sparse(dispatcher, num_experts, k)
   factor = {'capacity_factor': shape.factor(dispatcher)}
   shape_BxLxD = (sharding.data_shards(mesh), shape.tokens, shape.width)
@@ -203,9 +206,7 @@ def _compile(shape: Layer, dispatcher: str, num_experts: int, k: int, mesh):
       jnp.dtype(shape.dtype),
       sharding=sharding.batch_sharding(mesh, shape_BxLxD),
     )
-    return (
-      jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x_BxLxD).compile()
-    )
+    return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x_BxLxD)
 
 
 @dataclasses.dataclass

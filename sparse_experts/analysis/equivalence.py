@@ -82,7 +82,7 @@ class Comparison:
     self.expected = self._oracle(layer)
 
   def difference(
-    self, dispatcher: str, mesh: jax.sharding.Mesh
+    self, dispatch: Callable[..., Array], mesh: jax.sharding.Mesh
   ) -> tuple[float, float]:
     """max |a - b| / max |b| of outputs, and the largest such of gradients.
 
@@ -92,7 +92,7 @@ class Comparison:
     Raises:
       ValueError: the combination is illegal; the message says why.
     """
-    layer = self._layer(dispatchers.load(dispatcher))
+    layer = self._layer(dispatch)
     with sharding.use_mesh(mesh):
       placed = jax.device_put(
         (self.params, self._inputs),
@@ -167,9 +167,12 @@ class Comparison:
       weights, rest = _weights(self._assignment)
       return (weights, _total(aux)), rest
 
-    (weights, _), pull_back, rest = jax.vjp(
-      decide, self.params.get('router', {}), x_BxLxD, has_aux=True
-    )
+    @jax.jit
+    def pull_back(router, x_BxLxD, cotangents):
+      return jax.vjp(decide, router, x_BxLxD, has_aux=True)[1](cotangents)
+
+    primals = (self.params.get('router', {}), x_BxLxD)
+    (weights, _), rest = jax.jit(decide)(*primals)
     weights = jax.tree.map(lambda w: np.asarray(w, np.float64), weights)
     rest = jax.tree.map(np.asarray, rest)
     # The layer gives zeros in the place of masked tokens to all it does.
@@ -183,7 +186,7 @@ class Comparison:
       self._cotangent_BxLxD,
     )
     drouter, dx_by_router = pull_back(
-      (jax.tree.map(np.float32, dweights), np.float32(1))
+      *primals, (jax.tree.map(np.float32, dweights), np.float32(1))
     )
     dx = np.where(inputs['mask'][..., None], dx, 0) + dx_by_router
     dparams = {'expert': dexperts}
@@ -211,7 +214,8 @@ def rows(
     count = int(np.prod(list(axes.values())))
     try:
       mesh = sharding.make_mesh(**axes, devices=jax.devices()[:count])
-      output, gradient = comparison.difference(dispatcher, mesh)
+      dispatch = dispatchers.load(dispatcher)
+      output, gradient = comparison.difference(dispatch, mesh)
       row |= {
         'legal': True,
         'output_difference': output,

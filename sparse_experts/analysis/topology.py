@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
 import re
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,14 +58,28 @@ def devices(topology: str) -> Sequence[jax.Device]:
     ) from error
 
 
+def compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+  """A compiled program and its optimised HLO text.
+
+  The text is what XLA dumps: `compiled.as_text()` fails on programs with
+  asynchronous gathers (RET_CHECK, "async-update instruction should have 1
+  operands").
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    compiled = lowered.compile(
+      compiler_options={'xla_dump_to': folder, 'xla_dump_hlo_as_text': True}
+    )
+    (dump,) = pathlib.Path(folder).glob('*after_optimizations.txt')
+    return compiled, dump.read_text()
+
+
 def facts(compiled: jax.stages.Compiled) -> dict[str, Any]:
   """What the compiler says of a program, for one device.
 
   Returns:
     flops and bytes_accessed (a loop's body counts once), optimal_seconds (None
-    where XLA gives none), argument_bytes, output_bytes and temp_bytes of
-    memory, and collectives: name -> {count, bytes}, None where the program's
-    text cannot be read.
+    where XLA gives none); argument_bytes, output_bytes and temp_bytes of
+    memory.
   """
   cost = compiled.cost_analysis() or {}
   memory = compiled.memory_analysis()
@@ -75,16 +91,7 @@ def facts(compiled: jax.stages.Compiled) -> dict[str, Any]:
     'argument_bytes': memory.argument_size_in_bytes,
     'output_bytes': memory.output_size_in_bytes,
     'temp_bytes': memory.temp_size_in_bytes,
-    'collectives': _collectives(compiled),
   }
-
-
-def _collectives(compiled) -> dict[str, dict[str, int]] | None:
-  try:
-    text = compiled.as_text()
-  except jax.errors.JaxRuntimeError:
-    return None  # XLA cannot print some programs with async collectives.
-  return collectives(text)
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
