@@ -38,7 +38,7 @@ setuptools.setup(
   ],
   package_dir=DATA_PACKAGES,
   package_data={
-    'sparse_experts.data': ['assets/*.model'],
+    'sparse_experts.data': ['assets/*.model', 'assets/*.txt'],
     **{package: ['*.gin'] for package in DATA_PACKAGES},
   },
   install_requires=[

@@ -34,10 +34,13 @@ class Aux:
       in `models.Model`. A mean over equal microbatches is the whole batch's.
     metrics: name -> float32 array of *sums* over tokens, so that they add over
       microbatches, steps and processes; `moe.metrics.summary` divides.
+    decisions: of routers that learn from reward, see `models.reward.losses`.
+      Float32, one number a token: [G, S] from a router, [B, L] from a layer.
   """
 
   losses: dict[str, Array]
   metrics: dict[str, Array]
+  decisions: dict[str, Array] = flax.struct.field(default_factory=dict)
 
 
 def masked_mean(x: Array, mask: Array | None, axis: int = -1) -> Array:

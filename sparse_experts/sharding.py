@@ -52,6 +52,7 @@ RULES: Mapping[str, MeshAxes] = {
   'expert': 'expert',
   'layers': None,
   'router': None,  # E of a router's kernel: whole on every device.
+  'slots': None,  # Slots of an expert, where a router has parameters of them.
   'relpos_buckets': None,
 }
 

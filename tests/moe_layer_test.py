@@ -281,7 +281,7 @@ def test_a_decoder_refuses_a_router_that_is_not_causal():
       apply(**router)
     assert str(error.value) == (
       'TopK lets later tokens decide the fate of earlier ones, which a decoder '
-      "must not: use priority='token' or k=1, or say "
+      "must not: take a causal one (of top-k, k=1 or priority='token'), or say "
       'allow_non_causal_routing=True.'
     )
 

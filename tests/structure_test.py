@@ -13,6 +13,7 @@ PACKAGE = ROOT / 'sparse_experts'
 # Ground first. A file imports only from its own line or from lines above.
 LAYERS = (
   'arrays',
+  'product',
   'sharding',
   'layers moe',
   'models',

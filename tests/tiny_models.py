@@ -34,6 +34,7 @@ def make_model(
   dropout_rate=0.0,
   own_bias=False,
   extra_mlp=False,
+  make_router=None,
   width=16,
   hidden_width=32,
   dtype=jnp.float32,
@@ -46,7 +47,8 @@ def make_model(
   make_moe = partial(
     moe.MoE,
     # A wide router: choices then differ between tokens.
-    make_router=partial(
+    make_router=make_router
+    or partial(
       moe.TopK,
       num_experts=num_experts,
       k=k,
@@ -84,11 +86,8 @@ def make_model(
     decoder=stack(causal=True),
     encoder=stack(causal=False) if encoder else None,
   )
-  return Model(
-    module,
-    loss_weights={'load_balance': 0.1, 'router_z': 0.01},
-    **model_arguments,
-  )
+  weights = {'load_balance': 0.1, 'router_z': 0.01}
+  return Model(module, **{'loss_weights': weights, **model_arguments})
 
 
 def make_batch(rows=8, inputs=12, targets=8, encoder=True, seed=0):

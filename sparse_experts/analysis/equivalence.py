@@ -132,6 +132,7 @@ class Comparison:
       {'params': params},
       x_BxLxD,
       **{f'{name}_BxL': value for name, value in inputs.items()},
+      step=jnp.int32(0),
       capacity_factor=self._sizes.capacity_factor,
       deterministic=False,
       rngs={'dropout': self._key},

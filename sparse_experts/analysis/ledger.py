@@ -126,6 +126,7 @@ def _component(parts: tuple[str, ...]) -> str:
   """The part of the model a parameter belongs to, by its path."""
   kinds = {
     'expert': 'experts',
+    'shared_expert': 'experts',
     'router': 'routers',
     'attention': 'attention',
     'cross_attention': 'attention',

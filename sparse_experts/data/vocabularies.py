@@ -15,6 +15,7 @@ if typing.TYPE_CHECKING:
 
 EXTRA_IDS = 100
 DOCS_MODEL = epath.Path(__file__).parent / 'assets' / 'docs_8k.model'
+DOCS_COUNTS = epath.Path(__file__).parent / 'assets' / 'docs_8k_counts.txt'
 T5_MODEL = 'gs://t5-data/vocabs/cc_all.32000/sentencepiece.model'
 
 
@@ -33,6 +34,18 @@ def docs() -> 'seqio.SentencePieceVocabulary':
   import seqio
 
   return seqio.SentencePieceVocabulary(os.fspath(DOCS_MODEL), EXTRA_IDS)
+
+
+@functools.cache
+def docs_counts() -> tuple[int, ...]:
+  """How often a model sees each id of `docs`, from id 0; for balanced hashes.
+
+  Of span corruption, sentinels included, see scripts/token_counts.py.
+
+  >>> len(docs_counts())
+  8100
+  """
+  return tuple(int(line) for line in DOCS_COUNTS.read_text().split())
 
 
 @functools.cache

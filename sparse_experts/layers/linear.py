@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_experts import sharding
+from sparse_experts import product, sharding
 from sparse_experts.arrays import Array
 
 
 class Linear(nn.Module):
   """y = x W, without bias, over the last `num_inputs` axes of x.
 
-  The kernel is float32 and is cast to the dtype of x.
+  The kernel is float32 and is cast to the dtype of x. Under
+  `product.use_product` another product takes the place of this one.
 
   Attributes:
     features: sizes of the output axes.
@@ -30,6 +31,10 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
+    injected = product.injected()
+    if injected is not None:
+      kernel = self.get_variable('params', 'kernel')
+      return injected(x, kernel.astype(x.dtype))
     num_inputs, rank = self.num_inputs, len(self.names)
     init = nn.initializers.variance_scaling(
       self.init_scale,

@@ -57,11 +57,21 @@ class LanguageModel(nn.Module):
     self,
     batch: Mapping[str, Array],
     *,
+    step: Array | None = None,
     capacity_factor: float | None = None,
     deterministic: bool = True,
   ) -> tuple[Array, dict[str, Aux]]:
-    """Logits [B, L, V] of the targets, and the Aux of every sparse layer."""
-    memory_BxMxD, auxes = self._encode(batch, capacity_factor, deterministic)
+    """Logits [B, L, V] of the targets, and the Aux of every sparse layer.
+
+    Args:
+      batch: features.
+      step: int32 training step, for routers with a schedule.
+      capacity_factor: of sparse layers; None drops nothing.
+      deterministic: no dropout, jitter or noise.
+    """
+    memory_BxMxD, auxes = self._encode(
+      batch, step, capacity_factor, deterministic
+    )
     tokens_BxL = batch['decoder_input_tokens']
     y_BxLxD, decoder_auxes = self.decoder(
       self._embed(tokens_BxL),
@@ -73,6 +83,7 @@ class LanguageModel(nn.Module):
         attend_BxLxM=self._attend(batch),
         memory_BxMxD=memory_BxMxD,
         attend_memory_BxLxM=_attend_memory(batch),
+        step=step,
         capacity_factor=capacity_factor,
         deterministic=deterministic,
       ),
@@ -159,6 +170,7 @@ class LanguageModel(nn.Module):
   def _encode(
     self,
     batch: Mapping[str, Array],
+    step: Array | None = None,
     capacity_factor: float | None = None,
     deterministic: bool = True,
   ) -> tuple[Array | None, dict[str, Aux]]:
@@ -176,6 +188,7 @@ class LanguageModel(nn.Module):
         token_ids_BxL=tokens_BxM,
         task_ids_BxL=batch.get('encoder_task_ids'),
         attend_BxLxM=segments_BxM[:, :, None] == segments_BxM[:, None, :],
+        step=step,
         capacity_factor=capacity_factor,
         deterministic=deterministic,
       ),

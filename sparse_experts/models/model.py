@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from flax import linen as nn
 
 from sparse_experts import moe
 from sparse_experts.arrays import Array, Aux
-from sparse_experts.models import decoding
+from sparse_experts.models import decoding, reward
 
 Batch = Mapping[str, Array]
 Sums = dict[str, Any]
@@ -26,7 +27,8 @@ class Model:
       loss = CE + z_loss * mean log(Z)^2
              + sum over names w_name * (sum or mean over layers) aux_name
 
-  CE is a mean over target tokens, in nats.
+  CE is a mean over target tokens, in nats. Routers that learn from reward have
+  further auxiliary losses, 'policy' and 'value', see `reward.losses`.
 
   Attributes:
     module: maps batches to logits and Aux, see `language_model.LanguageModel`.
@@ -36,6 +38,15 @@ class Model:
     z_loss: weight of log(Z)^2 of the output softmax (1e-4 in T5X).
     capacity_factor_train, capacity_factor_eval: of sparse layers; None drops
       nothing. Decoding always drops nothing.
+    consistency: alpha of THOR (Zuo et al. 2021,
+      https://arxiv.org/abs/2110.04260): above 0, training runs every batch
+      twice with different draws, at twice the cost, and
+
+          loss = loss_1 + loss_2 + alpha * (KL(p_1, p_2) + KL(p_2, p_1)) / 2,
+
+      p the predictions and the last term a mean over target tokens.
+    bias_rate: how far routers' balance biases move after each training step
+      (`moe.bias.update_biases`); 0 for routers that have none.
 
   Example: docs/architecture.md builds and runs one; tests run that.
   """
@@ -48,6 +59,8 @@ class Model:
   z_loss: float = 0.0
   capacity_factor_train: float | None = 1.25
   capacity_factor_eval: float | None = 2.0
+  consistency: float = 0.0
+  bias_rate: float = 0.0
 
   def __post_init__(self):
     if self.layer_reduction not in ('sum', 'mean'):
@@ -77,6 +90,7 @@ class Model:
     rng: Array | None = None,
     *,
     train: bool,
+    step: Array | None = None,
     num_targets: Array | None = None,
   ) -> tuple[Array, Sums]:
     """The training objective and sums that metrics are read from.
@@ -86,18 +100,47 @@ class Model:
       batch: features; `decoder_loss_weights` says which targets count.
       rng: for dropout, jitter and noise; required in training.
       train: training's capacity, policies and dropout, or evaluation's.
+      step: int32 training step, for routers with a schedule.
       num_targets: what CE is divided by, the batch's own number of targets by
         default. A microbatch is given the mean number per microbatch, so that
         the mean over microbatches is the whole batch's loss.
 
     Returns:
-      Scalar loss; sums (see `summary`), which add over batches.
+      Scalar loss; sums (see `summary`), which add over batches. Of two passes
+      they are the mean, with an auxiliary loss 'consistency' added.
     """
+    one_pass = functools.partial(
+      self._one_pass,
+      params,
+      batch,
+      train=train,
+      step=step,
+      num_targets=num_targets,
+    )
+    if not (train and self.consistency):
+      loss, sums, _ = one_pass(rng)
+      return loss, sums
+    loss_1, sums_1, logits_1 = one_pass(jax.random.fold_in(rng, 0))
+    loss_2, sums_2, logits_2 = one_pass(jax.random.fold_in(rng, 1))
+    _, weights_BxL = _targets(batch)
+    if num_targets is None:
+      num_targets = weights_BxL.sum()
+    divergence = (_symmetric_kl(logits_1, logits_2) * weights_BxL).sum()
+    divergence /= jnp.maximum(num_targets, 1)
+    sums = jax.tree.map(lambda a, b: (a + b) / 2, sums_1, sums_2)
+    sums['aux_losses']['consistency'] = divergence
+    return loss_1 + loss_2 + self.consistency * divergence, sums
+
+  def _one_pass(
+    self, params, batch: Batch, rng: Array | None, *, train, step, num_targets
+  ) -> tuple[Array, Sums, Array]:
+    """Loss, sums and logits of one pass, as `loss` describes them."""
     logits_BxLxV, auxes = self._apply(
       params,
       batch,
       train=train,
       rng=rng,
+      step=step,
       factor=self.capacity_factor_train if train else self.capacity_factor_eval,
     )
     targets_BxL, weights_BxL = _targets(batch)
@@ -108,11 +151,12 @@ class Model:
     num_targets = jnp.maximum(num_targets, 1)
     cross_entropy = -(log_probs_BxL * weights_BxL).sum()
     square_z = (jnp.square(log_z_BxL) * weights_BxL).sum()
+    auxes = reward.losses(auxes, batch, log_probs_BxL, weights_BxL, num_targets)
     aux_losses = self._aux_losses(auxes)
     loss = (cross_entropy + self.z_loss * square_z) / num_targets
     for name, value in aux_losses.items():
       loss += self.loss_weights.get(name, 0.0) * value
-    return loss, {
+    sums = {
       'batches': jnp.float32(1),
       'targets': total,
       'cross_entropy': cross_entropy,
@@ -120,6 +164,7 @@ class Model:
       'aux_losses': aux_losses,
       'layers': {name: aux.metrics for name, aux in auxes.items()},
     }
+    return loss, sums, logits_BxLxV
 
   def score(
     self, params, batch: Batch, *, capacity_factor: float | None = None
@@ -187,10 +232,11 @@ class Model:
       temperature=temperature,
     )
 
-  def _apply(self, params, batch, *, train, factor, rng=None):
+  def _apply(self, params, batch, *, train, factor, rng=None, step=None):
     return self.module.apply(
       {'params': params},
       batch,
+      step=step,
       capacity_factor=factor,
       deterministic=not train,
       rngs=None if rng is None else {'dropout': rng},
@@ -262,6 +308,19 @@ def _read(logits_BxLxV: Array, targets_BxL: Array):
   target_BxL = (logits_BxLxV * onehot_BxLxV).sum(-1)
   correct_BxL = jnp.argmax(logits_BxLxV, -1) == targets_BxL
   return target_BxL - log_z_BxL, log_z_BxL, correct_BxL
+
+
+def _symmetric_kl(logits_1: Array, logits_2: Array) -> Array:
+  """(KL(p_1, p_2) + KL(p_2, p_1)) / 2 of the softmax of logits, [B, L].
+
+  References:
+    Zuo et al. 2021, `symmetric_KL_loss` of their code, `translation_thor.py`.
+  """
+  log_1, log_2 = (
+    jax.nn.log_softmax(logits.astype(jnp.float32))
+    for logits in (logits_1, logits_2)
+  )
+  return 0.5 * ((jnp.exp(log_1) - jnp.exp(log_2)) * (log_1 - log_2)).sum(-1)
 
 
 def _mean(values: list[Array]) -> Array:

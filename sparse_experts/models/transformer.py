@@ -28,6 +28,7 @@ class Context:
   Attributes:
     mask_BxL: True for tokens that routers may route; None for all.
     token_ids_BxL, task_ids_BxL: for routers that need them.
+    step: training step, for routers with a schedule; None outside training.
     attend_BxLxM: True where a token may look; M is L, or a cache's length.
     queries_BxL, keys_BxM: positions, for relative biases; B may be 1.
     memory_BxMxD: what cross-attention looks at; None without.
@@ -47,6 +48,7 @@ class Context:
   mask_BxL: Array | None = None
   token_ids_BxL: Array | None = None
   task_ids_BxL: Array | None = None
+  step: Array | None = None
   memory_BxMxD: Array | None = None
   attend_memory_BxLxM: Array | None = None
   bias_1xHxLxM: Array | None = None
@@ -143,6 +145,7 @@ class Block(nn.Module):
       mask_BxL=context.mask_BxL,
       token_ids_BxL=context.token_ids_BxL,
       task_ids_BxL=context.task_ids_BxL,
+      step=context.step,
       capacity_factor=context.capacity_factor,
       deterministic=deterministic,
       require_causal=self.causal and not self.allow_non_causal_routing,

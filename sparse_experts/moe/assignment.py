@@ -73,6 +73,47 @@ def require_hard(assignment: Assignment | SoftAssignment, who: str) -> None:
     )
 
 
+def ungated(
+  expert_GxSxK: Array,
+  num_experts: int,
+  mask_GxS: Array | None = None,
+  gate: float = 1.0,
+) -> Assignment:
+  """The assignment of experts that are not weighed, served in token order.
+
+  Args:
+    expert_GxSxK: int32 experts of each token; num_experts for none.
+    num_experts: E.
+    mask_GxS: False for padding, which gets none.
+    gate: of every choice.
+  """
+  if mask_GxS is not None:
+    expert_GxSxK = jnp.where(mask_GxS[..., None], expert_GxSxK, num_experts)
+  return Assignment(
+    expert_GxSxK=expert_GxSxK,
+    gate_GxSxK=jnp.where(expert_GxSxK < num_experts, jnp.float32(gate), 0),
+    place_GxSxK=places(expert_GxSxK, num_experts, priority='token'),
+    num_experts=num_experts,
+  )
+
+
+def largest(scores_GxSxE: Array, k: int) -> Array:
+  """Experts of the k largest scores of each token, int32 [G, S, K].
+
+  The largest first, ties to the lower index, k different ones even where
+  scores are -inf. Not `jax.lax.top_k`, for which XLA gathers the operand from
+  all devices.
+  """
+  scores_GxSxE = jnp.maximum(scores_GxSxE, jnp.finfo(scores_GxSxE.dtype).min)
+  experts = []
+  for _ in range(k):
+    expert_GxS = jnp.argmax(scores_GxSxE, -1).astype(jnp.int32)
+    experts.append(expert_GxS)
+    is_it_GxSxE = jax.nn.one_hot(expert_GxS, scores_GxSxE.shape[-1], dtype=bool)
+    scores_GxSxE = jnp.where(is_it_GxSxE, -jnp.inf, scores_GxSxE)
+  return jnp.stack(experts, -1)
+
+
 def places(
   expert_GxSxK: Array,
   num_experts: int,
@@ -117,6 +158,11 @@ def places(
     back_GxS = jnp.argsort(order_GxS, axis=1)
     place_GxSxK = jnp.take_along_axis(place_GxSxK, back_GxS[..., None], axis=1)
   return place_GxSxK
+
+
+def is_causal(priority: str, k: int) -> bool:
+  """Whether `places` in this order let no later token move an earlier one."""
+  return priority == 'token' or (priority == 'choice' and k == 1)
 
 
 def _count_before(expert_GxT: Array, num_experts: int) -> Array:

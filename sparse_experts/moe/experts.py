@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_experts.arrays import Array
+from sparse_experts.product import use_product
 
 
 @flax.struct.dataclass
@@ -32,6 +33,11 @@ class Experts:
   module: nn.Module = flax.struct.field(pytree_node=False)
   deterministic: bool = flax.struct.field(pytree_node=False, default=True)
 
+  @property
+  def stacked(self) -> int:
+    """E, or how many of them there are on this device."""
+    return jax.tree.leaves(self.params)[0].shape[0]
+
   def __call__(self, x_ExGxCxD: Array) -> Array:
     """Expert e on its slots of every group, [E, G, C, D]."""
     E = x_ExGxCxD.shape[0]
@@ -39,6 +45,40 @@ class Experts:
     return jax.vmap(self.apply, spmd_axis_name='expert')(
       self.params, keys_E, x_ExGxCxD
     )
+
+  def grouped(
+    self,
+    x_TxD: Array,
+    group_sizes_E: Array,
+    product: Callable[[Array, Array, Array], Array],
+  ) -> Array:
+    """Each expert on its own rows, [T, D], by one product for all of them.
+
+    The module runs once, with the stacked parameters, so it must be made of
+    `Linear` and of functions without parameters of single rows. Dropout masks
+    are drawn once too, and not for each expert.
+
+    Args:
+      x_TxD: rows, those of expert 0 first, then those of expert 1, ...
+      group_sizes_E: int32, how many rows each expert has.
+      product: `grouped_matmul` or a like of it.
+
+    Raises:
+      ValueError: the expert has a parameter that is not the kernel of a Linear.
+    """
+
+    def by_group(x_TxD, w_ExDxF):
+      return product(x_TxD, w_ExDxF, group_sizes_E)
+
+    try:
+      with use_product(by_group):
+        return self.apply(self.params, self.key, x_TxD)
+    except flax.errors.ScopeParamShapeError as error:
+      raise ValueError(
+        f'this expert cannot be grouped: {type(self.module).__name__} has a '
+        f'parameter that is not the kernel of a Linear ({error.args[0]}); use '
+        'dispatch=gather.'
+      ) from error
 
   def apply(self, params: Any, key: Array | None, x_xD: Array) -> Array:
     """One expert on any tokens."""

@@ -34,9 +34,15 @@ class MoE(nn.Module):
     group_size: tokens S of a group, which share the experts' slots; None: one
       sequence.
     capacity_rule: from capacity factor to slots.
-    dispatch: executes the assignment under a capacity: `dispatchers.gather` or
-      `dispatchers.einsum`.
-    exact_dispatch: executes it where nothing is dropped.
+    dispatch: executes the assignment under a capacity: `dispatchers.gather`,
+      `dispatchers.einsum` or `dispatchers.grouped`. It returns the output, or
+      also which choices it dropped for lack of room, see `metrics.counts`.
+    exact_dispatch: executes it without: `all_experts` for few tokens, `grouped`
+      for many.
+    make_shared_expert: builds a dense FFN that every token meets beside the
+      routed ones, added once to their sum (DeepSeekMoE's shared experts, Dai et
+      al. 2024, equation 9, K_s of them as one of K_s times the width); None: no
+      such.
 
   Example:
     >>> import functools, jax
@@ -57,6 +63,7 @@ class MoE(nn.Module):
   capacity_rule: CapacityRule = CapacityRule()
   dispatch: Callable[..., Array] = gather
   exact_dispatch: Callable[..., Array] = all_experts
+  make_shared_expert: Callable[..., nn.Module] | None = None
 
   @nn.compact
   def __call__(
@@ -66,6 +73,7 @@ class MoE(nn.Module):
     mask_BxL: Array | None = None,
     token_ids_BxL: Array | None = None,
     task_ids_BxL: Array | None = None,
+    step: Array | None = None,
     capacity_factor: float | None = None,
     deterministic: bool = True,
     require_causal: bool = False,
@@ -77,6 +85,7 @@ class MoE(nn.Module):
       mask_BxL: boolean, False for padding: it takes no slot and gets 0.
       token_ids_BxL: int32 ids of the tokens, for routers that need them.
       task_ids_BxL: int32 task (skill, domain) of each token, likewise.
+      step: int32 training step, for routers with a schedule; None elsewhere.
       capacity_factor: slots of an expert relative to a balanced load. None
         drops nothing and makes a token's output independent of its neighbours,
         at the cost of E / K times the arithmetic.
@@ -91,8 +100,8 @@ class MoE(nn.Module):
     if require_causal and not router.is_causal:
       raise ValueError(
         f'{type(router).__name__} lets later tokens decide the fate of earlier '
-        "ones, which a decoder must not: use priority='token' or k=1, or say "
-        'allow_non_causal_routing=True.'
+        "ones, which a decoder must not: take a causal one (of top-k, k=1 or "
+        "priority='token'), or say allow_non_causal_routing=True."
       )
     if mask_BxL is not None:  # Not even NaN leaks out of padding.
       x_BxLxD = jnp.where(mask_BxL[..., None], x_BxLxD, 0)
@@ -119,6 +128,7 @@ class MoE(nn.Module):
         router,
         whole=x_GxSxD.shape[:2] == x_BxLxD.shape[:2],
         capacity=capacity,
+        step=step,
         token_ids_GxS=split(token_ids_BxL),
         task_ids_GxS=split(task_ids_BxL),
       ),
@@ -136,14 +146,31 @@ class MoE(nn.Module):
     hard = not isinstance(assignment, SoftAssignment)
     exact = capacity is None and hard
     dispatch = self.exact_dispatch if exact else self.dispatch
-    y_GxSxD = dispatch(experts, x_GxSxD, assignment, capacity)
+    y_GxSxD, lost = dispatch(experts, x_GxSxD, assignment, capacity), None
+    if isinstance(y_GxSxD, tuple):
+      y_GxSxD, lost = y_GxSxD
     y_GxSxD = constrain(y_GxSxD, 'group', None, 'act_embed')
-    counts = metrics.counts(assignment, capacity, mask_GxS)
-    aux = Aux(losses=aux.losses, metrics={**aux.metrics, **counts})
-    return y_GxSxD.reshape(x_BxLxD.shape), aux
+    y_BxLxD = y_GxSxD.reshape(x_BxLxD.shape)
+    if self.make_shared_expert is not None:
+      shared_BxLxD = self.make_shared_expert(name='shared_expert')(
+        x_BxLxD, deterministic=deterministic
+      )
+      if mask_BxL is not None:
+        shared_BxLxD = jnp.where(mask_BxL[..., None], shared_BxLxD, 0)
+      y_BxLxD += shared_BxLxD
+    counts = metrics.counts(assignment, capacity, mask_GxS, lost)
+    aux = Aux(
+      losses=aux.losses,
+      metrics={**aux.metrics, **counts},
+      decisions={
+        name: decision_GxS.reshape(x_BxLxD.shape[:2])
+        for name, decision_GxS in aux.decisions.items()
+      },
+    )
+    return y_BxLxD, aux
 
   @staticmethod
-  def _given(router: Router, *, whole: bool, capacity, **ids):
+  def _given(router: Router, *, whole: bool, capacity, step, **ids):
     """The arguments that the router needs, and no others."""
     name = type(router).__name__
     if 'sequences' in router.needs and not whole:
@@ -151,7 +178,8 @@ class MoE(nn.Module):
         f'{name} decides for whole sequences: set group_size=None, so that a '
         'group is one.'
       )
-    given = {'capacity': capacity} if 'capacity' in router.needs else {}
+    given = {'capacity': capacity, 'step': step}
+    given = {need: given[need] for need in given if need in router.needs}
     for argument, value in ids.items():
       need = argument.removesuffix('_GxS')
       if need not in router.needs:

@@ -16,18 +16,27 @@ def counts(
   assignment: Assignment | SoftAssignment,
   capacity: int | None,
   mask_GxS: Array | None,
+  lost: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
   """Float32 sums over all tokens of a batch.
 
   They add over microbatches, steps, layers and processes.
 
+  Args:
+    assignment: what the router decided.
+    capacity: C, or None.
+    mask_GxS: False for padding, or None.
+    lost: choices within the capacity that the dispatcher dropped all the same,
+      boolean [G, S, K], by who had no room: 'sender', 'receiver'.
+
   Returns:
     tokens: unmasked tokens. padding: masked ones.
     chosen_E: choices of each expert, before any capacity.
-    kept_E: choices of each expert that found a slot.
+    kept_E: choices of each expert that found a slot, and were not lost.
     gate_mass_E: sum of the gates of those.
     left_out: unmasked tokens that reached no expert at all.
     slots: slots there were (E * C * G), 0 without a capacity.
+    dropped_sender, dropped_receiver: choices lost, if told which.
 
   Of soft weights, an expert's choices are its share of the tokens' mixtures.
   """
@@ -37,6 +46,8 @@ def counts(
   G, S, _ = assignment.expert_GxSxK.shape
   onehot_GxSxKxE = jax.nn.one_hot(assignment.expert_GxSxK, E)
   kept_GxSxK = assignment.kept(capacity)
+  for lost_GxSxK in (lost or {}).values():
+    kept_GxSxK &= ~lost_GxSxK
   kept_GxSxKxE = onehot_GxSxKxE * kept_GxSxK[..., None]
   real_GxS = jnp.ones((G, S), bool) if mask_GxS is None else mask_GxS
   return {
@@ -48,6 +59,10 @@ def counts(
     ),
     'left_out': (real_GxS & ~kept_GxSxK.any(-1)).sum().astype(jnp.float32),
     'slots': jnp.float32(G * E * (capacity or 0)),
+    **{
+      f'dropped_{who}': lost_GxSxK.sum().astype(jnp.float32)
+      for who, lost_GxSxK in (lost or {}).items()
+    },
   }
 
 
@@ -82,8 +97,11 @@ def summary(sums: Mapping[str, Array]) -> dict[str, float | np.ndarray]:
     load_E: share of the choices that went to each expert; sums to 1.
     gate_mass_E: mean gate with which an expert's kept tokens came in.
     imbalance: largest load over mean load; 1 is balance.
-    dropped: share of choices without a slot. left_out: share of tokens that
-      reached no expert. padding: share of positions masked.
+    dropped: share of choices without a slot, or lost on the way.
+    dropped_sender, dropped_receiver: share lost for lack of room in the buffer
+      of the sender or receiver, where the dispatcher has such.
+    left_out: share of tokens that reached no expert. padding: share of
+      positions masked.
     dead: experts that no token chose. fill: share of slots in use (0 without
       capacity).
     entropy, confidence: of the router, means over tokens, where it reports
@@ -104,6 +122,11 @@ def summary(sums: Mapping[str, Array]) -> dict[str, float | np.ndarray]:
     ),
     'dead': float((sums['chosen_E'] == 0).sum()),
     'fill': float(kept / max(sums['slots'], 1)) if sums['slots'] else 0.0,
+    **{
+      name: float(sums[name] / max(chosen, 1))
+      for name in ('dropped_sender', 'dropped_receiver')
+      if name in sums
+    },
     **{
       name: float(sums[name] / tokens)
       for name in ('entropy', 'confidence')

@@ -30,6 +30,7 @@ class Router(nn.Module):
       'token_ids': their ids, int32 token_ids_GxS;
       'task_ids': the task (skill, domain, language) of each, task_ids_GxS;
       'capacity': the capacity C, None where nothing is dropped;
+      'step': the training step, an int32 scalar; None outside training;
       'sequences': that a group is one sequence;
       'rng': the rng stream 'dropout', when not deterministic.
     is_causal: no token's fate depends on a later token of its group.
@@ -43,6 +44,13 @@ class Router(nn.Module):
   needs: ClassVar[tuple[str, ...]] = ()
   is_causal: ClassVar[bool] = True
   drops: ClassVar[bool] = True
+
+  def check_k(self) -> None:
+    """Raises ValueError unless 1 <= k <= num_experts."""
+    if not 1 <= self.k <= self.num_experts:
+      raise ValueError(
+        f'k must be from 1 to num_experts={self.num_experts}, got {self.k}.'
+      )
 
   def logits(
     self,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from sparse_experts.moe.bias import BIAS
 from sparse_experts.training import schedules
 
 # What a dimension is to Adafactor. A parameter with a 'whole' dimension keeps a
@@ -32,6 +33,7 @@ ROLES: Mapping[str, str] = {
   'expert': 'batch',
   'layers': 'batch',
   'router': 'whole',
+  'slots': 'whole',
   'relpos_buckets': 'whole',
 }
 
@@ -65,7 +67,7 @@ def adam(
   _check(_TINY, math.inf, eps=eps)
   rate = schedules.as_schedule(learning_rate)
   if weight_decay:
-    tx = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)
+    tx = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=_decays)
   else:
     tx = optax.adam(rate, b1, b2, eps)
   return _in_float32(max_grad_norm, tx)
@@ -164,7 +166,7 @@ def adafactor(
   if beta1 is not None:
     transforms.append(optax.ema(beta1, debias=False))
   if weight_decay_rate:
-    transforms.append(optax.add_decayed_weights(-weight_decay_rate))
+    transforms.append(optax.add_decayed_weights(-weight_decay_rate, _decays))
   return _in_float32(max_grad_norm, *transforms)
 
 
@@ -249,6 +251,17 @@ def _in_float32(
     lambda grads, state, params=None: tx.update(
       cast(grads), state, cast(params)
     ),
+  )
+
+
+def _decays(params: Any) -> Any:
+  """Whether weight decay is for a parameter: not for biases of routers.
+
+  They have no gradient either: no optimizer moves them, `update_biases` does.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: BIAS not in [getattr(key, 'key', None) for key in path],
+    params,
   )
 
 

@@ -11,6 +11,7 @@ import optax
 from sparse_experts.arrays import Array
 from sparse_experts.models import model as model_module
 from sparse_experts.models.model import Batch, Model, Sums
+from sparse_experts.moe.bias import update_biases
 from sparse_experts.sharding import constrain
 from sparse_experts.training.state import TrainState
 
@@ -27,7 +28,8 @@ def train_step(
 ) -> tuple[TrainState, Sums]:
   """Gradients of a batch, and the optimizer's update unless not finite.
 
-  The rng of step n is a function of seed and n alone.
+  The rng of step n is a function of seed and n alone. Biases of routers move by
+  `model.bias_rate` after the optimizer, which leaves them alone.
 
   Args:
     state: before the step.
@@ -55,6 +57,7 @@ def train_step(
         batch,
         jax.random.fold_in(rng, i),
         train=True,
+        step=state.step,
         num_targets=num_targets,
       )
 
@@ -80,6 +83,8 @@ def train_step(
   norm = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  if model.bias_rate:
+    params = update_biases(params, sums['layers'], model.bias_rate)
   finite = (
     jnp.isfinite(sums['objective'])
     & jnp.isfinite(norm)

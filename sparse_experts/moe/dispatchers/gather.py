@@ -24,9 +24,9 @@ def gather(
   G, S, D = x_GxSxD.shape
   E, C = assignment.num_experts, capacity or S
   slot_GxSxK, choice_GxEC = _indices(assignment, C)
-  x_GxECxD = _dispatch(x_GxSxD, slot_GxSxK, choice_GxEC)
+  x_GxECxD = to_slots(x_GxSxD, slot_GxSxK, choice_GxEC)
   y_GxExCxD = exchange(experts, x_GxECxD.reshape(G, E, C, D))
-  return _combine(
+  return from_slots(
     y_GxExCxD.reshape(G, E * C, D),
     assignment.gate_GxSxK.astype(x_GxSxD.dtype),
     slot_GxSxK,
@@ -70,37 +70,45 @@ def _take_choices(y_GxECxD: Array, slot_GxSxK: Array) -> Array:
 
 
 @jax.custom_vjp
-def _dispatch(x_GxSxD: Array, slot_GxSxK: Array, choice_GxEC: Array) -> Array:
+def to_slots(x_GxSxD: Array, slot_GxSxK: Array, choice_GxEC: Array) -> Array:
+  """The token of each slot, [G, EC, D].
+
+  Args:
+    x_GxSxD: tokens.
+    slot_GxSxK: slot of each choice; EC or more for none.
+    choice_GxEC: choice (s * K + k) of each slot; S * K or more for none.
+  """
   K = slot_GxSxK.shape[-1]
   return _take(x_GxSxD, choice_GxEC // K)
 
 
-def _dispatch_forward(x_GxSxD, slot_GxSxK, choice_GxEC):
-  return _dispatch(x_GxSxD, slot_GxSxK, choice_GxEC), slot_GxSxK
+def _to_slots_forward(x_GxSxD, slot_GxSxK, choice_GxEC):
+  return to_slots(x_GxSxD, slot_GxSxK, choice_GxEC), slot_GxSxK
 
 
-def _dispatch_backward(slot_GxSxK, dx_GxECxD):
+def _to_slots_backward(slot_GxSxK, dx_GxECxD):
   return _take_choices(dx_GxECxD, slot_GxSxK).sum(2), None, None
 
 
-_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+to_slots.defvjp(_to_slots_forward, _to_slots_backward)
 
 
 @jax.custom_vjp
-def _combine(
+def from_slots(
   y_GxECxD: Array, gate_GxSxK: Array, slot_GxSxK: Array, choice_GxEC: Array
 ) -> Array:
+  """Sum of the outputs in a token's slots, weighted by gates, [G, S, D]."""
   return jnp.einsum(
     'GSKD,GSK->GSD', _take_choices(y_GxECxD, slot_GxSxK), gate_GxSxK
   )
 
 
-def _combine_forward(y_GxECxD, gate_GxSxK, slot_GxSxK, choice_GxEC):
-  y_GxSxD = _combine(y_GxECxD, gate_GxSxK, slot_GxSxK, choice_GxEC)
+def _from_slots_forward(y_GxECxD, gate_GxSxK, slot_GxSxK, choice_GxEC):
+  y_GxSxD = from_slots(y_GxECxD, gate_GxSxK, slot_GxSxK, choice_GxEC)
   return y_GxSxD, (y_GxECxD, gate_GxSxK, slot_GxSxK, choice_GxEC)
 
 
-def _combine_backward(residuals, dy_GxSxD):
+def _from_slots_backward(residuals, dy_GxSxD):
   y_GxECxD, gate_GxSxK, slot_GxSxK, choice_GxEC = residuals
   G, S, K = gate_GxSxK.shape
   gate_GxEC = _take(gate_GxSxK.reshape(G, S * K, 1), choice_GxEC)
@@ -111,4 +119,4 @@ def _combine_backward(residuals, dy_GxSxD):
   return dy_GxECxD, dgate_GxSxK, None, None
 
 
-_combine.defvjp(_combine_forward, _combine_backward)
+from_slots.defvjp(_from_slots_forward, _from_slots_backward)

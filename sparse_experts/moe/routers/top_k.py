@@ -13,7 +13,7 @@ from jax.scipy.special import entr
 
 from sparse_experts.arrays import Array, Aux
 from sparse_experts.moe import losses
-from sparse_experts.moe.assignment import Assignment, places
+from sparse_experts.moe.assignment import Assignment, is_causal, largest, places
 from sparse_experts.moe.router import KERNEL_INIT, Router
 
 
@@ -69,9 +69,7 @@ class TopK(Router):
   @property
   def is_causal(self) -> bool:
     """No token's fate depends on a later token of its group."""
-    return self.priority == 'token' or (
-      self.priority == 'choice' and self.k == 1
-    )
+    return is_causal(self.priority, self.k)
 
   @nn.compact
   def __call__(
@@ -169,7 +167,7 @@ def route(
   if mask_GxS is not None:  # Whatever padding holds, NaN too, stays there.
     logits_GxSxE = jnp.where(mask_GxS[..., None], logits_GxSxE, 0)
   probs_GxSxE = jax.nn.softmax(logits_GxSxE)
-  expert_GxSxK = _largest(probs_GxSxE, k)
+  expert_GxSxK = largest(probs_GxSxE, k)
   onehot_GxSxKxE = jax.nn.one_hot(expert_GxSxK, num_experts)
   # One-hot rather than a lookup: the gradient is no scatter-add.
   gate_GxSxK = (onehot_GxSxKxE * probs_GxSxE[:, :, None]).sum(-1)
@@ -222,20 +220,6 @@ def route(
       'confidence': (confidence_GxS * real_GxS).sum(),
     },
   )
-
-
-def _largest(probs_GxSxE: Array, k: int) -> Array:
-  """Experts of the k largest probabilities of each token, int32 [G, S, K].
-
-  Not `jax.lax.top_k`, for which XLA gathers the operand from all devices.
-  """
-  experts = []
-  for _ in range(k):
-    expert_GxS = jnp.argmax(probs_GxSxE, -1).astype(jnp.int32)
-    experts.append(expert_GxS)
-    is_it_GxSxE = jax.nn.one_hot(expert_GxS, probs_GxSxE.shape[-1], dtype=bool)
-    probs_GxSxE = jnp.where(is_it_GxSxE, -1, probs_GxSxE)
-  return jnp.stack(experts, -1)
 
 
 def _taken(

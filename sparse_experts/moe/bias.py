@@ -1,0 +1,82 @@
+"""Balance without a loss: biases of routers, moved after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax.numpy as jnp
+
+from sparse_experts.arrays import Array
+
+BIAS = 'balance_bias'  # The name of the parameter, float32 [E] of each router.
+
+
+def update_biases(
+  params: Mapping[str, Any],
+  layer_sums: Mapping[str, Mapping[str, Array]],
+  rate: float,
+) -> dict[str, Any]:
+  """Raises the bias of experts chosen too rarely and lowers that of others.
+
+      b_e += rate * sign(mean load - load_e)
+
+  where an expert's load is how often it was chosen in the step just taken, over
+  the whole batch and before any capacity. All other parameters are unchanged.
+
+  Args:
+    params: parameters; blocks lie under `layers_i`, or, of a scanned stack,
+      under `period/layers_j` with a leading axis of repeats.
+    layer_sums: name of the layer ('decoder/layers_3') -> its metrics, of which
+      `chosen_E` is the load.
+    rate: u, how far a bias moves in one step; 1e-3 in both papers.
+
+  Raises:
+    ValueError: no router has a bias.
+
+  Example:
+    >>> params = {'layers_0': {'router': {'balance_bias': jnp.zeros(2)}}}
+    >>> sums = {'layers_0': {'chosen_E': jnp.array([3., 1.])}}
+    >>> update_biases(params, sums, 0.5)['layers_0']['router'][BIAS].tolist()
+    [-0.5, 0.5]
+
+  References:
+    Wang et al. 2024, https://arxiv.org/abs/2408.15664, Algorithm 1.
+    DeepSeek-AI 2024 (V3), https://arxiv.org/abs/2412.19437, section 2.1.2.
+  """
+  flat = flax.traverse_util.flatten_dict(params, keep_empty_nodes=True)
+  biases = [path for path in flat if path[-1] == BIAS]
+  if not biases:
+    raise ValueError(
+      f'bias_rate={rate} moves the biases of routers, but none has one: set '
+      'DeepSeek.balance_bias=True, or bias_rate=0.'
+    )
+  for path in biases:
+    load = _load(params, path, len(flat[path]), layer_sums)
+    direction = jnp.sign(load.mean(-1, keepdims=True) - load)
+    flat[path] += rate * direction
+  return flax.traverse_util.unflatten_dict(flat)
+
+
+def _load(
+  params: Mapping[str, Any],
+  path: tuple[str, ...],
+  repeats: int,
+  layer_sums: Mapping[str, Mapping[str, Array]],
+) -> Array:
+  """Loads for the bias at `path`: [E], of a scanned stack [repeats, E]."""
+  block = next(i for i, key in enumerate(path) if key.startswith('layers_'))
+  if path[block - 1 : block] != ('period',):
+    return layer_sums['/'.join(path[: block + 1])]['chosen_E']
+  # A scanned stack is prefix, period times repeats, suffix (models/layout.py).
+  stack = params
+  for key in path[: block - 1]:
+    stack = stack[key]
+  first = next(i for i in range(len(stack) + 1) if f'layers_{i}' not in stack)
+  period, index = len(stack['period']), int(path[block].removeprefix('layers_'))
+  names = [
+    '/'.join((*path[: block - 1], f'layers_{first + r * period + index}'))
+    for r in range(repeats)
+  ]
+  return jnp.stack([layer_sums[name]['chosen_E'] for name in names])

@@ -1,0 +1,222 @@
+"""Hierarchical noisy top-k: a gate over groups of experts, gates within."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.scipy.special import entr
+
+from sparse_experts.arrays import Array, Aux
+from sparse_experts.moe import losses
+from sparse_experts.moe.assignment import Assignment, is_causal, places
+from sparse_experts.moe.router import Router
+from sparse_experts.moe.routers.noisy_top_k import (
+  add_noise,
+  chosen_probability,
+  gate_of_each,
+)
+from sparse_experts.moe.routers.top_k import route
+
+
+class Hierarchical(Router):
+  """A primary gate chooses groups of experts, a secondary gate experts in each.
+
+      y = sum over i, j of G_primary(x)_i G_i(x)_j E_ij(x)
+
+  Each gate is a noisy top-k one (`noisy_top_k.NoisyTopK`). Expert j of group i
+  is expert i * E / expert_groups + j.
+
+  Attributes:
+    k: choices of a token in all, primary_k times those in each group.
+    primary_k: groups that a token chooses.
+    expert_groups: a, that many groups of experts; None: the largest divisor of
+      E up to its root.
+    priority: who is served first, see `assignment.places`; the paper drops
+      nothing.
+    least_noise: see `NoisyTopK`.
+    kernel_init: of `primary_kernel`, `primary_noise_kernel` [D, a] and
+      `kernel`, `noise_kernel` [D, E].
+
+  Losses: importance and load of the E experts, both levels multiplied
+  (equations 13 and 14).
+
+  Example:
+    >>> router = Hierarchical(num_experts=16)
+    >>> x_GxSxD = jax.random.normal(jax.random.key(0), (2, 16, 8))
+    >>> variables = router.init(jax.random.key(1), x_GxSxD)
+    >>> assignment, aux = router.apply(variables, x_GxSxD)
+    >>> (assignment.expert_GxSxK // 4)[0, 0].tolist()  # Two of each of two.
+    [0, 0, 1, 1]
+
+  References:
+    Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, appendix B.
+  """
+
+  k: int = 4
+  primary_k: int = 2
+  expert_groups: int | None = None
+  priority: str = 'token'
+  least_noise: float = 0.0
+  kernel_init: nn.initializers.Initializer = nn.initializers.zeros
+
+  needs = ('rng',)
+
+  @property
+  def is_causal(self) -> bool:
+    """No token's fate depends on a later token of its group."""
+    return is_causal(self.priority, self.k)
+
+  @nn.compact
+  def __call__(
+    self,
+    x_GxSxD: Array,
+    *,
+    mask_GxS: Array | None = None,
+    deterministic: bool = True,
+  ) -> tuple[Assignment, Aux]:
+    """Routes tokens x [G, S, D]; masked tokens get no expert."""
+    width = self.expert_groups or _squarest(self.num_experts)
+    levels = {'primary_': width, '': self.num_experts}
+    given = {}
+    for level, columns in levels.items():
+      logits, noise = (
+        self.logits(
+          x_GxSxD,
+          width=columns,
+          kernel_init=self.kernel_init,
+          name=f'{level}{name}',
+        )
+        for name in ('kernel', 'noise_kernel')
+      )
+      normal = None
+      if not deterministic:
+        normal = jax.random.normal(self.make_rng('dropout'), logits.shape)
+      given[level] = logits, self.least_noise + nn.softplus(noise), normal
+    return route_hierarchically(
+      given['primary_'],
+      given[''],
+      k=self.k,
+      primary_k=self.primary_k,
+      mask_GxS=mask_GxS,
+      priority=self.priority,
+    )
+
+
+def route_hierarchically(
+  primary: tuple[Array, Array, Array | None],
+  secondary: tuple[Array, Array, Array | None],
+  *,
+  k: int,
+  primary_k: int,
+  mask_GxS: Array | None = None,
+  priority: str = 'token',
+) -> tuple[Assignment, Aux]:
+  """Hierarchical gating of given logits; see `Hierarchical`.
+
+  Args:
+    primary: float32 logits, the deviation of their noise, and standard normal
+      noise or None, [G, S, P] each, P groups of experts.
+    secondary: likewise of all experts, [G, S, E].
+    k: choices per token. primary_k: groups per token.
+    mask_GxS: boolean, False for padding, which gets no expert and no place.
+    priority: see `assignment.places`.
+
+  Raises:
+    ValueError: groups or choices do not divide.
+  """
+  G, S, E = secondary[0].shape
+  P = primary[0].shape[-1]
+  secondary_k = k // max(primary_k, 1)
+  if (
+    E % P
+    or not 1 <= primary_k <= P
+    or k % primary_k
+    or not 1 <= secondary_k <= E // P
+  ):
+    raise ValueError(
+      f'expert_groups={P} must divide num_experts={E}, primary_k={primary_k} '
+      f'(1 to {P}) divide k={k}, and k / primary_k be 1 to {E // P}.'
+    )
+  if mask_GxS is None:
+    mask_GxS = jnp.ones((G, S), bool)
+  Q = E // P
+
+  def gate(level, k, mask_GxS):
+    """Choices, P of equation 9, and the noisy softmax."""
+    logits, deviation, normal = level
+    real = mask_GxS[..., None]
+    logits, deviation = (
+      jnp.where(real, logits, 0),
+      jnp.where(real, deviation, 1),
+    )
+    noisy = add_noise(logits, deviation, normal)
+    assignment, _ = route(noisy, k=k, mask_GxS=mask_GxS, gates='chosen')
+    chances = chosen_probability(logits, noisy, deviation, k)
+    return assignment, chances, jax.nn.softmax(noisy)
+
+  first, chance_GxSxP, prob_GxSxP = gate(primary, primary_k, mask_GxS)
+  # Every group of experts has a row of Q gates for every token.
+  rows = [x if x is None else x.reshape(G, S * P, Q) for x in secondary]
+  second, chance_GxSPxQ, prob_GxSPxQ = gate(
+    rows, secondary_k, jnp.repeat(mask_GxS, P, axis=1)
+  )
+
+  def chosen(x_GxSPx__):
+    """The rows of the groups that were chosen, [G, S, primary_k, ...]."""
+    x_GxSxPx__ = x_GxSPx__.reshape(G, S, 1, P, -1)
+    return (is_group_GxSxKxP[..., None] * x_GxSxPx__).sum(3)
+
+  is_group_GxSxKxP = jax.nn.one_hot(first.expert_GxSxK, P, dtype=jnp.int32)
+  expert_GxSxK = (
+    first.expert_GxSxK[..., None] * Q + chosen(second.expert_GxSxK)
+  ).reshape(G, S, k)
+  expert_GxSxK = jnp.where(mask_GxS[..., None], expert_GxSxK, E)
+  gate_GxSxK = (
+    first.gate_GxSxK[..., None] * chosen(second.gate_GxSxK)
+  ).reshape(G, S, k)
+  prob_GxSxE = (
+    prob_GxSxP[..., None] * prob_GxSPxQ.reshape(G, S, P, Q)
+  ).reshape(G, S, E)
+  fixed_GxSxE = jax.lax.stop_gradient(prob_GxSxE)
+  confidence_GxS = fixed_GxSxE.max(-1)
+  assignment = Assignment(
+    expert_GxSxK=expert_GxSxK,
+    gate_GxSxK=gate_GxSxK,
+    place_GxSxK=places(
+      expert_GxSxK, E, priority=priority, confidence_GxS=confidence_GxS
+    ),
+    num_experts=E,
+  )
+
+  # Equation 14: the load of a group, shared as its own tokens share it.
+  member_GxSxP = is_group_GxSxKxP.sum(2)
+  primary_GxP = (chance_GxSxP * mask_GxS[..., None]).sum(1)
+  secondary_GxPxQ = jnp.einsum(
+    'GSP,GSPQ->GPQ',
+    member_GxSxP.astype(jnp.float32),
+    chance_GxSPxQ.reshape(G, S, P, Q),
+  )
+  load_GxPxQ = (
+    primary_GxP[..., None]
+    * secondary_GxPxQ
+    / jnp.maximum(member_GxSxP.sum(1), 1)[..., None]
+  )
+  return assignment, Aux(
+    losses={
+      'importance': losses.importance(gate_of_each(assignment)),  # Equation 13.
+      'load': losses.load(load_GxPxQ.reshape(G, 1, E)),
+    },
+    metrics={
+      'entropy': (entr(fixed_GxSxE).sum(-1) * mask_GxS).sum(),
+      'confidence': (confidence_GxS * mask_GxS).sum(),
+    },
+  )
+
+
+def _squarest(num_experts: int) -> int:
+  """The largest divisor up to the root."""
+  root = math.isqrt(num_experts)
+  return max(n for n in range(1, root + 1) if num_experts % n == 0)

@@ -1,0 +1,166 @@
+"""Noisy top-k gating: each token chooses its k largest noisy logits.
+
+The gate that made sparse experts trainable. Importance and load losses balance
+it, through the noise.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_experts.arrays import Array, Aux
+from sparse_experts.moe import losses
+from sparse_experts.moe.assignment import Assignment, is_causal
+from sparse_experts.moe.router import Router
+from sparse_experts.moe.routers.top_k import route
+
+# Deviations at or below it divide nothing.
+_LEAST = 1e-6
+
+
+class NoisyTopK(Router):
+  """G(x) = softmax(KeepTopK(x Wg + N(0, 1) softplus(x Wnoise), k)).
+
+  There is noise in training only. With k = 1 the gate is always 1 and only the
+  losses train the router: the paper takes k > 1.
+
+  Attributes:
+    priority: who is served first, see `assignment.places`; the paper drops
+      nothing.
+    least_noise: added to the noise's deviation: 0 in the paper, 1e-2 in its
+      code (Tensor2Tensor, `noisy_top_k_gating`).
+    kernel_init: of Wg, `kernel`, and Wnoise, `noise_kernel`, both [D, E]: zeros
+      in the paper's appendix A, "no signal and some noise".
+
+  Losses: importance and load. Without noise the load loss asks how likely each
+  expert were to be chosen with noise on it alone; with k = E it is 0.
+
+  Example:
+    >>> router = NoisyTopK(num_experts=4, k=2)
+    >>> x_GxSxD = jax.random.normal(jax.random.key(0), (2, 16, 8))
+    >>> variables = router.init(jax.random.key(1), x_GxSxD)
+    >>> assignment, aux = router.apply(variables, x_GxSxD)
+    >>> sorted(aux.losses)
+    ['importance', 'load']
+
+  References:
+    Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, equations 3 to 5 and
+    appendix A.
+  """
+
+  k: int = 4
+  priority: str = 'token'
+  least_noise: float = 0.0
+  kernel_init: nn.initializers.Initializer = nn.initializers.zeros
+
+  needs = ('rng',)
+
+  @property
+  def is_causal(self) -> bool:
+    """No token's fate depends on a later token of its group."""
+    return is_causal(self.priority, self.k)
+
+  @nn.compact
+  def __call__(
+    self,
+    x_GxSxD: Array,
+    *,
+    mask_GxS: Array | None = None,
+    deterministic: bool = True,
+  ) -> tuple[Assignment, Aux]:
+    """Routes tokens x [G, S, D]; masked tokens get no expert."""
+    logits_GxSxE = self.logits(x_GxSxD, kernel_init=self.kernel_init)
+    deviation_GxSxE = self.least_noise + nn.softplus(
+      self.logits(x_GxSxD, kernel_init=self.kernel_init, name='noise_kernel')
+    )
+    normal_GxSxE = None
+    if not deterministic:
+      normal_GxSxE = jax.random.normal(
+        self.make_rng('dropout'), logits_GxSxE.shape
+      )
+    return route_noisily(
+      logits_GxSxE,
+      deviation_GxSxE,
+      normal_GxSxE,
+      k=self.k,
+      mask_GxS=mask_GxS,
+      priority=self.priority,
+    )
+
+
+def route_noisily(
+  logits_GxSxE: Array,
+  deviation_GxSxE: Array,
+  normal_GxSxE: Array | None = None,
+  *,
+  k: int,
+  mask_GxS: Array | None = None,
+  priority: str = 'token',
+) -> tuple[Assignment, Aux]:
+  """Noisy top-k gating of given logits.
+
+  Args:
+    logits_GxSxE: float32, x Wg.
+    deviation_GxSxE: float32 >= 0, softplus(x Wnoise).
+    normal_GxSxE: standard normal noise; None for none.
+    k: choices per token, 1 <= k <= E.
+    mask_GxS: boolean, False for padding, which gets no expert and no place.
+    priority: see `assignment.places`.
+
+  Returns:
+    Assignment and Aux with losses `importance` and `load` and the metrics of
+    `top_k.route` (of the noisy softmax).
+
+  Raises:
+    ValueError: an argument is out of its range.
+  """
+  if mask_GxS is not None:
+    real_GxSx1 = mask_GxS[..., None]
+    logits_GxSxE = jnp.where(real_GxSx1, logits_GxSxE, 0)
+    deviation_GxSxE = jnp.where(real_GxSx1, deviation_GxSxE, 1)
+  noisy_GxSxE = add_noise(logits_GxSxE, deviation_GxSxE, normal_GxSxE)
+  assignment, aux = route(
+    noisy_GxSxE, k=k, mask_GxS=mask_GxS, gates='chosen', priority=priority
+  )
+  probs_GxSxE = chosen_probability(
+    logits_GxSxE, noisy_GxSxE, deviation_GxSxE, k
+  )
+  return assignment, Aux(
+    losses={
+      'importance': losses.importance(gate_of_each(assignment)),
+      'load': losses.load(probs_GxSxE, mask_GxS),
+    },
+    metrics=aux.metrics,
+  )
+
+
+def add_noise(
+  logits_GxSxE: Array, deviation_GxSxE: Array, normal_GxSxE: Array | None
+) -> Array:
+  """H(x) of equation 4, float32 [G, S, E]."""
+  if normal_GxSxE is None:
+    return logits_GxSxE
+  return logits_GxSxE + normal_GxSxE * deviation_GxSxE
+
+
+def chosen_probability(
+  logits_GxSxE: Array, noisy_GxSxE: Array, deviation_GxSxE: Array, k: int
+) -> Array:
+  """P(x, e) of equation 9, float32 [G, S, E]; 1 where all are chosen."""
+  if k == logits_GxSxE.shape[-1]:
+    return jnp.ones_like(logits_GxSxE)
+  return losses.selection_probability(
+    logits_GxSxE,
+    losses.others_threshold(noisy_GxSxE, k),
+    jnp.maximum(deviation_GxSxE, _LEAST),
+  )
+
+
+def gate_of_each(assignment: Assignment) -> Array:
+  """G(x): the gate of every expert, 0 where not chosen, float32 [G, S, E]."""
+  onehot_GxSxKxE = jax.nn.one_hot(
+    assignment.expert_GxSxK, assignment.num_experts
+  )
+  return jnp.einsum('GSK,GSKE->GSE', assignment.gate_GxSxK, onehot_GxSxKxE)

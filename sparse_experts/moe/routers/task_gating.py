@@ -1,0 +1,106 @@
+"""Task-level gating: a learned choice of experts for each task."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_experts import sharding
+from sparse_experts.arrays import Array, Aux
+from sparse_experts.moe.assignment import Assignment
+from sparse_experts.moe.router import KERNEL_INIT, Router
+from sparse_experts.moe.routers.top_k import route
+
+
+class TaskGating(Router):
+  """TOP_k(softmax(t W)) with a learned embedding t of the token's task.
+
+  All tokens of a task (a language, a domain) choose the same experts, so the
+  experts of one task can be taken out and served without the others. A row of
+  one task fills the lines of k experts: there, only a capacity factor of None
+  (or E / k) drops nothing.
+
+  Losses: load_balance and router_z over all tokens of the batch or microbatch,
+  for a group may hold one task only, and that alone has no balance.
+
+  Attributes:
+    num_tasks: T. A token whose task id is not below it meets no expert.
+    gates: softmax over 'all' experts or the 'chosen' ones, see `top_k.route`.
+    embedding_init: initialiser of the task embeddings, [T, D].
+    kernel_init: initialiser of W, [D, E].
+
+  Example:
+    >>> router = TaskGating(num_experts=4, num_tasks=3)
+    >>> x_GxSxD, tasks_GxS = jnp.ones((1, 3, 8)), jnp.array([[0, 2, 0]])
+    >>> variables = router.init(
+    ...   jax.random.key(0), x_GxSxD, task_ids_GxS=tasks_GxS
+    ... )
+    >>> assignment, _ = router.apply(
+    ...   variables, x_GxSxD, task_ids_GxS=tasks_GxS
+    ... )
+    >>> bool(assignment.expert_GxSxK[0, 0] == assignment.expert_GxSxK[0, 2])
+    True
+
+  References:
+    Kudugunta et al. 2021, https://arxiv.org/abs/2110.03742, section 3,
+    "task-level".
+  """
+
+  num_tasks: int = 0
+  gates: str = 'all'
+  embedding_init: nn.initializers.Initializer = nn.initializers.normal(1.0)
+  kernel_init: nn.initializers.Initializer = KERNEL_INIT
+
+  needs = ('task_ids',)
+
+  @nn.compact
+  def __call__(
+    self,
+    x_GxSxD: Array,
+    *,
+    task_ids_GxS: Array,
+    mask_GxS: Array | None = None,
+    deterministic: bool = True,
+  ) -> tuple[Assignment, Aux]:
+    """Routes by task; of `x_GxSxD` only the width is used."""
+    if self.num_tasks < 1:
+      raise ValueError(
+        f'TaskGating needs num_tasks, the number of task ids, got '
+        f'{self.num_tasks}.'
+      )
+    G, S, D = x_GxSxD.shape
+    embedding_TxD = self.param(
+      'embedding',
+      sharding.named(self.embedding_init, 'router', 'embed'),
+      (self.num_tasks, D),
+      jnp.float32,
+    )
+    # One-hot rather than a lookup: the gradient is no scatter-add.
+    onehot_GxSxT = jax.nn.one_hot(task_ids_GxS, self.num_tasks)
+    known_GxS = (task_ids_GxS >= 0) & (task_ids_GxS < self.num_tasks)
+    if mask_GxS is not None:
+      known_GxS &= mask_GxS
+    logits_TxE = self.logits(embedding_TxD[None], kernel_init=self.kernel_init)[
+      0
+    ]
+    logits_GxSxE = jnp.einsum(
+      'GST,TE->GSE',
+      onehot_GxSxT,
+      logits_TxE,
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    assignment, aux = route(
+      logits_GxSxE,
+      k=self.k,
+      mask_GxS=known_GxS,
+      gates=self.gates,
+      priority='token',  # Causal for k > 1 too.
+    )
+    # All groups as one.
+    _, of_batch = route(
+      logits_GxSxE.reshape(1, G * S, -1),
+      k=self.k,
+      mask_GxS=known_GxS.reshape(1, -1),
+    )
+    return assignment, Aux(losses=of_batch.losses, metrics=aux.metrics)

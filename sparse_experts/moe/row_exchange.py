@@ -1,0 +1,183 @@
+"""Rows to the devices of their experts and back, as many as there are.
+
+For use inside `jax.shard_map` over the mesh axis `expert`. A device's rows are
+sorted by expert, so those for one device are one run; a device receives a run
+from each. Buffers are static: what does not fit is dropped, and known.
+
+P counts the devices of the axis, I and O rows of an input and an output.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from sparse_experts.arrays import Array
+
+AXIS = 'expert'
+
+
+@flax.struct.dataclass
+class Runs:
+  """Where the runs of one device's rows are, one for each device, int32 [P].
+
+  Attributes:
+    start_P: first row of each run.
+    size_P: rows of it.
+    landing_P: its first row on the other device.
+  """
+
+  start_P: Array
+  size_P: Array
+  landing_P: Array
+
+
+@flax.struct.dataclass
+class Plan:
+  """What one device sends and receives.
+
+  Attributes:
+    out: runs of its own rows, by receiver.
+    into: runs of its receive buffer, by sender.
+    offered_P: rows of each run of its own that fit the buffers it sends from.
+    expert_R: which of its E / P experts each received row is for; E / P where
+      there is no row.
+    peer_rows: rows of the largest run there can be.
+    ragged: by `jax.lax.ragged_all_to_all`, where the platform has it.
+  """
+
+  out: Runs
+  into: Runs
+  offered_P: Array
+  expert_R: Array
+  peer_rows: int = flax.struct.field(pytree_node=False)
+  ragged: bool = flax.struct.field(pytree_node=False)
+
+
+def plan(
+  sizes_E: Array, *, peer_rows: int, receive_rows: int, ragged: bool
+) -> Plan:
+  """A plan under which no buffer overflows, the same seen from all devices.
+
+  Args:
+    sizes_E: int32, this device's rows for each expert of all devices.
+    peer_rows: how many rows fit between two devices. Of a longer run the last
+      are dropped, by the sender.
+    receive_rows: R, how many rows a device can receive. Senders are served in
+      order of their index; the rest is dropped, by the receiver.
+    ragged: see `Plan`.
+  """
+  P, me = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+  # L experts of each device; axes are sender, receiver.
+  sizes_PxPxL = jax.lax.all_gather(sizes_E.reshape(P, -1), AXIS)
+  L = sizes_PxPxL.shape[-1]
+  count_PxP = sizes_PxPxL.sum(-1)
+  offered_PxP = jnp.minimum(count_PxP, peer_rows)
+  room_PxP = receive_rows - _before(offered_PxP, 0)
+  sent_PxP = jnp.clip(room_PxP, 0, offered_PxP)
+  start_PxP, landing_PxP = _before(count_PxP, 1), _before(sent_PxP, 0)
+
+  sent_PxPxL = jnp.clip(
+    sent_PxP[..., None] - _before(sizes_PxPxL, 2), 0, sizes_PxPxL
+  )
+  ends_PL = jnp.cumsum(sent_PxPxL[:, me].reshape(-1))
+  run_R = (jnp.arange(receive_rows)[:, None] >= ends_PL).sum(-1)
+  return Plan(
+    out=Runs(start_PxP[me], sent_PxP[me], landing_PxP[me]),
+    into=Runs(landing_PxP[:, me], sent_PxP[:, me], start_PxP[:, me]),
+    offered_P=offered_PxP[me],
+    expert_R=jnp.where(run_R < P * L, run_R % L, L),
+    peer_rows=peer_rows,
+    ragged=ragged,
+  )
+
+
+def send(x_IxD: Array, plan: Plan) -> Array:
+  """This device's rows to the devices of their experts; those received."""
+  return _move(
+    (x_IxD.shape[0], plan.expert_R.size, plan.peer_rows, plan.ragged),
+    x_IxD,
+    (plan.out, plan.into),
+  )
+
+
+def send_back(x_IxD: Array, plan: Plan, num_rows: int) -> Array:
+  """Received rows to where they came from; zeros for those never sent."""
+  return _move(
+    (x_IxD.shape[0], num_rows, plan.peer_rows, plan.ragged),
+    x_IxD,
+    (plan.into, plan.out),
+  )
+
+
+def _before(count: Array, axis: int) -> Array:
+  """Sum of the entries before each."""
+  return jnp.cumsum(count, axis) - count
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _move(sizes, x_IxD, runs):
+  """Runs of I rows to runs of O rows on the other devices."""
+  _, O, peer_rows, ragged = sizes
+  fixed = functools.partial(_fixed, num_rows=O, peer_rows=peer_rows)
+  if not ragged:
+    return fixed(x_IxD, runs)
+  return jax.lax.platform_dependent(
+    x_IxD,
+    runs,
+    cpu=fixed,  # XLA:CPU has no ragged_all_to_all.
+    default=functools.partial(_ragged, num_rows=O),
+  )
+
+
+def _move_forward(sizes, x_IxD, runs):
+  return _move(sizes, x_IxD, runs), runs
+
+
+def _move_backward(sizes, runs, dx_OxD):
+  I, O, *rest = sizes
+  return _move((O, I, *rest), dx_OxD, runs[::-1]), None
+
+
+_move.defvjp(_move_forward, _move_backward)
+
+
+def _ragged(x_IxD, runs, num_rows):
+  out, into = runs
+  return jax.lax.ragged_all_to_all(
+    x_IxD,
+    jnp.zeros((num_rows, x_IxD.shape[1]), x_IxD.dtype),
+    out.start_P,
+    out.size_P,
+    out.landing_P,
+    into.size_P,
+    axis_name=AXIS,
+  )
+
+
+def _fixed(x_IxD, runs, num_rows, peer_rows):
+  """By an all-to-all of buffers of the size of the largest run."""
+  out, into = runs
+  I, place_M = x_IxD.shape[0], jnp.arange(peer_rows)
+  row_PxM = jnp.where(
+    place_M < out.size_P[:, None], out.start_P[:, None] + place_M, I
+  )
+  x_PxMxD = _take(x_IxD, row_PxM)
+  x_PxMxD = jax.lax.all_to_all(x_PxMxD, AXIS, 0, 0)
+
+  row_O = jnp.arange(num_rows)
+  run_O = (row_O[:, None] >= into.start_P + into.size_P).sum(-1)
+  place_O = row_O - _take(into.start_P, run_O)
+  received_O = (run_O < len(into.size_P)) & (place_O >= 0)
+  index_O = run_O * peer_rows + place_O
+  return _take(
+    x_PxMxD.reshape(-1, x_PxMxD.shape[-1]),
+    jnp.where(received_O, index_O, x_PxMxD.size),
+  )
+
+
+def _take(x, index):
+  return jnp.take(x, index, axis=0, mode='fill', fill_value=0)
