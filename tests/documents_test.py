@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from sparse_experts import config
 from sparse_experts.cli import COMMANDS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -60,6 +61,43 @@ def test_links_and_paths_exist(page):
     r'`((?:gin|scripts|docs|tests|sparse_experts)/[a-z0-9_/.]+)`', text
   ):
     assert (ROOT / path).exists(), path
+
+
+def test_routers():
+  """Every router's line says what its class declares."""
+  text = (ROOT / 'docs/routers.md').read_text()
+  rows = re.findall(
+    r'^\| `(\w+)` \|.*\| `(\w+)` \| (\w+) \| (\w+) \| (.*?) ?\|$', text, re.M
+  )
+  said, declared = {row[0]: row[1:] for row in rows}, {}
+  for path in (ROOT / 'gin/routers').glob('*.gin'):
+    config.parse(['gin/equivalence.gin', str(path)], [], [])
+    router = config.value('ROUTER')()
+    yes = {True: 'yes', False: 'no'}
+    declared[path.stem] = (
+      type(router).__name__,
+      yes[router.is_causal],
+      yes[router.drops],
+      set(router.needs),
+    )
+  assert {
+    name: (*row[:3], set(filter(None, row[3].split(', '))))
+    for name, row in said.items()
+  } == declared
+
+
+def test_how_to_add_a_router():
+  names = run(ROOT / 'docs/routers.md')
+  # Positions 0 to 5 of 4 experts; 4 and 5 come second to experts 0 and 1.
+  assert names['assignment'].expert_GxSxK[0, :, 0].tolist() == [
+    0,
+    1,
+    2,
+    3,
+    0,
+    1,
+  ]
+  assert names['assignment'].place_GxSxK[0, :, 0].tolist() == [0, 0, 0, 0, 1, 1]
 
 
 def test_readme_names_every_command():
