@@ -177,7 +177,7 @@ def test_at_balance_nothing_is_nan(deterministic):
     return assignment.gate_GxSxK[..., 0].sum() + sum(aux.losses.values()), aux
 
   for scale in (0.0, 1.0, 1e4):
-    kernels = jax.tree.map(lambda leaf: leaf + scale, params)
+    kernels = jax.tree.map(lambda leaf, scale=scale: leaf + scale, params)
     results = run(kernels, x)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
 

@@ -41,7 +41,9 @@ def ledger(
   if feature_lengths is None:
     total = sum(T5_LENGTHS.values())
     feature_lengths = T5_LENGTHS if encoder_decoder else {'targets': total}
-  shapes = batches.shapes(model.converter, feature_lengths, 1, pack=False)
+  shapes = batches.shapes(
+    model.converter, feature_lengths, 1, pack=False, task_ids=True
+  )
   boxed, choices = _trace(model, shapes)
   names = sharding.names_of(boxed)
   targets = sum(feature_lengths.values())

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from sparse_experts.data import host_tensorflow, tasks
+from sparse_experts.data import converters, host_tensorflow, tasks
 
 if typing.TYPE_CHECKING:
   import tensorflow as tf
@@ -37,6 +37,7 @@ def shapes(
   feature_lengths: Mapping[str, int],
   batch_size: int,
   pack: bool,
+  task_ids: bool = False,
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """What batches look like, without reading data.
 
@@ -47,6 +48,7 @@ def shapes(
     feature_lengths: length of 'targets' and, where there are any, 'inputs'.
     batch_size: global.
     pack: whether several examples may share a row.
+    task_ids: whether rows say the task of every token.
 
   Returns:
     By feature name, shape [batch_size, length] and dtype int32.
@@ -58,9 +60,10 @@ def shapes(
   ['decoder_target_tokens', 'decoder_input_tokens', 'decoder_loss_weights']
   """
   _check_converter(converter, feature_lengths)
-  decoder = _DECODER + _PACKED * pack
+  more = _PACKED * pack + ('task_ids',) * task_ids
+  decoder = _DECODER + more
   if converter == 'encoder_decoder':
-    encoder = ('input_tokens',) + _PACKED * pack
+    encoder = ('input_tokens', *more)
     lengths = {f'encoder_{f}': feature_lengths['inputs'] for f in encoder}
     lengths |= {f'decoder_{f}': feature_lengths['targets'] for f in decoder}
   else:
@@ -118,6 +121,7 @@ class Batches(Iterator[Batch]):
     *,
     seed: int,
     pack: bool = True,
+    task_ids: bool = False,
     shuffle: bool = True,
     num_shards: int = 1,
     rows: slice = slice(None),
@@ -133,6 +137,7 @@ class Batches(Iterator[Batch]):
       converter: see `shapes`.
       seed: of the shuffle, the noise and the mixing.
       pack: whether several examples may share a row.
+      task_ids: whether rows say the task of every token; for tasks that do.
       shuffle: whether to shuffle; without, epochs repeat their order.
       num_shards: number of streams; 1 unless reading everything in every
         process is too slow.
@@ -153,6 +158,7 @@ class Batches(Iterator[Batch]):
       'converter': converter,
       'seed': seed,
       'pack': pack,
+      'task_ids': task_ids,
       'shuffle': shuffle,
       'num_shards': num_shards,
       'corpus': _digests(task),
@@ -165,7 +171,7 @@ class Batches(Iterator[Batch]):
     self._iterators = {}
     for i in self.streams:
       dataset = _dataset(
-        task, split, feature_lengths, converter, pack,
+        task, split, feature_lengths, converter, pack, task_ids,
         shuffle=shuffle,
         # Streams that shared a seed would share their noise.
         seed=int(np.random.SeedSequence([seed, i]).generate_state(1)[0]),
@@ -229,6 +235,7 @@ class Batches(Iterator[Batch]):
       raise FileNotFoundError(f'no saved batches: {file} does not exist')
     saved = json.loads(file.read_text())
     drawn = saved.pop('batches_drawn')
+    saved.setdefault('task_ids', False)  # Once there were none.
     for key, ours in self.identity.items():
       if saved[key] != ours:
         raise ValueError(
@@ -257,6 +264,7 @@ def eval_batches(
   converter: str,
   *,
   pack: bool = False,
+  task_ids: bool = False,
   num_batches: int | None = None,
   modules: Sequence[str] = (),
 ) -> Iterator[Batch]:
@@ -276,7 +284,7 @@ def eval_batches(
   """
   task = tasks.find(task_name, modules)
   dataset = _dataset(
-    task, split, feature_lengths, converter, pack,
+    task, split, feature_lengths, converter, pack, task_ids,
     shuffle=False, seed=0, shard=(0, 1), num_epochs=1,
   )  # fmt: skip
   # Without drop_remainder; the loop below fills up the last batch.
@@ -339,8 +347,8 @@ def decode_tokens(
 
 
 def _dataset(
-  task, split, feature_lengths, converter, pack, shuffle, seed, shard,
-  num_epochs,
+  task, split, feature_lengths, converter, pack, task_ids, shuffle, seed,
+  shard, num_epochs,
 ):  # fmt: skip
   """Rows of model features: read, preprocessed, packed or padded."""
   tf = host_tensorflow.load()
@@ -379,10 +387,7 @@ def _dataset(
     # A cache in memory would become part of every saved iterator.
     try_in_mem_cache=False,
   )
-  convert = {
-    'encoder_decoder': seqio.EncDecFeatureConverter,
-    'decoder': seqio.DecoderFeatureConverter,
-  }[converter](pack=pack)
+  convert = converters.make(converter, pack, task_ids)
   options = tf.data.Options()
   options.deterministic = True
   return convert(dataset, feature_lengths).with_options(options)

@@ -20,6 +20,8 @@ class Dataset:
     batch_size: global number of rows.
     split: of the task.
     pack: several examples share a row.
+    task_ids: rows say the task of every token, for routers that need it; for
+      tasks that know it, as the embedded ones do (the domain of the document).
     shuffle: in training.
     seed: of order and noise, in training.
     num_shards: streams that a global batch is made of in training; see
@@ -33,6 +35,7 @@ class Dataset:
   batch_size: int
   split: str = 'train'
   pack: bool = True
+  task_ids: bool = False
   shuffle: bool = True
   seed: int = 0
   num_shards: int = 1
@@ -42,7 +45,11 @@ class Dataset:
   def shapes(self, converter: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of its batches; reads nothing."""
     return batches.shapes(
-      converter, self.feature_lengths, self.batch_size, self.pack
+      converter,
+      self.feature_lengths,
+      self.batch_size,
+      self.pack,
+      self.task_ids,
     )
 
   def training(self, converter: str, rows: slice) -> batches.Batches:
@@ -55,6 +62,7 @@ class Dataset:
       converter,
       seed=self.seed,
       pack=self.pack,
+      task_ids=self.task_ids,
       shuffle=self.shuffle,
       num_shards=self.num_shards,
       rows=rows,
@@ -70,6 +78,7 @@ class Dataset:
       self.batch_size,
       converter,
       pack=self.pack,
+      task_ids=self.task_ids,
       num_batches=self.num_batches,
       modules=self.modules,
     )

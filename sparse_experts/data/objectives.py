@@ -6,6 +6,10 @@ dataset of tokenized documents in the feature 'targets' and yields examples that
 fill `sequence_length`: documents end with the end-of-sequence token, are joined
 to one stream of tokens, and the stream is cut into chunks of equal length.
 
+Documents that have a 'task_id', a number, give examples that say for every
+token of a feature the task of its document: 'inputs_task_ids',
+'targets_task_ids' (see `task_ids`).
+
 Everything is tf.data and stateless randomness, seeded by seqio, so a pipeline
 can be saved in the middle and continued exactly.
 """
@@ -20,14 +24,18 @@ Lengths = Mapping[str, int]
 Features = Mapping[str, seqio.Feature]
 
 
-def from_text(objective: Callable) -> list[Callable]:
+def from_text(
+  objective: Callable, *, with_tasks: bool = False
+) -> list[Callable]:
   """The preprocessors of an objective for examples that have a 'text'.
 
   Args:
     objective: `span_corruption`, `prefix_lm` or `lm`.
+    with_tasks: examples have a 'task_id', too.
   """
+  keys = {'targets': 'text'} | ({'task_id': 'task_id'} if with_tasks else {})
   return [
-    functools.partial(seqio.preprocessors.rekey, key_map={'targets': 'text'}),
+    functools.partial(seqio.preprocessors.rekey, key_map=keys),
     functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
     objective,
   ]
@@ -89,14 +97,15 @@ def span_corruption(
     tokens = example['targets']
     noise = _noise_mask(tf.size(tokens), noise_density, mean_span, seeds)
     eos = [vocabulary.eos_id]
-    return {
-      'inputs': tf.concat(
-        [_replace_spans(tokens, noise, vocabulary.vocab_size), eos], 0
-      ),
-      'targets': tf.concat(
-        [_replace_spans(tokens, ~noise, vocabulary.vocab_size), eos], 0
-      ),
-    }
+    corrupted = {}
+    for feature, mask in (('inputs', noise), ('targets', ~noise)):
+      spans = _replace_spans(tokens, mask, vocabulary.vocab_size)
+      corrupted[feature] = tf.concat([spans, eos], 0)
+      if 'targets_task_ids' in example:
+        ids = example['targets_task_ids']
+        kept = tf.boolean_mask(ids, _starts(mask) | ~mask)
+        corrupted[f'{feature}_task_ids'] = tf.concat([kept, ids[-1:]], 0)
+    return corrupted
 
   return corrupt(concatenate_and_split(dataset, raw_length, vocabulary.eos_id))
 
@@ -164,11 +173,13 @@ def prefix_lm(
 
   @seqio.map_over_dataset(num_seeds=1)
   def split(example, seed):
-    tokens = example['targets']
     cut = tf.random.stateless_uniform(
-      [], seed, minval=1, maxval=tf.size(tokens), dtype=tf.int32
+      [], seed, minval=1, maxval=tf.size(example['targets']), dtype=tf.int32
     )
-    return {'inputs': tokens[:cut], 'targets': tokens[cut:]}
+    inputs = {
+      name.replace('targets', 'inputs'): x[:cut] for name, x in example.items()
+    }
+    return inputs | {name: x[cut:] for name, x in example.items()}
 
   eos = output_features['targets'].vocabulary.eos_id
   return split(concatenate_and_split(dataset, length, eos))
@@ -203,13 +214,30 @@ def concatenate_and_split(
   >>> [chunk['targets'].tolist() for chunk in chunks.as_numpy_iterator()]
   [[5, 6, 7, 1, 5], [6, 7, 1]]
   """
-  stream = dataset.map(
-    lambda example: tf.concat([example['targets'], [eos_id]], 0),
-    num_parallel_calls=tf.data.AUTOTUNE,
-  )
+
+  def document(example):
+    tokens = tf.concat([example['targets'], [eos_id]], 0)
+    if 'task_id' not in example:
+      return {'targets': tokens}
+    ids = tf.fill(tf.shape(tokens), example['task_id'])
+    return {'targets': tokens, 'targets_task_ids': ids}
+
+  stream = dataset.map(document, num_parallel_calls=tf.data.AUTOTUNE)
   # To tf.data a document is a batch of tokens.
-  chunks = stream.rebatch(length).filter(lambda tokens: tf.size(tokens) > 1)
-  return chunks.map(lambda tokens: {'targets': tokens})
+  chunks = stream.rebatch(length)
+  return chunks.filter(lambda chunk: tf.size(chunk['targets']) > 1)
+
+
+@seqio.map_over_dataset
+def task_ids(example):
+  """Says for every token of 'inputs' and 'targets' the example's 'task_id'."""
+  ids = {
+    f'{feature}_task_ids': tf.fill(
+      tf.shape(example[feature]), example['task_id']
+    )
+    for feature in ('inputs', 'targets')
+  }
+  return {**example, **ids}
 
 
 def _noise(
@@ -256,6 +284,11 @@ def _replace_spans(
   tokens: tf.Tensor, mask: tf.Tensor, vocab_size: int
 ) -> tf.Tensor:
   """Each run of masked tokens becomes one sentinel, numbered from the top."""
-  starts = mask & ~tf.concat([[False], mask[:-1]], 0)
+  starts = _starts(mask)
   sentinels = vocab_size - tf.cumsum(tf.cast(starts, tokens.dtype))
   return tf.boolean_mask(tf.where(starts, sentinels, tokens), starts | ~mask)
+
+
+def _starts(mask: tf.Tensor) -> tf.Tensor:
+  """The first of each run of masked tokens."""
+  return mask & ~tf.concat([[False], mask[:-1]], 0)

@@ -8,6 +8,7 @@ from sparse_experts.moe.capacity import CapacityRule
 from sparse_experts.moe.dispatchers.all_experts import all_experts
 from sparse_experts.moe.dispatchers.einsum import einsum
 from sparse_experts.moe.dispatchers.gather import gather
+from sparse_experts.moe.dispatchers.grouped import grouped
 from sparse_experts.moe.layer import MoE
 from sparse_experts.moe.metrics import summary
 from sparse_experts.moe.routers.top_k import TopK, route
@@ -20,6 +21,7 @@ __all__ = [
   'all_experts',
   'einsum',
   'gather',
+  'grouped',
   'route',
   'summary',
 ]

@@ -84,7 +84,7 @@ def plan(
     sent_PxP[..., None] - _before(sizes_PxPxL, 2), 0, sizes_PxPxL
   )
   ends_PL = jnp.cumsum(sent_PxPxL[:, me].reshape(-1))
-  run_R = (jnp.arange(receive_rows)[:, None] >= ends_PL).sum(-1)
+  run_R = (jnp.arange(receive_rows)[:, None] >= ends_PL[None]).sum(-1)
   return Plan(
     out=Runs(start_PxP[me], sent_PxP[me], landing_PxP[me]),
     into=Runs(landing_PxP[:, me], sent_PxP[:, me], start_PxP[:, me]),
@@ -161,15 +161,15 @@ def _ragged(x_IxD, runs, num_rows):
 def _fixed(x_IxD, runs, num_rows, peer_rows):
   """By an all-to-all of buffers of the size of the largest run."""
   out, into = runs
-  I, place_M = x_IxD.shape[0], jnp.arange(peer_rows)
+  I, place_1xM = x_IxD.shape[0], jnp.arange(peer_rows)[None]
   row_PxM = jnp.where(
-    place_M < out.size_P[:, None], out.start_P[:, None] + place_M, I
+    place_1xM < out.size_P[:, None], out.start_P[:, None] + place_1xM, I
   )
   x_PxMxD = _take(x_IxD, row_PxM)
   x_PxMxD = jax.lax.all_to_all(x_PxMxD, AXIS, 0, 0)
 
   row_O = jnp.arange(num_rows)
-  run_O = (row_O[:, None] >= into.start_P + into.size_P).sum(-1)
+  run_O = (row_O[:, None] >= (into.start_P + into.size_P)[None]).sum(-1)
   place_O = row_O - _take(into.start_P, run_O)
   received_O = (run_O < len(into.size_P)) & (place_O >= 0)
   index_O = run_O * peer_rows + place_O

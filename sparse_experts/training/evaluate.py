@@ -75,7 +75,7 @@ def evaluate(
 
 def _task_metrics(model, params, dataset, mesh, max_tokens) -> dict[str, float]:
   """The task's own metrics by seqio.Evaluator; empty where it has none."""
-  from sparse_experts.data import host_tensorflow, tasks
+  from sparse_experts.data import converters, host_tensorflow, tasks
 
   task = tasks.find(dataset.mixture_or_task_name, dataset.modules)
   if not getattr(task, 'predict_metric_fns', ()):
@@ -83,14 +83,12 @@ def _task_metrics(model, params, dataset, mesh, max_tokens) -> dict[str, float]:
   host_tensorflow.load()
   import seqio
 
-  converters = {
-    'encoder_decoder': seqio.EncDecFeatureConverter,
-    'decoder': seqio.DecoderFeatureConverter,
-  }
   limit = dataset.num_batches and dataset.num_batches * dataset.batch_size
   evaluator = seqio.Evaluator(
     dataset.mixture_or_task_name,
-    feature_converter=converters[model.converter](pack=False),
+    feature_converter=converters.make(
+      model.converter, pack=False, task_ids=dataset.task_ids
+    ),
     eval_split=dataset.split,
     sequence_length=dict(dataset.feature_lengths),
     num_examples=limit,

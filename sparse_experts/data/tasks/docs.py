@@ -7,6 +7,9 @@ Registering is cheap; the corpus is harvested when a task is first read.
   docs_lm               language modelling; targets only
   docs_summary          'summarize: ' + documentation -> its opening paragraph
   docs_domain           'domain: ' + documentation -> the package it is from
+
+The task id of a token, for routers that need it, is the domain of its document:
+the index of its package in `corpus.PACKAGES`.
 """
 
 import functools
@@ -23,7 +26,7 @@ SHUFFLE_BUFFER = 256
 
 
 class DocumentSource(seqio.DataSource):
-  """The documents of the corpus, as examples of 'text' and 'domain'.
+  """The documents of the corpus: examples of 'text', 'domain' and 'task_id'.
 
   All documents of a split are held in memory and shuffled by index, so a
   shuffle is complete and the state of an iterator holds no text.
@@ -61,6 +64,8 @@ class DocumentSource(seqio.DataSource):
       records.batch(1 << 20).get_single_element(),
       {k: tf.io.FixedLenFeature([], tf.string) for k in ('text', 'domain')},
     )
+    is_it = columns['domain'][:, None] == tf.constant(corpus.PACKAGES)[None]
+    columns['task_id'] = tf.argmax(is_it, 1, tf.int32)
     index, num_shards = 0, 1
     if shard_info:
       index, num_shards = shard_info.index, shard_info.num_shards
@@ -106,7 +111,7 @@ def add_docs_task(
 
   Args:
     name: of the task.
-    preprocessors: seqio preprocessors, from examples of 'text' and 'domain' to
+    preprocessors: seqio preprocessors, from examples of `DocumentSource` to
       examples of tokens.
     vocabulary: of all features.
     features: what the preprocessors yield.
@@ -130,16 +135,18 @@ def summary(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
   def split(example):
     paragraphs = tf.strings.split(example['text'], '\n\n', maxsplit=1)
-    return tf.pad(paragraphs, [[0, 2 - tf.size(paragraphs)]])
+    paragraphs = tf.pad(paragraphs, [[0, 2 - tf.size(paragraphs)]])
+    return paragraphs, example['task_id']
 
-  def fields(paragraphs):
+  def fields(paragraphs, task_id):
     return {
       'inputs': tf.strings.join(['summarize: ', paragraphs[1]]),
       'targets': tf.strings.regex_replace(paragraphs[0], r'\s+', ' '),
+      'task_id': task_id,
     }
 
   texts = dataset.map(split, num_parallel_calls=tf.data.AUTOTUNE)
-  return texts.filter(lambda p: tf.strings.length(p[1]) > 0).map(fields)
+  return texts.filter(lambda p, _: tf.strings.length(p[1]) > 0).map(fields)
 
 
 @seqio.map_over_dataset
@@ -148,6 +155,7 @@ def domain(example):
   return {
     'inputs': tf.strings.join(['domain: ', example['text']]),
     'targets': example['domain'],
+    'task_id': example['task_id'],
   }
 
 
@@ -187,17 +195,17 @@ def rouge(
 
 add_docs_task(
   'docs_span_corruption',
-  objectives.from_text(objectives.span_corruption),
+  objectives.from_text(objectives.span_corruption, with_tasks=True),
   vocabularies.docs(),
 )
 add_docs_task(
   'docs_prefix_lm',
-  objectives.from_text(objectives.prefix_lm),
+  objectives.from_text(objectives.prefix_lm, with_tasks=True),
   vocabularies.docs(),
 )
 add_docs_task(
   'docs_lm',
-  objectives.from_text(objectives.lm),
+  objectives.from_text(objectives.lm, with_tasks=True),
   vocabularies.docs(),
   features=('targets',),
 )
@@ -211,6 +219,7 @@ for _name, _fields, _metric in (
       _fields,
       functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=True),
       seqio.preprocessors.append_eos_after_trim,
+      objectives.task_ids,
     ],
     vocabularies.docs(),
     metric_fns=[_metric],

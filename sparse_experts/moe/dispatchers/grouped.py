@@ -102,6 +102,10 @@ def grouped(
   else:
     sharding.spec(('expert',), (E,), mesh, 'experts')  # They divide.
     by_group = PartitionSpec(('data', 'expert'))
+    # `model` stays with the compiler, which cannot split Pallas kernels.
+    manual = {axis for axis in mesh.shape if axis != 'model'}
+    if mesh.shape['model'] == 1:
+      manual.add('model')
     specs = experts.replace(
       params=PartitionSpec('expert'),
       key=None if experts.key is None else PartitionSpec(),
@@ -110,7 +114,7 @@ def grouped(
       run,
       in_specs=(specs, by_group, by_group, by_group),
       out_specs=by_group,
-      axis_names={'data', 'expert'},  # `model` stays with the compiler.
+      axis_names=manual,
       check_vma=False,
     )(*arguments)
   return y_GxSxD if buffer_factor is None else (y_GxSxD, lost)
@@ -206,7 +210,7 @@ class Rows:
       .at[choice_N]
       .set(jnp.arange(N), unique_indices=True)
     )
-    count_E = (expert_N[:, None] == jnp.arange(num_experts)).sum(0)
+    count_E = (expert_N[:, None] == jnp.arange(num_experts)[None]).sum(0)
     ends_E = jnp.minimum(jnp.cumsum(count_E), R)
     used = ends_E[-1]
     return cls(
