@@ -151,40 +151,47 @@ def same(ours, theirs):
     assert np.abs(leaf).max() > 0.01  # There is something to compare.
 
 
-@pytest.mark.parametrize('gated', [False, True])
-def test_the_numbers_of_the_other_dispatchers(gated):
+def run_all(cases, gated=False):
+  """Gradients and outputs under each dispatcher and capacity factor."""
   mask = np.random.default_rng(1).random((8, 8)) < 0.8
   expert = partial(Mlp, gated=gated, activation='silu' if gated else 'relu')
-  chunked = partial(grouped, chunks=4)
 
   @jax.jit
   def run(*arguments):
-    return {
-      f'{name} {factor}': outputs_and_gradients(
+    return [
+      outputs_and_gradients(
         make_layer(dispatch=dispatch, exact=dispatch, make_expert=expert),
         factor,
         mask,
       )(*arguments)
-      for name, dispatch, factor in [
-        ('grouped', grouped, 0.75),
-        ('gather', moe.gather, 0.75),
-        ('einsum', moe.einsum, 0.75),
-        ('grouped', grouped, None),
-        ('chunked', chunked, None),
-        ('all_experts', moe.all_experts, None),
-      ]
-    }
+      for dispatch, factor in cases
+    ]
 
-  results = run(*arguments(gated))
-  for name in ('gather', 'einsum'):
-    same(results['grouped 0.75'], results[f'{name} 0.75'])
-  for name in ('chunked', 'all_experts'):
-    same(results['grouped None'], results[f'{name} None'])
-  kept = {
-    factor: results[f'grouped {factor}'][1][1]['kept_E'].sum()
-    for factor in (0.75, None)
-  }
-  assert kept[0.75] < kept[None] == 2 * mask.sum()
+  return mask, run(*arguments(gated))
+
+
+def test_the_numbers_of_the_other_dispatchers():
+  _, (first, *others) = run_all(
+    [(grouped, 0.75), (moe.gather, 0.75), (moe.einsum, 0.75)]
+  )
+  for other in others:
+    same(first, other)
+  mask, (exact, *others) = run_all(
+    [
+      (grouped, None),
+      (partial(grouped, chunks=4), None),
+      (moe.all_experts, None),
+    ]
+  )
+  for other in others:
+    same(exact, other)
+  kept, all_kept = (result[1][1]['kept_E'].sum() for result in (first, exact))
+  assert kept < all_kept == 2 * mask.sum()
+
+
+def test_gated_experts():
+  _, results = run_all([(grouped, 0.75), (moe.gather, 0.75)], gated=True)
+  same(*results)
 
 
 def test_no_gradient_is_a_scatter_add():
