@@ -100,7 +100,7 @@ class MoE(nn.Module):
     if require_causal and not router.is_causal:
       raise ValueError(
         f'{type(router).__name__} lets later tokens decide the fate of earlier '
-        "ones, which a decoder must not: take a causal one (of top-k, k=1 or "
+        'ones, which a decoder must not: take a causal one (of top-k, k=1 or '
         "priority='token'), or say allow_non_causal_routing=True."
       )
     if mask_BxL is not None:  # Not even NaN leaks out of padding.
