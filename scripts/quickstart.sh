@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the project and runs its main job: trains a small Switch Transformer
 # on the documentation corpus, evaluates it, and prints what it fills in.
-# Run it again to resume. Arguments go to every command: --gin.TRAIN_STEPS=600
+# Run it again to resume. Arguments go to every command: --gin.TRAIN_STEPS=800 --gin.DECAY_STEPS=800
 set -euo pipefail
 EXTRA=
 source "$(dirname "$0")/environment.sh"
