@@ -111,12 +111,16 @@ def _from_slots_forward(y_GxECxD, gate_GxSxK, slot_GxSxK, choice_GxEC):
 def _from_slots_backward(residuals, dy_GxSxD):
   y_GxECxD, gate_GxSxK, slot_GxSxK, choice_GxEC = residuals
   G, S, K = gate_GxSxK.shape
-  gate_GxEC = _take(gate_GxSxK.reshape(G, S * K, 1), choice_GxEC)
-  dy_GxECxD = _take(dy_GxSxD, choice_GxEC // K) * gate_GxEC
-  dgate_GxSxK = jnp.einsum(
-    'GSKD,GSD->GSK', _take_choices(y_GxECxD, slot_GxSxK), dy_GxSxD
+  dy_GxECxD = _take(dy_GxSxD, choice_GxEC // K)
+  # A gate's gradient where its slot is: no second gather of the outputs.
+  dgate_GxECx1 = jnp.einsum('GRD,GRD->GR', y_GxECxD, dy_GxECxD)[..., None]
+  gate_GxECx1 = _take(gate_GxSxK.reshape(G, S * K, 1), choice_GxEC)
+  return (
+    dy_GxECxD * gate_GxECx1,
+    _take_choices(dgate_GxECx1, slot_GxSxK)[..., 0],
+    None,
+    None,
   )
-  return dy_GxECxD, dgate_GxSxK, None, None
 
 
 from_slots.defvjp(_from_slots_forward, _from_slots_backward)
