@@ -153,7 +153,8 @@ class Checkpoints:
       self._manager.wait_until_finished()
     except Exception:  # It reaches the main thread too, in `_wait`.
       return
-    print(f'saved step {step}', file=sys.stderr, flush=True)
+    if jax.process_index() == 0:
+      print(f'saved step {step}', file=sys.stderr, flush=True)
 
 
 def directory_of(model_dir: epath.PathLike) -> epath.Path:
