@@ -18,6 +18,7 @@ COMMANDS = {
   'evaluate': 'held-out loss and task metrics of a checkpoint',
   'infer': "a checkpoint's answers to a task's examples",
   'inspect': 'count parameters and arithmetic, or read a checkpoint',
+  'table': 'a table of a paper, published beside computed',
   'list': 'name recipes, tasks, routers and dispatchers',
   'equivalence': 'routers x dispatchers x meshes against a numpy oracle',
   'bench': "'bench layer': time a sparse layer, or compile it for a TPU pod",
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       'evaluate': _evaluate,
       'infer': _infer,
       'inspect': _inspect,
+      'table': _table,
       'list': _list,
       'equivalence': _equivalence,
       'bench': _bench,
@@ -94,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     '--checkpoint', metavar='DIR', help='inspect: a MODEL_DIR or a step of it'
+  )
+  parser.add_argument(
+    '--paper', metavar='TABLE', help="table: which, such as 'switch_table9'"
   )
   parser.add_argument(
     '--topology',
@@ -249,7 +254,7 @@ def _inspect(args, bindings) -> None:
   if args.checkpoint:
     return _inspect_checkpoint(args)
   _parse(args, bindings)
-  _print_ledger(args)
+  _print_ledger(args, bindings)
 
 
 def _inspect_checkpoint(args) -> None:
@@ -269,6 +274,67 @@ def _inspect_checkpoint(args) -> None:
     print(f'{name}  {" x ".join(map(str, shape))}')
   for name, fact in facts.items():
     print(f'{name}: {fact}')
+
+
+def _table(args, bindings) -> None:
+  from sparse_experts import config
+  from sparse_experts.analysis import ledger, published
+
+  if args.gin_file or bindings:
+    raise ValueError('table takes --paper=TABLE alone; its rows name recipes.')
+  if args.paper not in published.TABLES:
+    raise ValueError(
+      f'--paper must be one of {", ".join(published.TABLES)}, not '
+      f'{args.paper!r}.'
+    )
+  table = published.TABLES[args.paper]
+  rows = []
+  for row in table.rows:
+    config.parse([row.file], row.bindings, [])
+    facts = ledger.ledger(
+      config.value('MODEL'), config.value('TASK_FEATURE_LENGTHS')
+    )
+    rows.append(
+      {
+        'model': row.model,
+        'recipe': row.file,
+        'bindings': list(row.bindings),
+        'values': published.compare(row, facts),
+      }
+    )
+  if args.json:
+    return _print_json(
+      {'table': args.paper, 'title': table.title, 'rows': rows}
+    )
+  print(table.title)
+  _print_compared(
+    'model', [(row['model'], value) for row in rows for value in row['values']]
+  )
+
+
+def _print_compared(title, named_values) -> None:
+  """Comparisons of `analysis.published`, and why some numbers do not agree."""
+  from sparse_experts.training import report
+
+  rows, reasons = [], {}
+  for name, value in named_values:
+    rows.append(
+      (
+        name,
+        value['quantity'],
+        value['published'],
+        f'{value["computed"]:,}',
+        f'{value["difference"]:+.1%}',
+        '' if value['agrees'] else '*',
+      )
+    )
+    if value['because']:
+      models = reasons.setdefault((value['quantity'], value['because']), [])
+      models.append(name)
+  heading = (title, '', 'published', 'computed', 'difference', '')
+  print(report.table(heading, rows))
+  for (quantity, reason), models in reasons.items():
+    print(f'* {quantity} of {", ".join(models)}: {reason}.')
 
 
 def _list(args, bindings) -> None:
@@ -365,10 +431,10 @@ def _bench_printer(on_pod: bool):
   """Prints rows of `bench` as they come, below a heading."""
   from sparse_experts.training import report
 
-  widths = (12, 7, 3, 11, 8, 9, 8, 14, 8, 8, 10)
+  widths = (12, 7, 3, 11, 7, 9, 7, 13, 8, 8, 7, 10)
   heading = (
     *('dispatcher', 'experts', 'k', 'forward ms', 'ratio', 'train ms'),
-    *('ratio', '(quartiles)', 'dropped', 'FLOPs', 'memory'),
+    *('ratio', '(quartiles)', 'TFLOP/s', 'dropped', 'FLOPs', 'memory'),
   )
   if on_pod:
     widths = (12, 7, 3, 8, 10, 10, 10, 0)
@@ -402,6 +468,7 @@ def _bench_printer(on_pod: bool):
         f'{row["train_ms"]:.1f}',
         f'{row["train_ratio"]:.2f}x',
         f'({low:.2f} - {high:.2f})',
+        f'{row["tflops"]:.3g}',
         f'{row["dropped"]:.1%}',
         flops,
         memory,
@@ -420,19 +487,28 @@ def _router_names() -> list[str]:
   )
 
 
-def _print_ledger(args) -> None:
+def _print_ledger(args, bindings=()) -> None:
   """Parameters and arithmetic of the model the gin files describe."""
   from sparse_experts import config
-  from sparse_experts.analysis import ledger
+  from sparse_experts.analysis import ledger, published
 
   lengths = None
   if config.defined('TASK_FEATURE_LENGTHS'):
     lengths = config.value('TASK_FEATURE_LENGTHS')
   facts = ledger.ledger(config.value('MODEL'), lengths)
+  compared = [
+    {'paper': table.title, 'model': row.model, **value}
+    for table, row in published.rows_of(args.gin_file, bindings)
+    for value in published.compare(row, facts)
+  ]
   if args.json:
-    _print_json(facts)
-  else:
-    print(ledger.text(facts))
+    return _print_json(
+      {**facts, **({'published': compared} if compared else {})}
+    )
+  print(ledger.text(facts))
+  if compared:
+    print()
+    _print_compared('paper', [(value['paper'], value) for value in compared])
 
 
 def _print_training(results, model_dir) -> None:

@@ -82,6 +82,64 @@ def test_inspect_counts_in_any_folder_and_without_tensorflow(tmp_path):
   assert facts['feature_lengths'] == {'inputs': 256, 'targets': 58}
 
 
+def test_table_prints_published_beside_computed():
+  outcome = command.run('table', '--paper=t5_checkpoints')
+  assert (outcome.code, outcome.stderr) == (0, '')
+  title, heading, _, base, large, xxl, reason = outcome.stdout.splitlines()
+  assert title == 'T5 1.1, released checkpoints'
+  assert heading.split() == ['model', 'published', 'computed', 'difference']
+  columns = ['t5.1.1.base', 'parameters', '250M', '247,577,856', '-1.0%']
+  assert base.split() == columns
+  assert (large.split()[-1], xxl.split()[-1]) == ('*', '+1.2%')
+  assert reason.startswith('* parameters of t5.1.1.large: ')
+  as_json = command.run('table', '--paper=t5_checkpoints', '--json').stdout
+  facts = json.loads(as_json)
+  assert (facts['table'], facts['title']) == ('t5_checkpoints', title)
+  assert facts['rows'][0] == {
+    'model': 't5.1.1.base',
+    'recipe': 'gin/models/t5_1_1/base.gin',
+    'bindings': [],
+    'values': [
+      {
+        'quantity': 'parameters',
+        'published': '250M',
+        'computed': 247577856,
+        'difference': pytest.approx(247577856 / 250e6 - 1),
+        'agrees': True,
+        'because': None,
+      }
+    ],
+  }
+
+
+@pytest.mark.parametrize('arguments', [[], ['--paper=table9'], [QUICKSTART]])
+def test_table_says_which_there_are(arguments):
+  outcome = command.run('table', *arguments)
+  assert (outcome.code, outcome.stdout) == (2, '')
+  assert outcome.stderr.count('\n') == 1
+  assert '--paper' in outcome.stderr
+
+
+def test_inspect_has_what_papers_print_about_a_recipe():
+  recipe = '--gin_file=gin/models/switch/base.gin'
+
+  def printed(*arguments):
+    outcome = command.run('inspect', recipe, *arguments, '--json')
+    values = json.loads(outcome.stdout).get('published', ())
+    return [(v['quantity'], v['published']) for v in values]
+
+  assert printed() == [
+    ('parameters', '7.4B'),  # Table 7.
+    ('parameters', '7B'),  # Table 9, and the next.
+    ('FLOPs/sequence', '124B'),
+  ]
+  assert printed('--gin.NUM_EXPERTS=16') == [('parameters', '1.1B')]
+  assert printed('--gin.NUM_EXPERTS=17') == []
+  text = command.run('inspect', recipe, '--gin.NUM_EXPERTS=16').stdout
+  assert '1.1B' in text.splitlines()[-1]
+  assert '1,072,397,568' in text.splitlines()[-1]
+
+
 @pytest.mark.parametrize('name', ['train', 'evaluate', 'infer'])
 def test_dry_run_counts_and_leaves_nothing(name, tmp_path):
   arguments = (name, QUICKSTART, f'--gin.MODEL_DIR={tmp_path / "run"}')

@@ -1,6 +1,7 @@
 """Layers against loops in numpy, and T5's buckets in integers."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from sparse_experts.layers.attention import (
 from sparse_experts.layers.embed import TokenEmbed
 from sparse_experts.layers.linear import Linear
 from sparse_experts.layers.mlp import Mlp
-from sparse_experts.layers.norm import RMSNorm
+from sparse_experts.layers.norm import LayerNorm, RMSNorm
+from sparse_experts.layers.relative import relative_logits, sinusoids
+from sparse_experts.layers.rotary import rotate
 
 B, L, M, D, H, A, F, V = 2, 3, 5, 4, 2, 3, 6, 7
 KEY = jax.random.key(0)
@@ -27,6 +30,16 @@ close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6)
 def normal(*shape, seed=0):
   rng = np.random.default_rng([seed, *shape])
   return rng.normal(size=shape).astype(np.float32)
+
+
+def test_layer_norm():
+  # x = (1, 3, 5, 7): mean 4, variance 5; epsilon 4 makes the root 3.
+  x = jnp.array([[1.0, 3.0, 5.0, 7.0]])
+  params = {'scale': jnp.arange(1.0, 5.0), 'bias': jnp.array([0.0, 0, 1, 2])}
+  y = LayerNorm(epsilon=4.0).apply({'params': params}, x)
+  close(y, [[-1, -2 / 3, 1 + 1, 4 + 2]])
+  low = LayerNorm().apply({'params': params}, x.astype(jnp.bfloat16))
+  assert low.dtype == jnp.bfloat16
 
 
 def test_rms_norm():
@@ -148,6 +161,162 @@ def test_attention(masked, bias_rows):
       None if bias is None else bias[b % bias_rows],
     )
     close(y[b], expected)
+
+
+def test_rotation_by_hand():
+  # Pairs (x_0, x_2) and (x_1, x_3); angles p and p / 100^(2 / 4) = p / 10.
+  x, p = normal(4), 7
+  angles = np.array([p, p / 10])
+  real, imaginary = x[:2], x[2:]
+  turned = (real + 1j * imaginary) * np.exp(1j * angles)
+  y = rotate(x.reshape(1, 1, 1, 4), jnp.array([[p]]), 100.0)
+  close(y.ravel(), [*turned.real, *turned.imag])
+  with pytest.raises(ValueError, match='even head width, not 3'):
+    rotate(jnp.ones((1, 1, 1, 3)), jnp.array([[p]]), 100.0)
+
+
+@pytest.mark.parametrize('shift', [0, 5])
+def test_rotary_attention_sees_distances(shift):
+  # Loops: the query at i and the key at j, turned by i and by j.
+  x = normal(B, L, D)
+  kernels = {name: normal(D, 2, 4, seed=i) for i, name in enumerate('qkv')}
+  params = {
+    'query': {'kernel': kernels['q']},
+    'key': {'kernel': kernels['k']},
+    'value': {'kernel': kernels['v']},
+    'out': {'kernel': normal(2, 4, D)},
+  }
+  positions = jnp.arange(L)[None]
+  y = Attention(num_heads=2, head_width=4, rotary_base=100.0).apply(
+    {'params': params},
+    x,
+    x,
+    queries_BxL=positions + shift,
+    keys_BxM=positions + shift,
+  )
+
+  def complexes(row):
+    return row[:2] + 1j * row[2:]
+
+  expected = np.zeros((B, L, D))
+  for b, i, h in itertools.product(range(B), range(L), range(2)):
+    query = complexes(x[b, i] @ kernels['q'][:, h])
+    keys = [complexes(row @ kernels['k'][:, h]) for row in x[b]]
+    logits = [
+      (query * np.exp(1j * (i - j) * np.array([1, 0.1])) @ key.conj()).real
+      for j, key in enumerate(keys)
+    ]
+    for weight, row in zip(oracle.softmax(np.array(logits)), x[b]):
+      value = weight * row @ kernels['v'][:, h]
+      expected[b, i] += value @ params['out']['kernel'][h]
+  close(y, expected, atol=1e-5)
+
+
+def test_relative_logits_by_hand():
+  # Whole sequences, then one query a row at positions of its own.
+  q, r = normal(B, L, H, A), normal(L, H, A, seed=1)
+  positions = jnp.arange(L)[None]
+  whole = relative_logits(q, r, positions, positions)
+  one = relative_logits(q[:, :1], r, jnp.array([[2], [1]]), positions)
+  for b, h, l, m in itertools.product(range(B), range(H), range(L), range(L)):
+    expected = q[b, l, h] @ r[l - m, h] if m <= l else 0
+    close(whole[b, h, l, m], expected)
+    distance = (2, 1)[b] - m
+    expected = q[b, 0, h] @ r[distance, h] if distance >= 0 else 0
+    close(one[b, h, 0, m], expected)
+
+
+def test_relative_attention_adds_logits_of_distances():
+  params, x = attention_params(), normal(B, L, D)
+  kernel = normal(D, H, A, seed=7)
+  positions = np.arange(L)
+  # Distance d of D = 4: sin d, sin d / 100, cos d, cos d / 100.
+  waves = positions[:, None] * np.array([1, 0.01])
+  table = np.concatenate([np.sin(waves), np.cos(waves)], 1)
+  close(sinusoids(L, D), table)
+  bias = np.zeros((B, H, L, L), np.float32)
+  for b, h, i, j in itertools.product(range(B), range(H), range(L), range(L)):
+    if j <= i:
+      query = x[b, i] @ params['query']['kernel'][:, h]
+      bias[b, h, i, j] = query @ (table[i - j] @ kernel[:, h])
+  mask = np.broadcast_to(np.tril(np.ones((L, L), bool)), (B, L, L))
+  y = Attention(num_heads=H, head_width=A, relative=True).apply(
+    {'params': {**params, 'relative': {'kernel': kernel}}},
+    x,
+    x,
+    mask_BxLxM=mask,
+    queries_BxL=positions[None],
+    keys_BxM=positions[None],
+  )
+  for b in range(B):
+    close(y[b], attend(params, x[b], x[b], mask[b], bias[b]), atol=1e-5)
+
+
+@pytest.mark.parametrize('argument', ['rotary_base', 'relative'])
+def test_positional_attention_needs_positions(argument):
+  attention = Attention(num_heads=H, head_width=4, **{argument: True})
+  with pytest.raises(
+    ValueError, match='need the positions of queries and keys'
+  ):
+    attention.init(KEY, normal(B, L, D), normal(B, M, D))
+
+
+def test_heads_share_keys_and_values():
+  # Four heads of queries, two of keys: as four, the second and fourth copies.
+  kernels = {
+    'query': normal(D, 4, A),
+    'key': normal(D, 2, A, seed=1),
+    'value': normal(D, 2, A, seed=2),
+    'out': normal(4, A, D),
+  }
+  copied = {
+    name: kernel.repeat(2, axis=1) if name in ('key', 'value') else kernel
+    for name, kernel in kernels.items()
+  }
+  x, memory = normal(B, L, D), normal(B, M, D)
+
+  def run(kernels, **arguments):
+    params = {name: {'kernel': kernel} for name, kernel in kernels.items()}
+    attention = Attention(num_heads=4, head_width=A, **arguments)
+    return attention.apply({'params': params}, x, memory)
+
+  close(run(kernels, num_kv_heads=2), run(copied))
+  close(
+    run(kernels, num_kv_heads=2, scaled=True),
+    run({**copied, 'query': copied['query'] / np.sqrt(A)}),
+  )
+  with pytest.raises(
+    ValueError, match='num_kv_heads=3 must divide num_heads=4'
+  ):
+    run(kernels, num_kv_heads=3)
+
+
+def test_queries_and_keys_are_normalised_over_all_heads():
+  params, x, memory = attention_params(), normal(B, L, D), normal(B, M, D)
+  scales = {name: normal(H * A, seed=i) for i, name in enumerate('qk')}
+  normed = {
+    **params,
+    'query_norm': {'scale': scales['q']},
+    'key_norm': {'scale': scales['k']},
+  }
+  y = Attention(num_heads=H, head_width=A, norm=True).apply(
+    {'params': normed}, x, memory
+  )
+
+  def project(row, name, scale):
+    flat = (row @ params[name]['kernel'].reshape(D, H * A)).astype(np.float64)
+    flat *= scale / np.sqrt((flat**2).mean())
+    return flat.reshape(H, A)
+
+  expected = np.zeros((B, L, D))
+  for b, i, h in itertools.product(range(B), range(L), range(H)):
+    query = project(x[b, i], 'query', scales['q'])[h]
+    keys = [project(row, 'key', scales['k'])[h] for row in memory[b]]
+    weights = oracle.softmax(np.array([query @ key for key in keys]))
+    for weight, row in zip(weights, memory[b]):
+      value = weight * row @ params['value']['kernel'][:, h]
+      expected[b, i] += value @ params['out']['kernel'][h]
+  close(y, expected, atol=1e-5)
 
 
 def test_attention_starts_with_unit_logits_unscaled():

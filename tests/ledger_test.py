@@ -35,6 +35,9 @@ def test_parameters_by_hand():
   }
   assert facts['components'] == expected
   assert facts['total_params'] == sum(expected.values())
+  assert facts['block_params'] == (
+    facts['total_params'] - 2 * V * D - 2 * (H * U + D)
+  )
   assert facts['sparse_params'] == 4 * E * mlp
   assert facts['active_params'] == facts['total_params'] - 4 * (E - 1) * mlp
 
@@ -72,6 +75,18 @@ def test_flops_are_what_xla_counts(encoder):
   )
 
 
+def test_relative_attention_multiplies_queries_with_distances():
+  flops = [
+    ledger.ledger(
+      tiny_models.make_model(encoder=False, attention={'relative': relative}),
+      {'targets': 8},
+    )['forward_flops_per_sequence']
+    for relative in (False, True)
+  ]
+  # In 4 layers: a projection of 8 distances, and 8 queries times each of them.
+  assert flops[1] - flops[0] == 4 * 2 * (8 * 16 * 16 + 8 * 8 * 16)
+
+
 def test_experts_count_k_times_not_e_times():
   flops = {
     k: ledger.ledger(tiny_models.make_model(k=k), LENGTHS)[
@@ -81,6 +96,53 @@ def test_experts_count_k_times_not_e_times():
   }
   # A second expert for each token of 2 sparse blocks a stack.
   assert flops[2] - flops[1] == 2 * (12 + 8) * 2 * (2 * 16 * 32)
+
+
+def test_executed_flops_have_the_empty_slots():
+  counts = [
+    ledger.ledger(tiny_models.make_model(capacity_factor_train=factor), LENGTHS)
+    for factor in (1.25, None)
+  ]
+  useful, executed = (
+    [facts[f'{kind}forward_flops_per_sequence'] for facts in counts]
+    for kind in ('', 'executed_')
+  )
+  assert useful[0] == useful[1] == executed[1]
+  # At least 4 slots for each of 8 experts in groups of 12 and of 8 tokens: 32
+  # rows, in 2 layers a stack; a row is 2 FLOPs for each of 2 x 16 x 32.
+  rows = 2 * (32 - 12) + 2 * (32 - 8)
+  assert executed[0] - useful[0] == rows * 2 * 2 * 16 * 32
+
+
+def test_a_soft_layer_executes_its_own_slots(capsys):
+  files = ('gin/quickstart.gin', 'gin/routers/soft_moe.gin')
+  arguments = [f'--gin_file={file}' for file in files]
+  slots = '--gin.soft_moe.SoftMoE.slots={}'
+  executed = []
+  for p in (1, 3):
+    assert main(['inspect', *arguments, slots.format(p), '--json']) == 0
+    facts = json.loads(capsys.readouterr().out)
+    executed.append(facts['executed_forward_flops_per_sequence'])
+  # One layer of the encoder: 2 slots more for 8 experts of 2 x 128 x 512, and
+  # as many more columns of phi, which are no product of a kernel.
+  assert executed[1] - executed[0] == 2 * 8 * 2 * 2 * 128 * 512
+
+
+def test_bytes_by_hand():
+  counts = {
+    E: ledger.ledger(tiny_models.make_model(num_experts=E), LENGTHS)
+    for E in (4, 8)
+  }
+  D, F = 16, 32
+  for facts in counts.values():
+    assert facts['parameter_bytes'] == 4 * facts['total_params']
+    # Two moments and two counts of steps.
+    assert facts['optimizer_bytes']['adam'] == 8 * facts['total_params'] + 8
+  # Four experts more in four layers: a row and a column of moments for each of
+  # two matrices; and of the router a moment for each element.
+  more = 4 * 4 * (2 * (D + F) + D)
+  small, large = (counts[E]['optimizer_bytes']['adafactor'] for E in (4, 8))
+  assert large - small == 4 * more
 
 
 def test_the_quickstart_and_its_twin_do_the_same_arithmetic(capsys):

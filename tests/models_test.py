@@ -158,6 +158,14 @@ FAMILIES = {
   'encoder_decoder_scanned': dict(encoder=True, scan=True),
   'decoder': dict(encoder=False, k=2),
   'decoder_scanned_own_bias': dict(encoder=False, scan=True, own_bias=True),
+  'decoder_rotary': dict(
+    encoder=False,
+    layers=2,
+    attention=dict(num_kv_heads=1, rotary_base=100.0, scaled=True, norm=True),
+  ),
+  'decoder_relative': dict(
+    encoder=False, layers=2, attention=dict(relative=True)
+  ),
   'sparse_dense': dict(encoder=True, layers=2, extra_mlp=True),
   'dense': dict(encoder=True, layers=2, sparse_layers=0),
 }

@@ -38,10 +38,11 @@ def make_model(
   width=16,
   hidden_width=32,
   dtype=jnp.float32,
+  attention=(),
   **model_arguments,
 ):
   """A language model of `layers` blocks a stack, every second one sparse."""
-  attention = partial(Attention, num_heads=2, head_width=8)
+  attention = partial(Attention, num_heads=2, head_width=8, **dict(attention))
   mlp = partial(Mlp, hidden_width=hidden_width)
   bias = partial(RelativeBias, num_heads=2, num_buckets=8, max_distance=16)
   make_moe = partial(

@@ -29,6 +29,8 @@ class Layer:
     tokens: of one group.
     width, hidden_width: D and F.
     capacity_factor: of dispatchers that have slots; `grouped` has none.
+    buffer_factor: room for rows on each device relative to a balanced load,
+      under `grouped` on a mesh; None: room for the worst case.
     dtype: of tokens; parameters are float32.
   """
 
@@ -36,6 +38,7 @@ class Layer:
   width: int = 512
   hidden_width: int = 2048
   capacity_factor: float = 1.25
+  buffer_factor: float | None = None
   dtype: str = 'float32'
 
   def sparse(self, dispatcher: str, experts: int, k: int) -> MoE:
@@ -47,6 +50,8 @@ class Layer:
 
   def _dispatch(self, name: str):
     dispatch = dispatchers.load(name)
+    if name == 'grouped':
+      dispatch = functools.partial(dispatch, buffer_factor=self.buffer_factor)
     if self.factor(name) is None:
       return {'exact_dispatch': dispatch}
     return {'dispatch': dispatch}
@@ -137,7 +142,7 @@ def compiled_layer(
   experts: Sequence[int] = (64,),
   choices: Sequence[int] = (2,),
   dispatcher_names: Sequence[str] = ('gather', 'einsum', 'grouped'),
-  shape: Layer = Layer(2048, 2048, 8192, dtype='bfloat16'),
+  shape: Layer = Layer(2048, 2048, 8192, buffer_factor=1.25, dtype='bfloat16'),
   on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
   """Compiles forward + backward of layers for a TPU topology that is not here.

@@ -10,6 +10,9 @@ from flax import linen as nn
 from sparse_experts import sharding
 from sparse_experts.arrays import Array
 from sparse_experts.layers.linear import Linear
+from sparse_experts.layers.norm import RMSNorm
+from sparse_experts.layers.relative import relative_logits, sinusoids
+from sparse_experts.layers.rotary import rotate
 
 
 class Attention(nn.Module):
@@ -20,12 +23,26 @@ class Attention(nn.Module):
     head_width: A.
     dropout_rate: on the attention weights.
     init_scale: see `linear.Linear`.
+    num_kv_heads: keys and values have fewer heads, each of which serves H /
+      num_kv_heads queries' (Ainslie et al. 2023,
+      https://arxiv.org/abs/2305.13245); None: H.
+    rotary_base: queries and keys are turned by their positions, see
+      `rotary.rotate`; None: they are not.
+    scaled: 1/sqrt(A) is applied to q, and not in its initialiser.
+    norm: queries and keys are normalised, all heads as one (OLMoE).
+    relative: logits of queries and distances are added, see `relative`, without
+      Transformer-XL's two bias vectors. For decoders.
   """
 
   num_heads: int
   head_width: int
   dropout_rate: float = 0.0
   init_scale: float = 1.0
+  num_kv_heads: int | None = None
+  rotary_base: float | None = None
+  scaled: bool = False
+  norm: bool = False
+  relative: bool = False
 
   @nn.compact
   def __call__(
@@ -38,6 +55,8 @@ class Attention(nn.Module):
     cache: str = 'none',
     cache_length: int = 0,
     positions_B: Array | None = None,
+    queries_BxL: Array | None = None,
+    keys_BxM: Array | None = None,
     deterministic: bool = True,
   ) -> Array:
     """Attends from x to memory (x itself in self-attention).
@@ -53,25 +72,40 @@ class Attention(nn.Module):
         memory.
       cache_length: positions of a filled cache; at least M.
       positions_B: where 'extend' writes.
+      queries_BxL, keys_BxM: positions of queries and of all keys attended to,
+        for `rotary_base` and `relative`; B may be 1.
       deterministic: no dropout.
     """
     H, A = self.num_heads, self.head_width
+    kv_heads = self.num_kv_heads or H
+    if H % kv_heads:
+      raise ValueError(
+        f'num_kv_heads={kv_heads} must divide num_heads={H}: each serves as '
+        'many queries.'
+      )
 
-    def project(name, source, scale=1.0):
-      return Linear(
-        (H, A),
+    def project(name, source, heads=H, scale=1.0):
+      y_BxMxHxA = Linear(
+        (heads, A),
         ('embed', 'heads', 'kv'),
         init_scale=self.init_scale * scale,
         name=name,
       )(source)
+      if self.norm and name in ('query', 'key'):
+        y_BxMxF = y_BxMxHxA.reshape(*y_BxMxHxA.shape[:2], heads * A)
+        y_BxMxF = RMSNorm(name=f'{name}_norm')(y_BxMxF)
+        y_BxMxHxA = y_BxMxF.reshape(y_BxMxHxA.shape)
+      return y_BxMxHxA
 
-    q_BxLxHxA = project('query', x_BxLxD, scale=1 / A)
+    q_BxLxHxA = project('query', x_BxLxD, scale=1.0 if self.scaled else 1 / A)
+    if self.scaled:
+      q_BxLxHxA /= np.sqrt(A).astype(q_BxLxHxA.dtype)
     if cache == 'read':
       k_BxMxHxA = self.get_variable('cache', 'cached_key')
       v_BxMxHxA = self.get_variable('cache', 'cached_value')
     else:
-      k_BxMxHxA = project('key', memory_BxMxD)
-      v_BxMxHxA = project('value', memory_BxMxD)
+      k_BxMxHxA = project('key', memory_BxMxD, kv_heads)
+      v_BxMxHxA = project('value', memory_BxMxD, kv_heads)
     if cache == 'fill':
       pad = ((0, 0), (0, cache_length - memory_BxMxD.shape[1]), (0, 0), (0, 0))
       self.put_variable('cache', 'cached_key', jnp.pad(k_BxMxHxA, pad))
@@ -79,9 +113,27 @@ class Attention(nn.Module):
     elif cache == 'extend':
       k_BxMxHxA = self._extend('cached_key', k_BxMxHxA, positions_B)
       v_BxMxHxA = self._extend('cached_value', v_BxMxHxA, positions_B)
+    positional = self.relative or self.rotary_base is not None
+    if positional and (queries_BxL is None or keys_BxM is None):
+      raise ValueError(
+        'rotary and relative attention need the positions of queries and keys; '
+        'cross-attention has none: give it neither.'
+      )
+    if self.rotary_base is not None:  # The cache has keys as they were.
+      q_BxLxHxA = rotate(q_BxLxHxA, queries_BxL, self.rotary_base)
+      k_BxMxHxA = rotate(k_BxMxHxA, keys_BxM, self.rotary_base)
+    if kv_heads < H:
+      k_BxMxHxA = jnp.repeat(k_BxMxHxA, H // kv_heads, axis=2)
+      v_BxMxHxA = jnp.repeat(v_BxMxHxA, H // kv_heads, axis=2)
 
     logits_BxHxLxM = jnp.einsum('BLHA,BMHA->BHLM', q_BxLxHxA, k_BxMxHxA)
     logits_BxHxLxM = logits_BxHxLxM.astype(jnp.float32)
+    if self.relative:
+      distances_MxD = sinusoids(k_BxMxHxA.shape[1], x_BxLxD.shape[-1])
+      r_MxHxA = project('relative', jnp.asarray(distances_MxD, x_BxLxD.dtype))
+      logits_BxHxLxM += relative_logits(
+        q_BxLxHxA, r_MxHxA, queries_BxL, keys_BxM
+      )
     if bias_1xHxLxM is not None:
       bias_BxHxLxM = jnp.broadcast_to(bias_1xHxLxM, logits_BxHxLxM.shape)
       logits_BxHxLxM += bias_BxHxLxM

@@ -1,4 +1,4 @@
-"""Root mean square normalisation."""
+"""Normalisation, by the root mean square or by mean and deviation."""
 
 from __future__ import annotations
 
@@ -35,3 +35,29 @@ class RMSNorm(nn.Module):
     )
     scale_xD = scale_D.reshape((1,) * (x_xD.ndim - 1) + (-1,))
     return (y_xD * scale_xD).astype(x_xD.dtype)
+
+
+class LayerNorm(nn.Module):
+  """y = (x - mean) / sqrt(variance + epsilon) * scale + bias, in float32.
+
+  References:
+    Ba et al. 2016, https://arxiv.org/abs/1607.06450.
+  """
+
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x_xD: Array) -> Array:
+    def parameter(name, init):
+      value_D = self.param(
+        name, sharding.named(init, 'embed'), (x_xD.shape[-1],), jnp.float32
+      )
+      return value_D.reshape((1,) * (x_xD.ndim - 1) + (-1,))
+
+    y_xD = x_xD.astype(jnp.float32)
+    y_xD -= y_xD.mean(-1, keepdims=True)
+    y_xD *= jax.lax.rsqrt(
+      jnp.square(y_xD).mean(-1, keepdims=True) + self.epsilon
+    )
+    y_xD *= parameter('scale', nn.initializers.ones)
+    return (y_xD + parameter('bias', nn.initializers.zeros)).astype(x_xD.dtype)

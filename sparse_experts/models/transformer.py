@@ -30,7 +30,8 @@ class Context:
     token_ids_BxL, task_ids_BxL: for routers that need them.
     step: training step, for routers with a schedule; None outside training.
     attend_BxLxM: True where a token may look; M is L, or a cache's length.
-    queries_BxL, keys_BxM: positions, for relative biases; B may be 1.
+    queries_BxL, keys_BxM: positions, for relative biases and rotary
+      attention; B may be 1.
     memory_BxMxD: what cross-attention looks at; None without.
     attend_memory_BxLxM: True where it may.
     bias_1xHxLxM: relative bias shared by all blocks; None where blocks have
@@ -72,6 +73,7 @@ class Block(nn.Module):
       "sparse-dense" stack of Zoph et al. 2022, appendix C); None: no such.
     make_cross_attention: builds attention to memory; None: no such.
     make_bias: builds this block's own relative bias (GLaM); None: the stack's.
+    make_norm: builds the norm before each sub-layer.
     dropout_rate: on each sub-layer's output.
     sparse: which of the two this block is.
     causal: it is part of a decoder.
@@ -86,6 +88,7 @@ class Block(nn.Module):
   make_extra_mlp: Callable[..., nn.Module] | None = None
   make_cross_attention: Callable[..., nn.Module] | None = None
   make_bias: Callable[..., nn.Module] | None = None
+  make_norm: Callable[..., nn.Module] = RMSNorm
   dropout_rate: float = 0.0
   sparse: bool = False
   causal: bool = False
@@ -106,7 +109,7 @@ class Block(nn.Module):
       bias_1xHxLxM = self.make_bias(
         bidirectional=not self.causal, name='relative_bias'
       )(context.queries_BxL, context.keys_BxM)
-    h_BxLxD = RMSNorm(name='attention_norm')(x_BxLxD)
+    h_BxLxD = self.make_norm(name='attention_norm')(x_BxLxD)
     x_BxLxD = residual(
       self.make_attention(name='attention')(
         h_BxLxD,
@@ -116,12 +119,14 @@ class Block(nn.Module):
         cache={'step': 'extend'}.get(context.cache, context.cache),
         cache_length=context.cache_length,
         positions_B=context.positions_B,
+        queries_BxL=context.queries_BxL,
+        keys_BxM=context.keys_BxM,
         deterministic=deterministic,
       )
     )
     if self.make_cross_attention is not None:
       memory_BxMxD = context.memory_BxMxD  # None once it is in the cache.
-      h_BxLxD = RMSNorm(name='cross_attention_norm')(x_BxLxD)
+      h_BxLxD = self.make_norm(name='cross_attention_norm')(x_BxLxD)
       x_BxLxD = residual(
         self.make_cross_attention(name='cross_attention')(
           h_BxLxD,
@@ -132,7 +137,7 @@ class Block(nn.Module):
           deterministic=deterministic,
         )
       )
-    h_BxLxD = RMSNorm(name='mlp_norm')(x_BxLxD)
+    h_BxLxD = self.make_norm(name='mlp_norm')(x_BxLxD)
     if not self.sparse:
       h_BxLxD = self.make_mlp(name='mlp')(h_BxLxD, deterministic=deterministic)
       return residual(h_BxLxD), Aux(losses={}, metrics={})
@@ -152,7 +157,7 @@ class Block(nn.Module):
     )
     x_BxLxD = residual(h_BxLxD)
     if self.make_extra_mlp is not None:
-      h_BxLxD = RMSNorm(name='extra_mlp_norm')(x_BxLxD)
+      h_BxLxD = self.make_norm(name='extra_mlp_norm')(x_BxLxD)
       x_BxLxD = residual(
         self.make_extra_mlp(name='extra_mlp')(
           h_BxLxD, deterministic=deterministic
@@ -171,6 +176,7 @@ class Stack(nn.Module):
       (blocks n-1, 2n-1, ...; 0: none, 1: all), or their indices, from 0.
     causal: a decoder.
     make_shared_bias: builds one relative bias for all blocks; None: no such.
+    make_norm: builds the norm at the end.
     dropout_rate: on the input and the output.
     scan: compile one period of the layout and loop over it.
     remat: what to keep for the backward pass: 'none' recomputes nothing, 'full'
@@ -182,6 +188,7 @@ class Stack(nn.Module):
   sparse_layers: int | Sequence[int] = 0
   causal: bool = False
   make_shared_bias: Callable[..., nn.Module] | None = None
+  make_norm: Callable[..., nn.Module] = RMSNorm
   dropout_rate: float = 0.0
   scan: bool = False
   remat: str = 'none'
@@ -234,7 +241,7 @@ class Stack(nn.Module):
       make_block, range(suffix, N), kinds, self.remat, x_BxLxD, context
     )
     auxes |= auxes_of_suffix
-    x_BxLxD = dropout(RMSNorm(name='norm')(x_BxLxD))
+    x_BxLxD = dropout(self.make_norm(name='norm')(x_BxLxD))
     return x_BxLxD, {name: aux for name, aux in auxes.items() if aux.metrics}
 
 

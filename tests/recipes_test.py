@@ -1,0 +1,145 @@
+"""The papers' recipes: they build, and count what the papers print."""
+
+import functools
+import json
+import pathlib
+import re
+
+import command
+import jax
+import pytest
+
+from sparse_experts import config
+from sparse_experts.analysis import ledger, published
+from sparse_experts.data import batches
+
+ROOT = pathlib.Path(__file__).parent.parent
+RECIPES = sorted(
+  str(path.relative_to(ROOT)) for path in ROOT.glob('gin/models/*/*.gin')
+)
+
+
+def model_of(file, *bindings):
+  config.parse([file], bindings, [])
+  return config.value('MODEL'), config.value('TASK_FEATURE_LENGTHS')
+
+
+@functools.cache
+def table(name):
+  """The rows of `table --paper=NAME --json`."""
+  outcome = command.run('table', f'--paper={name}', '--json')
+  assert (outcome.code, outcome.stderr) == (0, '')
+  return json.loads(outcome.stdout)['rows']
+
+
+@pytest.mark.parametrize('file', RECIPES)
+def test_it_trains_and_is_documented(file):
+  head = (ROOT / file).read_text().partition('\n\n')[0]
+  for part in (
+    '# Provides: MODEL',
+    '# Requires: ',
+    '# Differs from the paper:',
+  ):
+    assert part in head
+  assert 'https://arxiv.org/abs/' in head or ', see gin/models/' in head
+  model, lengths = model_of(file)
+  # Enough rows for groups of 16 sequences; abstract, so of any size.
+  shapes = batches.shapes(model.converter, lengths, 16, pack=False)
+  params = jax.eval_shape(lambda: model.init(jax.random.key(0), shapes))
+  loss, sums = jax.eval_shape(
+    lambda params, batch: model.loss(
+      params, batch, jax.random.key(0), train=True
+    ),
+    jax.tree.map(lambda leaf: leaf.value, params, is_leaf=_is_boxed),
+    shapes,
+  )
+  assert loss.shape == ()
+  returned = set(sums['aux_losses'])
+  assert set(model.loss_weights) <= returned or not returned
+
+
+def _is_boxed(leaf):
+  return hasattr(leaf, 'names')
+
+
+@pytest.mark.parametrize('name', published.TABLES)
+def test_counts_are_those_that_papers_print(name):
+  """All but those with a reason; and a reason is for one that is not."""
+  for row in table(name):
+    for value in row['values']:
+      agrees = value['because'] is None
+      assert value['agrees'] == agrees, (row['model'], value)
+
+
+@pytest.mark.parametrize('name', published.TABLES)
+def test_the_page_of_recipes_has_the_tables(name):
+  page = (ROOT / 'docs/recipes.md').read_text()
+  for row in table(name):
+    for value in row['values']:
+      cells = (
+        row['model'],
+        value['quantity'],
+        value['published'],
+        f'{value["computed"]:,}',
+        f'{value["difference"]:+.1%}',
+      )
+      assert f'| {" | ".join(cells)} |' in page
+      if value['because']:
+        assert value['because'] in re.sub(r'\s+', ' ', page)
+
+
+def test_agreement():
+  # 7.42 rounds to 7; 13.9 is neither 20 nor near; 2% of 1.00 is near.
+  assert published.agrees('7B', 7.42e9)
+  assert not published.agrees('20B', 13.9e9)
+  assert published.agrees('1.00T', 1.019e12)
+  assert published.agrees('1.00T', 0.981e12)
+  assert not published.agrees('1.00T', 1.021e12)
+  assert published.agrees('0.1B', 0.149e9)
+  assert not published.agrees('0.1B', 0.151e9)
+
+
+def test_glam_by_hand():
+  facts = ledger.ledger(*model_of('gin/models/glam/0.1b_64e.gin'))
+  L, D, F, E, V = 12, 768, 3072, 64, 32000
+  expected = (
+    L * 4 * D * 12 * 64  # Attention.
+    + L // 2 * 3 * D * F  # Gated dense FFNs.
+    + L // 2 * E * 2 * D * F  # Experts, not gated.
+    + L // 2 * D * E  # Routers.
+    + V * D  # Embedding and logits.
+    + (2 * L + 1) * D  # Norms.
+    + L * 12 * 32  # A relative bias in every block.
+  )
+  assert facts['total_params'] == expected
+  # Two of 64 experts.
+  assert facts['active_params'] == expected - L // 2 * 62 * 2 * D * F
+
+
+def test_switch_and_its_twin_do_the_same_arithmetic():
+  file = 'gin/models/switch/base.gin'
+  sparse, dense = (
+    ledger.ledger(*model_of(file, *bindings))
+    for bindings in ((), ('SPARSE_LAYERS=0',))
+  )
+  name = 'kaplan_forward_flops_per_sequence'
+  assert sparse[name] == dense[name]
+  # Group of 8192: floor(1.25 x 8192 / 128) = 80 slots, 1.25 a token; group of
+  # 1824: floor(17.8) = 17 slots, 1.193 a token. Six layers of 2 x 768 x 3072.
+  extra = 512 * 0.25 + 114 * (17 * 128 / 1824 - 1)
+  padding = (
+    sparse['executed_forward_flops_per_sequence']
+    - sparse['forward_flops_per_sequence']
+  )
+  assert padding == pytest.approx(extra * 6 * 2 * 2 * 768 * 3072, rel=1e-6)
+
+
+def test_sizes_are_macros():
+  total = {
+    E: ledger.ledger(
+      *model_of('gin/models/switch/base.gin', f'NUM_EXPERTS={E}')
+    )['total_params']
+    for E in (2, 4)
+  }
+  # 12 sparse layers: two more experts and two more columns of a router.
+  assert total[4] - total[2] == 12 * 2 * (2 * 768 * 3072 + 768)
