@@ -11,6 +11,7 @@ Runs that are complete are not run again; delete --runs to start anew.
 """
 
 import argparse
+import concurrent.futures
 import json
 import pathlib
 import statistics
@@ -99,12 +100,15 @@ def main():
   parser.add_argument('--steps', type=int, default=300)
   parser.add_argument('--runs', default='runs/balance')
   args = parser.parse_args()
-  measured = {}
-  for label, (router, overrides, _) in METHODS.items():
-    measured[label] = measure(
-      label, router, overrides, ROOT / args.runs, args.steps
-    )
-    print(label, measured[label], flush=True)
+
+  def run(label):
+    router, overrides, _ = METHODS[label]
+    found = measure(label, router, overrides, ROOT / args.runs, args.steps)
+    print(label, found, flush=True)
+    return found
+
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:  # Of processes.
+    measured = dict(zip(METHODS, pool.map(run, METHODS)))
   rows = []
   for label, (router, _, without) in METHODS.items():
     train, held_out, loss = measured[label]
