@@ -216,11 +216,17 @@ def _lower(shape: Layer, dispatcher: str, num_experts: int, k: int, mesh):
 
 @dataclasses.dataclass
 class _Program:
-  """A layer's compiled forward and forward + backward, with arguments."""
+  """A layer's compiled forward and forward + backward, with arguments.
 
-  forward: Callable[..., Any]
+  Results go where the results before them were, as those of a training step do;
+  without that a call would also pay for new pages of memory, which for the
+  gradients of E experts is E times what the dense MLP pays.
+  """
+
+  forward: jax.stages.Compiled
   train: jax.stages.Compiled
   arguments: tuple[Any, Any]
+  results: list[Any]
   facts: dict[str, Any]
   dropped: float = 0.0
 
@@ -245,12 +251,26 @@ class _Program:
       lambda: nn.unbox(module.init(jax.random.key(1), x_BxLxD)['params'])
     )()
     loss = functools.partial(_loss, module, factor)
-    forward = jax.jit(lambda *arguments: loss(*arguments)[1][0])
-    gradient = jax.jit(jax.grad(lambda *arguments: loss(*arguments)[0], (0, 1)))
     arguments = (params, x_BxLxD)
+
+    def forward(params, x_BxLxD, old):
+      del old
+      return loss(params, x_BxLxD)[1][0]
+
+    def train(params, x_BxLxD, old):
+      del old
+      return jax.grad(lambda *args: loss(*args)[0], (0, 1))(params, x_BxLxD)
+
+    programs, results = [], []
+    for function in (forward, train):
+      shapes = jax.eval_shape(function, *arguments, None)
+      old = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+      jitted = jax.jit(function, donate_argnums=2, keep_unused=True)
+      programs.append(jitted.lower(*arguments, old).compile())
+      results.append(old)
     _, (_, aux) = jax.jit(loss)(*arguments)
-    train = gradient.lower(*arguments).compile()
-    program = cls(forward, train, arguments, topology_module.facts(train))
+    facts = topology_module.facts(programs[1])
+    program = cls(*programs, arguments, results, facts)
     if aux is not None:
       program.dropped = metrics.summary(jax.device_get(aux.metrics))['dropped']
     program.time()  # Once for nothing: pages and caches.
@@ -258,13 +278,11 @@ class _Program:
 
   def time(self) -> tuple[float, float]:
     """Seconds of one forward, and of one forward + backward."""
-    return tuple(
-      _seconds(function, self.arguments)
-      for function in (self.forward, self.train)
-    )
-
-
-def _seconds(function, arguments) -> float:
-  start = time.perf_counter()
-  jax.block_until_ready(function(*arguments))
-  return time.perf_counter() - start
+    seconds = []
+    for i, program in enumerate((self.forward, self.train)):
+      start = time.perf_counter()
+      self.results[i] = jax.block_until_ready(
+        program(*self.arguments, self.results[i])
+      )
+      seconds.append(time.perf_counter() - start)
+    return tuple(seconds)
