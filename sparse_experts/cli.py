@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   if args.command is None:
     parser.print_help()
     return 0
+  if args.what is not None and args.command != 'bench':
+    rest = [args.what, *rest]  # As any other argument that is not known.
   try:
     _prepare(args)
     command = {

@@ -371,3 +371,9 @@ def test_an_encoder_decoder_is_fine_tuned_on_docs_domain(tmp_path, capfd):
   assert all(a['inputs'].startswith('domain: ') for a in answers)
   # Nor did a library written in C++ say anything.
   assert capfd.readouterr() == ('', '')
+
+
+def test_a_stray_word_is_an_error():
+  outcome = command.run('list', 'routers')
+  assert outcome.code == 2
+  assert outcome.stderr.startswith("error: unknown argument 'routers'; ")
