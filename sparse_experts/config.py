@@ -1,8 +1,7 @@
 """Gin: the files that describe a run, and the objects they describe.
 
-With cli.py the only place that knows gin. A file configures functions and
-classes of this package by dynamic registration, so modules carry no
-decorators.
+The only place that knows gin. A file configures functions and classes of this
+package by dynamic registration, so modules carry no decorators.
 """
 
 from __future__ import annotations
@@ -24,6 +23,11 @@ def root() -> pathlib.Path:
   """The folder that holds our `gin/`: the checkout, or the wheel's data."""
   data = _PACKAGE / '_data'
   return data if data.exists() else _PACKAGE.parent
+
+
+def routers() -> list[str]:
+  """The routers there is a file for in gin/routers/."""
+  return sorted(path.stem for path in (root() / 'gin/routers').glob('*.gin'))
 
 
 def parse(

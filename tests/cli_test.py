@@ -41,7 +41,7 @@ def test_alone_it_lists_its_commands():
   outcome = command.run()
   assert (outcome.code, outcome.stderr) == (0, '')
   for name, text in cli.COMMANDS.items():
-    assert f'  {name:10}{text}\n' in outcome.stdout
+    assert f'  {name:13}{text}\n' in outcome.stdout
 
 
 def test_list_names_recipes_tasks_and_routers():

@@ -21,6 +21,7 @@ LAYERS = (
   'training',
   'analysis convert',
   'config',
+  'commands',
   'cli t5x_adapter',
 )
 RANK = {name: i for i, line in enumerate(LAYERS) for name in line.split()}

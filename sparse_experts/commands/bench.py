@@ -1,0 +1,86 @@
+"""bench: time a sparse layer, or compile it for a TPU pod."""
+
+from __future__ import annotations
+
+import argparse
+
+from sparse_experts.commands import printing, settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('what', choices=('layer',), help="'layer'")
+  parser.add_argument(
+    '--topology',
+    metavar='NAME',
+    help="compile for these TPU chips, such as 'v5p:4x4x4'",
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  from sparse_experts import config
+  from sparse_experts.analysis import bench
+
+  on_pod = args.topology is not None
+  default = 'gin/bench/pod_layer.gin' if on_pod else 'gin/bench/layer.gin'
+  args.gin_file = args.gin_file or [default]
+  settings.parse(args)
+  show = (lambda row: None) if args.json else _printer(on_pod)
+  if on_pod:
+    rows = config.bound(bench.compiled_layer, given=('topology',))(
+      topology=args.topology, on_row=show
+    )
+  else:
+    rows = config.bound(bench.layer)(on_row=show)
+  if args.json:
+    printing.as_json(rows)
+
+
+def _printer(on_pod: bool):
+  """Prints rows of `bench` as they come, below a heading."""
+  from sparse_experts.training import report
+
+  widths = (12, 7, 3, 11, 7, 9, 7, 13, 8, 8, 7, 10)
+  heading = (
+    *('dispatcher', 'experts', 'k', 'forward ms', 'ratio', 'train ms'),
+    *('ratio', '(quartiles)', 'TFLOP/s', 'dropped', 'FLOPs', 'memory'),
+  )
+  if on_pod:
+    widths = (12, 7, 3, 8, 10, 10, 10, 0)
+    heading = (
+      *('dispatcher', 'experts', 'k', 'FLOPs', 'bytes', 'memory', 'XLA ms'),
+      'collectives',
+    )
+  print(report.line(heading, widths))
+
+  def show(row):
+    first = (row['dispatcher'], row['experts'], row['k'])
+    flops = f'{row["executed_flops_ratio"]:.2f}x'
+    memory = f'{row["temp_bytes"] / 2**30:.2f} GiB'
+    if on_pod:
+      seconds = row['optimal_seconds']
+      rest = (
+        flops,
+        f'{row["bytes_accessed"] / 2**30:.2f} GiB',
+        memory,
+        'n/a' if seconds is None else f'{seconds * 1e3:.2f}',
+        ', '.join(
+          f'{entry["count"]} {name} ({entry["bytes"] / 2**20:.0f} MiB)'
+          for name, entry in row['collectives'].items()
+        ),
+      )
+    else:
+      low, high = row['train_ratio_iqr']
+      rest = (
+        f'{row["forward_ms"]:.1f}',
+        f'{row["forward_ratio"]:.2f}x',
+        f'{row["train_ms"]:.1f}',
+        f'{row["train_ratio"]:.2f}x',
+        f'({low:.2f} - {high:.2f})',
+        f'{row["tflops"]:.3g}',
+        f'{row["dropped"]:.1%}',
+        flops,
+        memory,
+      )
+    print(report.line((*first, *rest), widths), flush=True)
+
+  return show

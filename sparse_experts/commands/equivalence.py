@@ -1,0 +1,60 @@
+"""equivalence: routers x dispatchers x meshes against a numpy oracle."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from sparse_experts.commands import printing, settings
+
+WIDTHS = (24, 12, 24, 10, 10)
+
+
+def run(args: argparse.Namespace) -> None:
+  # Fake devices, if no backend has been asked for its devices yet.
+  fake = '--xla_force_host_platform_device_count'
+  if fake not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {fake}=8'
+  import jax
+
+  from sparse_experts import config
+  from sparse_experts.analysis import equivalence
+  from sparse_experts.training import report
+
+  jax.config.update('jax_platforms', 'cpu')
+  args.gin_file = args.gin_file or ['gin/equivalence.gin']
+  settings.parse(args)
+  names = config.value('ROUTERS') or config.routers()
+  if isinstance(names, str):
+    raise ValueError(f'ROUTERS is a list of names: [{names!r}].')
+  dispatchers, meshes = config.value('DISPATCHERS'), config.value('MESHES')
+  heading = ('router', 'dispatcher', 'mesh', 'outputs', 'gradients')
+  if not args.json:
+    print(report.line(heading, WIDTHS))
+  table = []
+  for name in names:
+    settings.parse(args, f'gin/routers/{name}.gin')
+    thorough = name in config.value('ON_ALL_MESHES')
+    rows = equivalence.rows(
+      name,
+      config.value('ROUTER'),
+      [
+        (dispatcher, mesh)
+        for dispatcher in dispatchers
+        for mesh in (meshes if thorough else meshes[:1])
+      ],
+    )
+    table += rows
+    for row in () if args.json else rows:
+      print(report.line(_cells(row), WIDTHS))
+  if args.json:
+    printing.as_json(table)
+
+
+def _cells(row) -> tuple[str, ...]:
+  mesh = ' '.join(f'{axis}={size}' for axis, size in row['mesh'].items())
+  first = (row['router'], row['dispatcher'], mesh)
+  if not row['legal']:
+    return (*first, 'illegal:', row['reason'])
+  differences = (row['output_difference'], row['gradient_difference'])
+  return (*first, *(f'{difference:.1e}' for difference in differences))

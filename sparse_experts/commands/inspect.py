@@ -1,0 +1,39 @@
+"""inspect: count parameters and arithmetic, or read a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+
+from sparse_experts.commands import printing, settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    '--checkpoint', metavar='DIR', help='a MODEL_DIR or a step of it'
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  if args.checkpoint:
+    return _checkpoint(args)
+  settings.parse(args)
+  printing.ledger(args)
+
+
+def _checkpoint(args: argparse.Namespace) -> None:
+  from sparse_experts.training import checkpoints
+
+  params, step = checkpoints.load_params(args.checkpoint)
+  leaves = checkpoints.flatten(params)
+  facts = {
+    'step': step,
+    'total_params': int(sum(leaf.size for leaf in leaves.values())),
+    'params_sha256': checkpoints.digest(params),
+    'tree': {name: list(leaf.shape) for name, leaf in sorted(leaves.items())},
+  }
+  if args.json:
+    return printing.as_json(facts)
+  for name, shape in facts.pop('tree').items():
+    print(f'{name}  {" x ".join(map(str, shape))}')
+  for name, fact in facts.items():
+    print(f'{name}: {fact}')

@@ -1,0 +1,27 @@
+"""list: recipes, tasks, routers and dispatchers, by name."""
+
+from __future__ import annotations
+
+import argparse
+
+from sparse_experts.commands import printing
+
+
+def run(args: argparse.Namespace) -> None:
+  from sparse_experts import config
+  from sparse_experts.data import tasks
+  from sparse_experts.moe import dispatchers
+
+  folder = config.root()
+  recipes = sorted((folder / 'gin').rglob('*.gin'))
+  facts = {
+    'recipes': [str(path.relative_to(folder)) for path in recipes],
+    'tasks': tasks.names(),
+    'routers': config.routers(),
+    'dispatchers': dispatchers.names(),
+  }
+  if args.json:
+    return printing.as_json(facts)
+  for title, names in facts.items():
+    print(f'{title}:')
+    print('\n'.join(f'  {name}' for name in names))

@@ -1,0 +1,65 @@
+"""What several commands print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping
+
+
+def as_json(facts) -> None:
+  """One JSON value on stdout; numpy arrays become lists."""
+  print(json.dumps(_plain(facts)))
+
+
+def ledger(args: argparse.Namespace) -> None:
+  """Parameters and arithmetic of the model the parsed gin files describe."""
+  from sparse_experts import config
+  from sparse_experts.analysis import ledger, published
+
+  lengths = None
+  if config.defined('TASK_FEATURE_LENGTHS'):
+    lengths = config.value('TASK_FEATURE_LENGTHS')
+  facts = ledger.ledger(config.value('MODEL'), lengths)
+  values = [
+    {'paper': table.title, 'model': row.model, **value}
+    for table, row in published.rows_of(args.gin_file, args.bindings)
+    for value in published.compare(row, facts)
+  ]
+  if args.json:
+    return as_json({**facts, **({'published': values} if values else {})})
+  print(ledger.text(facts))
+  if values:
+    print()
+    compared('paper', [(value['paper'], value) for value in values])
+
+
+def compared(title: str, named_values: Iterable[tuple[str, Mapping]]) -> None:
+  """Comparisons of `analysis.published`, and why some numbers do not agree."""
+  from sparse_experts.training import report
+
+  rows, reasons = [], {}
+  for name, value in named_values:
+    rows.append(
+      (
+        name,
+        value['quantity'],
+        value['published'],
+        f'{value["computed"]:,}',
+        f'{value["difference"]:+.1%}',
+        '' if value['agrees'] else '*',
+      )
+    )
+    if value['because']:
+      models = reasons.setdefault((value['quantity'], value['because']), [])
+      models.append(name)
+  heading = (title, '', 'published', 'computed', 'difference', '')
+  print(report.table(heading, rows))
+  for (quantity, reason), models in reasons.items():
+    print(f'* {quantity} of {", ".join(models)}: {reason}.')
+
+
+def _plain(tree):
+  if isinstance(tree, dict):
+    return {name: _plain(value) for name, value in tree.items()}
+  return tree.tolist() if hasattr(tree, 'tolist') else tree

@@ -1,0 +1,49 @@
+"""table: one of a paper's, published beside computed."""
+
+from __future__ import annotations
+
+import argparse
+
+from sparse_experts.commands import printing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    '--paper', metavar='TABLE', help="which, such as 'switch_table9'"
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  from sparse_experts import config
+  from sparse_experts.analysis import ledger, published
+
+  if args.gin_file or args.bindings:
+    raise ValueError('table takes --paper=TABLE alone; its rows name recipes.')
+  if args.paper not in published.TABLES:
+    raise ValueError(
+      f'--paper must be one of {", ".join(published.TABLES)}, not '
+      f'{args.paper!r}.'
+    )
+  table = published.TABLES[args.paper]
+  rows = []
+  for row in table.rows:
+    config.parse([row.file], row.bindings, [])
+    facts = ledger.ledger(
+      config.value('MODEL'), config.value('TASK_FEATURE_LENGTHS')
+    )
+    rows.append(
+      {
+        'model': row.model,
+        'recipe': row.file,
+        'bindings': list(row.bindings),
+        'values': published.compare(row, facts),
+      }
+    )
+  if args.json:
+    return printing.as_json(
+      {'table': args.paper, 'title': table.title, 'rows': rows}
+    )
+  print(table.title)
+  printing.compared(
+    'model', [(row['model'], value) for row in rows for value in row['values']]
+  )
