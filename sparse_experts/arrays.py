@@ -16,6 +16,8 @@ means one thing everywhere, and einsum strings use the same letters:
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -36,11 +38,16 @@ class Aux:
       microbatches, steps and processes; `moe.metrics.summary` divides.
     decisions: of routers that learn from reward, see `models.reward.losses`.
       Float32, one number a token: [G, S] from a router, [B, L] from a layer.
+    logits: from a router that has some, float32 [G, S, E], up to a constant of
+      each token: what its entropy and confidence are of. A layer has none.
+    record: from a layer that was asked for it, a `moe.record.Record`.
   """
 
   losses: dict[str, Array]
   metrics: dict[str, Array]
   decisions: dict[str, Array] = flax.struct.field(default_factory=dict)
+  logits: Array | None = None
+  record: Any = None
 
 
 def masked_mean(x: Array, mask: Array | None, axis: int = -1) -> Array:

@@ -11,12 +11,15 @@ from sparse_experts.moe.dispatchers.gather import gather
 from sparse_experts.moe.dispatchers.grouped import grouped
 from sparse_experts.moe.layer import MoE
 from sparse_experts.moe.metrics import summary
+from sparse_experts.moe.record import FATES, Record
 from sparse_experts.moe.routers.top_k import TopK, route
 
 __all__ = [
+  'FATES',
   'Assignment',
   'CapacityRule',
   'MoE',
+  'Record',
   'TopK',
   'all_experts',
   'einsum',

@@ -67,16 +67,19 @@ def _load(
 ) -> Array:
   """Loads for the bias at `path`: [E], of a scanned stack [repeats, E]."""
   block = next(i for i, key in enumerate(path) if key.startswith('layers_'))
+  index = int(path[block].removeprefix('layers_'))
+  # Named by the block, and those in attention by what they make.
+  kind = path[block + 2] if path[block + 1] == 'attention' else 'layers'
   if path[block - 1 : block] != ('period',):
-    return layer_sums['/'.join(path[: block + 1])]['chosen_E']
+    return layer_sums['/'.join((*path[:block], f'{kind}_{index}'))]['chosen_E']
   # A scanned stack is prefix, period times repeats, suffix (models/layout.py).
   stack = params
   for key in path[: block - 1]:
     stack = stack[key]
   first = next(i for i in range(len(stack) + 1) if f'layers_{i}' not in stack)
-  period, index = len(stack['period']), int(path[block].removeprefix('layers_'))
+  period = len(stack['period'])
   names = [
-    '/'.join((*path[: block - 1], f'layers_{first + r * period + index}'))
+    '/'.join((*path[: block - 1], f'{kind}_{first + r * period + index}'))
     for r in range(repeats)
   ]
   return jnp.stack([layer_sums[name]['chosen_E'] for name in names])

@@ -174,11 +174,13 @@ def _megablox_outer(x_TxD, dy_TxF, sizes_E):
 def _block(num_rows: int, num_experts: int) -> int:
   """Rows of a block.
 
-  XLA's products on CPU are as fast with 64 rows as with thousands; an eighth of
-  an expert's balanced load keeps the half block computed in vain small.
+  Of few rows, as in decoding, an expert's balanced load: padded, they are at
+  most twice as many, however many experts there are. Of more, 64, with which
+  XLA's products on CPU are as fast as with thousands, or an eighth of the
+  balanced load, which keeps the half block computed in vain small.
   """
-  balanced = num_rows // num_experts
-  return min(num_rows, max(64, min(256, balanced // 8 // 64 * 64)))
+  balanced = max(1, num_rows // num_experts)
+  return max(min(64, balanced), min(256, balanced // 8 // 64 * 64))
 
 
 def _ranges(sizes_E):
@@ -201,9 +203,13 @@ def _padded_rows(x_TxI, w_ExDxF, sizes_E, transpose):
   T, outputs = x_TxI.shape[0], w_ExDxF.shape[1 if transpose else 2]
   size = _block(T, len(sizes_E))
   contracting = ((1,), (1 if transpose else 0,))
+  begin_E, end_E = _ranges(sizes_E)
+  used_E = jnp.argsort(sizes_E == 0, stable=True)  # Those with rows first.
 
-  def expert(y_TxO, of_expert):
-    w_DxF, begin, end = of_expert  # One copy of w, used by all its blocks.
+  def expert(i, y_TxO):
+    # One copy of w, used by all its blocks; none of experts without rows.
+    w_DxF = jax.lax.dynamic_index_in_dim(w_ExDxF, used_E[i], keepdims=False)
+    begin, end = begin_E[used_E[i]], end_E[used_E[i]]
 
     def block(i, y_TxO):
       start, ours = _window(T, size, begin + i * size, end)
@@ -218,15 +224,15 @@ def _padded_rows(x_TxI, w_ExDxF, sizes_E, transpose):
       )
 
     blocks = (end - begin + size - 1) // size
-    return jax.lax.fori_loop(0, blocks, block, y_TxO), None
+    return jax.lax.fori_loop(0, blocks, block, y_TxO)
 
   y_TxO = jnp.zeros((T, outputs), x_TxI.dtype)
-  return jax.lax.scan(expert, y_TxO, (w_ExDxF, *_ranges(sizes_E)))[0]
+  return jax.lax.fori_loop(0, (sizes_E > 0).sum(), expert, y_TxO)
 
 
 def _padded_outer(x_TxD, dy_TxF, sizes_E):
   T = x_TxD.shape[0]
-  size = _block(T, len(sizes_E))
+  size = max(min(T, 64), _block(T, len(sizes_E)))
   most = min(16, -(-T // size))  # Blocks in one product.
 
   def product(begin, end, blocks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ from sparse_experts.arrays import Array, Aux
 from sparse_experts.moe import groups, metrics
 from sparse_experts.moe.assignment import SoftAssignment
 from sparse_experts.moe.capacity import CapacityRule
-from sparse_experts.moe.dispatchers.all_experts import all_experts
 from sparse_experts.moe.dispatchers.gather import gather
+from sparse_experts.moe.dispatchers.grouped import grouped
 from sparse_experts.moe.experts import Experts, init
+from sparse_experts.moe.record import record as record_of
 from sparse_experts.moe.router import Router
 from sparse_experts.sharding import constrain
 
@@ -32,17 +34,18 @@ class MoE(nn.Module):
       `deterministic` and has parameters only; the classes of the dense blocks
       serve. `experts.init` stacks it.
     group_size: tokens S of a group, which share the experts' slots; None: one
-      sequence.
+      sequence, as it always is without capacity and draws.
     capacity_rule: from capacity factor to slots.
     dispatch: executes the assignment under a capacity: `dispatchers.gather`,
       `dispatchers.einsum` or `dispatchers.grouped`. It returns the output, or
       also which choices it dropped for lack of room, see `metrics.counts`.
-    exact_dispatch: executes it without: `all_experts` for few tokens, `grouped`
-      for many.
+    exact_dispatch: executes it without: `grouped`, or `all_experts` for experts
+      that cannot be grouped.
     make_shared_expert: builds a dense FFN that every token meets beside the
       routed ones, added once to their sum (DeepSeekMoE's shared experts, Dai et
       al. 2024, equation 9, K_s of them as one of K_s times the width); None: no
       such.
+    num_experts: E of the router, where layers differ in it; None: its own.
 
   Example:
     >>> import functools, jax
@@ -62,8 +65,9 @@ class MoE(nn.Module):
   group_size: int | None = None
   capacity_rule: CapacityRule = CapacityRule()
   dispatch: Callable[..., Array] = gather
-  exact_dispatch: Callable[..., Array] = all_experts
+  exact_dispatch: Callable[..., Array] = grouped
   make_shared_expert: Callable[..., nn.Module] | None = None
+  num_experts: int | None = None
 
   @nn.compact
   def __call__(
@@ -77,6 +81,7 @@ class MoE(nn.Module):
     capacity_factor: float | None = None,
     deterministic: bool = True,
     require_causal: bool = False,
+    record: bool = False,
   ) -> tuple[Array, Aux]:
     """Applies the layer.
 
@@ -87,16 +92,19 @@ class MoE(nn.Module):
       task_ids_BxL: int32 task (skill, domain) of each token, likewise.
       step: int32 training step, for routers with a schedule; None elsewhere.
       capacity_factor: slots of an expert relative to a balanced load. None
-        drops nothing and makes a token's output independent of its neighbours,
-        at the cost of E / K times the arithmetic.
+        drops nothing and makes a token's output independent of its neighbours.
       deterministic: no dropout, jitter or noise; evaluation policies.
       require_causal: refuse a router under which a later token can decide the
         fate of an earlier one.
+      record: return `Aux.record` too, what happened to every token.
 
     Returns:
       y_BxLxD and Aux: the router's, with the counts of `metrics.counts` added.
     """
-    router = self.make_router(name='router')
+    make_router = self.make_router
+    if self.num_experts is not None:
+      make_router = functools.partial(make_router, num_experts=self.num_experts)
+    router = make_router(name='router')
     if require_causal and not router.is_causal:
       raise ValueError(
         f'{type(router).__name__} lets later tokens decide the fate of earlier '
@@ -106,9 +114,13 @@ class MoE(nn.Module):
     if mask_BxL is not None:  # Not even NaN leaks out of padding.
       x_BxLxD = jnp.where(mask_BxL[..., None], x_BxLxD, 0)
 
+    # Results that depend on no neighbour: every sequence is a group.
+    alone = capacity_factor is None and deterministic
+    group_size = None if alone else self.group_size
+
     def split(x_BxLx___):
       if x_BxLx___ is not None:
-        return groups.split(x_BxLx___, self.group_size)
+        return groups.split(x_BxLx___, group_size)
 
     x_GxSxD = constrain(split(x_BxLxD), 'group', None, 'act_embed')
     mask_GxS = split(mask_BxL)
@@ -159,6 +171,16 @@ class MoE(nn.Module):
         shared_BxLxD = jnp.where(mask_BxL[..., None], shared_BxLxD, 0)
       y_BxLxD += shared_BxLxD
     counts = metrics.counts(assignment, capacity, mask_GxS, lost)
+    recorded = None
+    if record:
+      recorded = record_of(
+        assignment,
+        shape=x_BxLxD.shape[:2],
+        capacity=capacity,
+        mask_GxS=mask_GxS,
+        lost=lost,
+        logits_GxSxE=aux.logits,
+      )
     aux = Aux(
       losses=aux.losses,
       metrics={**aux.metrics, **counts},
@@ -166,6 +188,7 @@ class MoE(nn.Module):
         name: decision_GxS.reshape(x_BxLxD.shape[:2])
         for name, decision_GxS in aux.decisions.items()
       },
+      record=recorded,
     )
     return y_BxLxD, aux
 

@@ -175,7 +175,7 @@ def _fixed(x_IxD, runs, num_rows, peer_rows):
   index_O = run_O * peer_rows + place_O
   return _take(
     x_PxMxD.reshape(-1, x_PxMxD.shape[-1]),
-    jnp.where(received_O, index_O, x_PxMxD.size),
+    jnp.where(received_O, index_O, len(into.size_P) * peer_rows),
   )
 
 

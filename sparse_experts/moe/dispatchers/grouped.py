@@ -37,7 +37,7 @@ def grouped(
   assignment: Assignment,
   capacity: int | None,
   *,
-  exchange: str = 'ragged',
+  exchange: str | None = None,
   buffer_factor: float | None = None,
   chunks: int = 1,
   implementation: str = 'auto',
@@ -49,7 +49,8 @@ def grouped(
     x_GxSxD: tokens.
     assignment: who meets whom.
     capacity: choices whose place is beyond it are dropped; None: none are.
-    exchange: between the devices of the mesh axis `expert`.
+    exchange: between the devices of the mesh axis `expert`; None: 'gather' for
+      groups of single tokens, as in decoding, otherwise 'ragged'.
       'ragged': rows go to their experts by `jax.lax.ragged_all_to_all`, which
         sends what there is. XLA:CPU has none; there, an all-to-all with room
         for all gives the same numbers.
@@ -74,6 +75,8 @@ def grouped(
       exchange, or chunks that do not divide the tokens of a device.
   """
   require_hard(assignment, 'grouped')
+  if exchange is None:
+    exchange = 'gather' if x_GxSxD.shape[1] == 1 else 'ragged'
   if exchange not in EXCHANGES:
     raise ValueError(
       f'exchange must be one of {", ".join(EXCHANGES)}, not {exchange!r}.'

@@ -70,4 +70,5 @@ class Bandit(Router):
       losses={},
       metrics={},
       decisions={'value': (value_GxSxE * onehot_GxSxE).sum(-1)},
+      logits=value_GxSxE,
     )

@@ -93,7 +93,7 @@ class BalancedAssignment(Router):
       gate_GxSxK=gate_GxSxK,
       place_GxSxK=places(expert_GxSxK, E),
       num_experts=E,
-    ), Aux(losses={}, metrics={})
+    ), Aux(losses={}, metrics={}, logits=logits_GxSxE)
 
 
 def balanced(

@@ -210,6 +210,7 @@ def route_scores(
       'entropy': entropy_GxS.sum(),
       'confidence': (confidence_GxS * mask_GxS).sum(),
     },
+    logits=jnp.log(jnp.maximum(scores_GxSxE, _LEAST)),
   )
 
 

@@ -224,4 +224,5 @@ def above_threshold(
       'entropy': (entr(weight_GxSxE).sum(-1) * mask_GxS).sum(),
       'confidence': (weight_GxSxE.max(-1) * mask_GxS).sum(),
     },
+    logits=noisy_GxSxE / temperature,
   )

@@ -166,6 +166,7 @@ def select(
       'entropy': (entr(fixed_GxSxE).sum(-1) * mask_GxS).sum(),
       'confidence': (fixed_GxSxE.max(-1) * mask_GxS).sum(),
     },
+    logits=jnp.log(jnp.maximum(fixed_GxSxE, 1e-30)),  # Finite.
   )
 
 

@@ -171,6 +171,7 @@ def choose(
       'entropy': (entr(score_GxSxE).sum(-1) * mask_GxS).sum(),
       'confidence': (score_GxSxE.max(-1) * mask_GxS).sum(),
     },
+    logits=logits_GxSxE,
   )
 
 

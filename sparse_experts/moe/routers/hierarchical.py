@@ -213,6 +213,7 @@ def route_hierarchically(
       'entropy': (entr(fixed_GxSxE).sum(-1) * mask_GxS).sum(),
       'confidence': (confidence_GxS * mask_GxS).sum(),
     },
+    logits=jnp.log(jnp.maximum(fixed_GxSxE, 1e-30)),  # Finite.
   )
 
 

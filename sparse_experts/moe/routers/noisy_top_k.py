@@ -133,6 +133,7 @@ def route_noisily(
       'load': losses.load(probs_GxSxE, mask_GxS),
     },
     metrics=aux.metrics,
+    logits=aux.logits,
   )
 
 

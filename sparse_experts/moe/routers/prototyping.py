@@ -80,6 +80,8 @@ def route_prototypes(
   G, S, E = logits_GxSxE.shape
   if k < 1 or E % k:
     raise ValueError(f'k must divide num_experts={E} into prototypes, got {k}.')
+  if mask_GxS is not None:  # Whatever padding holds, NaN too, stays there.
+    logits_GxSxE = jnp.where(mask_GxS[..., None], logits_GxSxE, 0)
   size = E // k
   # A prototype is a group of its own to the top-1 router.
   logits_GKxSxE = (
@@ -101,4 +103,5 @@ def route_prototypes(
   ), Aux(
     losses=aux.losses,
     metrics=jax.tree.map(lambda total: total / k, aux.metrics),
+    logits=logits_GxSxE,
   )

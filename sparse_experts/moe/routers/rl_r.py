@@ -79,6 +79,7 @@ class RLR(Router):
         ).mean(),
       },
       metrics=metrics,
+      logits=logits_GxSxE,
       decisions={
         'value': value_GxSx1[..., 0],
         'gain': log_prob_GxS,

@@ -76,4 +76,4 @@ class Sentence(Router):
     _, by_sequence = route(
       logits_Gx1xE.swapaxes(0, 1), k=self.k, mask_GxS=real_1xG
     )
-    return assignment, Aux(losses=by_sequence.losses, metrics=aux.metrics)
+    return assignment, aux.replace(losses=by_sequence.losses)

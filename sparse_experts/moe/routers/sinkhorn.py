@@ -94,6 +94,7 @@ class Sinkhorn(Router):
         'entropy': (entr(probs_GxSxE).sum(-1) * mask_GxS).sum(),
         'confidence': (probs_GxSxE.max(-1) * mask_GxS).sum(),
       },
+      logits=logits_GxSxE,
     )
 
 

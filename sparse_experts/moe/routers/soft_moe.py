@@ -132,6 +132,7 @@ def mix(
       'entropy': (entr(share_GxSxE).sum(-1) * mask_GxS).sum(),
       'confidence': (share_GxSxE.max(-1) * mask_GxS).sum(),
     },
+    logits=jax.nn.logsumexp(logits_GxSxExC, -1),
   )
 
 

@@ -103,4 +103,4 @@ class TaskGating(Router):
       k=self.k,
       mask_GxS=known_GxS.reshape(1, -1),
     )
-    return assignment, Aux(losses=of_batch.losses, metrics=aux.metrics)
+    return assignment, aux.replace(losses=of_batch.losses)

@@ -219,6 +219,7 @@ def route(
       'entropy': (entropy_GxS * real_GxS).sum(),
       'confidence': (confidence_GxS * real_GxS).sum(),
     },
+    logits=logits_GxSxE,
   )
 
 

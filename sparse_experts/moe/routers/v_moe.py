@@ -122,6 +122,7 @@ def route_softmax(
       'load': losses.load(chances_GxSxE, mask_GxS),
     },
     metrics=aux.metrics,
+    logits=aux.logits,
   )
 
 

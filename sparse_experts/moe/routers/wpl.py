@@ -67,6 +67,8 @@ class WPL(Router):
     """Routes tokens x [G, S, D]; masked tokens get no expert."""
     check_one_choice(self)
     logits_GxSxE = self.logits(x_GxSxD, kernel_init=self.kernel_init)
+    if mask_GxS is not None:  # Whatever padding holds, NaN too, stays there.
+      logits_GxSxE = jnp.where(mask_GxS[..., None], logits_GxSxE, 0)
     rng = None if deterministic else self.make_rng('dropout')
     assignment, log_prob_GxS, metrics = act(logits_GxSxE, mask_GxS, rng)
     value_GxSx1 = predict_reward(self, x_GxSxD, mask_GxS, 1)
@@ -74,6 +76,7 @@ class WPL(Router):
     return assignment, Aux(
       losses={},
       metrics=metrics,
+      logits=logits_GxSxE,
       decisions={
         'value': value_GxSx1[..., 0],
         'gain': (1 - prob_GxS) * log_prob_GxS,

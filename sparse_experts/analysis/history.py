@@ -1,0 +1,78 @@
+"""What a run has written down: its curves, by name and step."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+
+class Curve(NamedTuple):
+  """Values at steps, both [T], in order of steps."""
+
+  steps: np.ndarray
+  values: np.ndarray
+
+
+def read(model_dir: epath.PathLike) -> dict[str, dict[str, Curve]]:
+  """The curves of MODEL_DIR/metrics.jsonl.
+
+  Of a step that stands there twice, as after a kill, the later one counts.
+
+  Returns:
+    'train', 'eval', 'evaluation/...' -> 'loss', 'learning_rate',
+    'layers/decoder/layers_1/imbalance', ... -> Curve.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  path = epath.Path(model_dir) / 'metrics.jsonl'
+  if not path.exists():
+    raise FileNotFoundError(
+      f'{model_dir} has no metrics.jsonl; give the MODEL_DIR of a run that has '
+      'logged a step.'
+    )
+  points: dict[str, dict[str, dict[int, float]]] = {}
+  # Without a line that a kill has cut.
+  whole, _, _ = path.read_text().rpartition('\n')
+  for line in whole.splitlines():
+    metrics = json.loads(line)
+    name, step = metrics.pop('name'), metrics.pop('step')
+    for key, value in metrics.items():
+      points.setdefault(name, {}).setdefault(key, {})[step] = value
+  return {
+    name: {key: _curve(at) for key, at in curves.items()}
+    for name, curves in points.items()
+  }
+
+
+def layers(curves: dict[str, Curve]) -> list[str]:
+  """The sparse layers that curves tell of, in the order they were written."""
+  names = (
+    key.removeprefix('layers/').rpartition('/')[0]
+    for key in curves
+    if key.startswith('layers/') and key.endswith('/imbalance')
+  )
+  return list(dict.fromkeys(names))
+
+
+def load_over_time(
+  curves: dict[str, Curve], layer: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Steps [T], and the load of each expert of a layer at each, [T, E]."""
+  loads = []
+  while (key := f'layers/{layer}/load_E/{len(loads)}') in curves:
+    loads.append(curves[key])
+  if not loads:
+    raise ValueError(
+      f'no curve tells the load of {layer!r}; there are '
+      f'{", ".join(layers(curves)) or "no sparse layers"}.'
+    )
+  return loads[0].steps, np.stack([curve.values for curve in loads], -1)
+
+
+def _curve(at: dict[int, float]) -> Curve:
+  steps = sorted(at)
+  return Curve(np.array(steps), np.array([at[step] for step in steps], float))

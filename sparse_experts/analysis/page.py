@@ -1,0 +1,151 @@
+"""One self-contained HTML page: no script, no font, no request to anywhere."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+import typing
+from collections.abc import Sequence
+
+if typing.TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
+BLUE = '#0072b2'  # Too dark on a dark page.
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fdfdfc;
+  --faint: #666; --line: #d8d8d4; --panel: #f3f3f0; --link: #005a9c;
+  --blue: #0072b2; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e3;
+  --paper: #16181a; --faint: #a0a09b; --line: #3a3d40; --panel: #202326;
+  --link: #8ec7f5; --blue: #4aa8e0; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 64rem;
+  font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
+  background: var(--paper); }
+h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; padding-top: .5rem;
+  border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
+.figures, .scroll, details { margin: .9rem 0; }
+p { margin: .4rem 0; max-width: 44rem; } .faint, figcaption {
+  color: var(--faint); font-size: .9rem; }
+nav a { margin-right: .9rem; } a { color: var(--link); }
+.figures { display: grid; gap: 1.2rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
+figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
+figure svg text { fill: currentColor; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums;
+  font-size: .9rem; }
+th, td { padding: .2rem .7rem .2rem 0; text-align: right; vertical-align: top;
+  border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child, .text td, .text th { text-align: left; }
+.text td:last-child { white-space: normal; overflow-wrap: anywhere; }
+pre { background: var(--panel); padding: .8rem; overflow-x: auto;
+  font: .8rem/1.4 ui-monospace, monospace; }
+summary { cursor: pointer; }
+code { background: var(--panel); padding: 0 .25rem; margin-right: .3rem;
+  font: .85rem ui-monospace, monospace; white-space: pre; }
+"""
+
+
+def render(title: str, sections: Sequence[tuple[str, str]], lead: str) -> str:
+  """The page: `lead`, links to the sections, then each under its heading."""
+  links = ''.join(
+    f'<a href="#{_anchor(name)}">{html.escape(name)}</a>\n'
+    for name, _ in sections
+  )
+  body = ''.join(
+    f'<section id="{_anchor(name)}"><h2>{html.escape(name)}</h2>\n{content}\n'
+    '</section>\n'
+    for name, content in sections
+  )
+  return (
+    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    '<link rel="icon" href="data:,">\n'  # Or browsers ask for one.
+    f'<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n'
+    f'<body>\n<h1>{html.escape(title)}</h1>\n{lead}\n<nav>{links}</nav>\n'
+    f'{body}</body>\n</html>\n'
+  )
+
+
+def paragraph(text: str) -> str:
+  return f'<p class="faint">{html.escape(text)}</p>\n'
+
+
+def heading(text: str) -> str:
+  return f'<h3>{html.escape(text)}</h3>\n'
+
+
+def preformatted(text: str) -> str:
+  return f'<pre tabindex="0">{html.escape(text)}</pre>\n'
+
+
+def folded(title: str, content: str) -> str:
+  """Content that opens at a click."""
+  title = html.escape(title)
+  return f'<details><summary>{title}</summary>\n{content}</details>\n'
+
+
+def table(
+  header: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False
+) -> str:
+  """Numbers to the right of names; or `text`, whose last column wraps.
+
+  A cell that is a tuple is set piece by piece.
+  """
+
+  def row(cells, tag):
+    cells = (f'<{tag}>{_cell(cell)}</{tag}>' for cell in cells)
+    return f'<tr>{"".join(cells)}</tr>\n'
+
+  body = ''.join(row(cells, 'td') for cells in rows)
+  kind = ' class="text"' if text else ''
+  return (
+    f'<div class="scroll" tabindex="0"><table{kind}>\n'
+    f'<thead>{row(header, "th")}</thead>\n<tbody>{body}</tbody></table></div>\n'
+  )
+
+
+def figures(captioned: Sequence[tuple[str, Figure]]) -> str:
+  """Figures side by side where there is room, in the colours of the page."""
+  return (
+    '<div class="figures">'
+    + ''.join(_figure(caption, figure) for caption, figure in captioned)
+    + '</div>\n'
+  )
+
+
+def _figure(caption: str, figure: Figure) -> str:
+  import matplotlib
+
+  file = io.StringIO()
+  # Text stays text; ids differ between figures, not between runs.
+  options = {'svg.fonttype': 'none', 'svg.hashsalt': caption}
+  with matplotlib.rc_context(options):
+    figure.savefig(
+      file, format='svg', transparent=True, metadata={'Date': None}
+    )
+  svg = file.getvalue()
+  svg = svg[svg.index('<svg') :]
+  svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
+  svg = svg.replace('#000000', 'currentColor').replace(BLUE, 'var(--blue)')
+  name = _anchor(caption)
+  svg = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', svg)
+  label = html.escape(caption)
+  svg = svg.replace('<svg ', f'<svg role="img" aria-label="{label}" ', 1)
+  return f'<figure>{svg}<figcaption>{label}</figcaption></figure>\n'
+
+
+def _cell(content) -> str:
+  if isinstance(content, tuple):
+    pieces = (html.escape(piece.replace('\n', '⏎')) for piece in content)
+    return ' '.join(f'<code>{piece}</code>' for piece in pieces)
+  return html.escape(str(content))
+
+
+def _anchor(text: str) -> str:
+  return re.sub(r'\W+', '-', text).strip('-').lower()

@@ -1,0 +1,227 @@
+"""Routing records of a checkpoint on a task's split: made, saved, read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from sparse_experts import sharding
+from sparse_experts.data.dataset import Dataset
+from sparse_experts.models.model import Batch, Model, layer_order
+from sparse_experts.moe import Record
+from sparse_experts.training import checkpoints, global_batch, step
+from sparse_experts.training.restore import restore_params
+
+_FEATURES = {'encoder': 'inputs', 'decoder': 'targets'}
+_STATIC = ('num_experts', 'group_size', 'capacity')
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """What every sparse layer did with every token, and which tokens they were.
+
+  Attributes:
+    layers: 'encoder/layers_1', 'decoder/layers_1', ... -> `moe.Record` of numpy
+      arrays; rows of batches are one below the other.
+    tokens: 'encoder', 'decoder' -> int32 [B, L], ids that the layers saw: the
+      decoder's inputs, which are its targets one step later.
+    domains: likewise, the task (domain) of each token; empty where unknown.
+    pieces: likewise, id -> text of those that occur.
+    domain_names: what the numbers in `domains` mean.
+    facts: 'task', 'split', 'step', 'capacity_factor', where known.
+  """
+
+  layers: Mapping[str, Record]
+  tokens: Mapping[str, np.ndarray]
+  domains: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  pieces: Mapping[str, Mapping[int, str]] = dataclasses.field(
+    default_factory=dict
+  )
+  domain_names: tuple[str, ...] = ()
+  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def save(self, path: epath.PathLike) -> None:
+    """Writes one compressed .npz, whole or not at all."""
+    arrays = {}
+    for kind in ('tokens', 'domains'):
+      for stack, ids_BxL in getattr(self, kind).items():
+        arrays[f'{kind}/{stack}'] = ids_BxL
+    static = {}
+    for name, layer in self.layers.items():
+      fields = {
+        field.name: getattr(layer, field.name)
+        for field in dataclasses.fields(layer)
+      }
+      static[name] = {field: fields.pop(field) for field in _STATIC}
+      for field, x in fields.items():
+        if x is not None:
+          arrays[f'layers/{name}/{field}'] = x
+    about = {
+      'layers': static,
+      'pieces': self.pieces,
+      'domain_names': self.domain_names,
+      'facts': self.facts,
+    }
+    file = io.BytesIO()
+    np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f'{path.name}.partial'
+    partial.write_bytes(file.getvalue())
+    partial.replace(path)
+
+
+def load(path: epath.PathLike) -> Records:
+  """What `Records.save` wrote.
+
+  Raises:
+    FileNotFoundError: there is no such file. ValueError: it is something else.
+  """
+  path = epath.Path(path)
+  if not path.exists():
+    raise FileNotFoundError(
+      f'no routing record {path}; `python -m sparse_experts record` writes one.'
+    )
+  try:
+    with np.load(io.BytesIO(path.read_bytes())) as file:
+      arrays = dict(file)
+    about = json.loads(str(arrays.pop('about')))
+  except (KeyError, ValueError, OSError, EOFError) as error:
+    raise ValueError(
+      f'{path} is not a routing record; `python -m sparse_experts record` '
+      'writes one.'
+    ) from error
+
+  def below(prefix):
+    return {
+      name.removeprefix(prefix): x
+      for name, x in arrays.items()
+      if name.startswith(prefix)
+    }
+
+  return Records(
+    layers={
+      name: Record(**static, **below(f'layers/{name}/'))
+      for name, static in about['layers'].items()
+    },
+    tokens=below('tokens/'),
+    domains=below('domains/'),
+    pieces={
+      stack: {int(i): text for i, text in pieces.items()}
+      for stack, pieces in about['pieces'].items()
+    },
+    domain_names=tuple(about['domain_names']),
+    facts=about['facts'],
+  )
+
+
+def collect(pairs: Iterable[tuple[Batch, Mapping[str, Record]]]) -> Records:
+  """Batches and what `Model.record` said of each, as one.
+
+  In a notebook:
+
+      take = jax.jit(model.record)
+      records = collect((batch, take(params, batch)) for batch in batches)
+  """
+  batches, layers = [], []
+  for batch, of_layers in pairs:
+    batches.append({name: np.asarray(x) for name, x in batch.items()})
+    layers.append(jax.tree.map(np.asarray, of_layers))
+  if not batches:
+    raise ValueError('there is no batch to record; choose another split.')
+
+  def column(kind):
+    return {
+      stack: np.concatenate([batch[f'{stack}_{kind}'] for batch in batches])
+      for stack in _FEATURES
+      if f'{stack}_{kind}' in batches[0]
+    }
+
+  return Records(
+    # Not through jax.tree.map, which sorts the layers by name.
+    layers={
+      name: jax.tree.map(
+        lambda *parts: np.concatenate(parts), *(part[name] for part in layers)
+      )
+      for name in sorted(layers[0], key=layer_order)
+    },
+    tokens=column('input_tokens'),
+    domains=column('task_ids'),
+  )
+
+
+def record(
+  model: Model,
+  model_dir: str,
+  dataset: Dataset,
+  *,
+  microbatches: int = 1,
+  mesh: Mapping[str, int] | None = None,
+  rules: Mapping[str, sharding.MeshAxes] | None = None,
+) -> tuple[Records, epath.Path]:
+  """Records the latest checkpoint in `model_dir` on a dataset's split.
+
+  At the model's evaluation capacity, as `evaluate`. Where the task knows the
+  domains of its tokens they are recorded too.
+
+  Args:
+    model, dataset: who routes what.
+    model_dir: a run's directory, or one checkpoints/<step> of it.
+    microbatches: parts a batch is run in, to save memory.
+    mesh, rules: as in `train.train`; any mesh reads any checkpoint.
+
+  Returns:
+    The records, and where they are written:
+    MODEL_DIR/records/<task>-<split>-<step>.npz.
+  """
+  domain_names = dataset.task_names()
+  if domain_names:
+    dataset = dataclasses.replace(dataset, task_ids=True)
+  built_mesh = sharding.make_mesh(**(mesh or {}))
+  with sharding.use_mesh(built_mesh, rules):
+    params, at = restore_params(model, model_dir, dataset, built_mesh)
+    take = jax.jit(
+      functools.partial(
+        step.record_step,
+        model=model,
+        microbatches=microbatches,
+        data_shards=sharding.data_shards(built_mesh),
+      ),
+      out_shardings=sharding.replicated(built_mesh),
+    )
+
+    def pairs():
+      for batch in dataset.evaluation(model.converter):
+        placed = global_batch.place(batch, built_mesh, dataset.batch_size, 0)
+        yield batch, take(params, placed)
+
+    found = collect(pairs())
+  if not found.layers:
+    raise ValueError('the model has no sparse layer: no routing to record.')
+  found = dataclasses.replace(
+    found,
+    pieces={
+      stack: dataset.pieces(_FEATURES[stack], np.unique(ids_BxL))
+      for stack, ids_BxL in found.tokens.items()
+    },
+    domain_names=domain_names,
+    facts={
+      'task': dataset.mixture_or_task_name,
+      'split': dataset.split,
+      'step': at,
+      'capacity_factor': model.capacity_factor_eval,
+    },
+  )
+  name = f'{dataset.mixture_or_task_name}-{dataset.split}-{at}.npz'
+  path = checkpoints.root_of(model_dir) / 'records' / name
+  if jax.process_index() == 0:
+    found.save(path)
+  return found, path

@@ -1,0 +1,26 @@
+"""record: the routing of a checkpoint on a task's split, token by token."""
+
+from __future__ import annotations
+
+import argparse
+
+from sparse_experts.commands import printing, settings
+
+
+def run(args: argparse.Namespace) -> None:
+  from sparse_experts import config
+  from sparse_experts.analysis import records, routing
+  from sparse_experts.training import report
+
+  settings.parse(args)
+  run = config.bound(records.record)
+  if args.dry_run:
+    return printing.ledger(args)
+  found, path = run()
+  layers = {name: routing.summary(x) for name, x in found.layers.items()}
+  if args.json:
+    return printing.as_json(
+      {'path': str(path), **found.facts, 'layers': layers}
+    )
+  print(report.expert_load(layers))
+  print(f'\nrecord:  {path}')

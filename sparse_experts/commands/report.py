@@ -1,0 +1,44 @@
+"""report: one HTML page about a run."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+
+from sparse_experts.commands import printing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('model_dir', metavar='MODEL_DIR', help='of the run')
+
+
+def run(args: argparse.Namespace) -> None:
+  from sparse_experts.analysis import run_report
+
+  if args.gin_file or args.bindings:
+    raise ValueError(
+      'report takes MODEL_DIR alone; its config.gin has the rest.'
+    )
+  path = run_report.write(args.model_dir, _ledger(args.model_dir))
+  if args.json:
+    return printing.as_json({'path': str(path)})
+  print(f'report:  {path}')
+
+
+def _ledger(model_dir: str):
+  """Of the model that config.gin describes; None where there is none."""
+  from sparse_experts import config
+  from sparse_experts.analysis import ledger
+
+  file = pathlib.Path(model_dir) / 'config.gin'
+  if not file.exists():
+    return None
+  try:
+    config.parse([str(file)], [], [])
+    return ledger.ledger(
+      config.value('MODEL'), config.value('TASK_FEATURE_LENGTHS')
+    )
+  except ValueError as error:  # Modules that are not here, another version.
+    print(f'no parameters: {config.first_line(error)}', file=sys.stderr)
+    return None
