@@ -309,7 +309,7 @@ def test_infer_prints_and_writes_its_answers(answers):
 
 def test_sampled_answers_depend_on_the_example_alone(trained, answers):
   def sample(count):
-    sampled = ('--gin.infer.infer.temperature=1.0', '--json')
+    sampled = ('--gin.TEMPERATURE=1.0', '--json')
     number = f'--gin.infer.infer.num_examples={count}'
     return json.loads(_on_trained('infer', trained, *sampled, number).stdout)
 

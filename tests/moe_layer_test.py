@@ -329,4 +329,6 @@ def test_groups_that_do_not_fit_are_refused(group_size):
   with pytest.raises(
     ValueError, match=f'group_size={group_size} does not fit 2 sequences of 6'
   ):
-    make_layer(group_size=group_size).apply(variables(inputs), tokens(inputs))
+    make_layer(group_size=group_size).apply(
+      variables(inputs), tokens(inputs), capacity_factor=1.0
+    )

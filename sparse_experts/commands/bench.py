@@ -1,4 +1,4 @@
-"""bench: time a sparse layer, or compile it for a TPU pod."""
+"""bench: time a sparse layer or decoding, or compile a layer for a TPU pod."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from sparse_experts.commands import printing, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('what', choices=('layer',), help="'layer'")
+  parser.add_argument('what', choices=('layer', 'decode'), help='what to time')
   parser.add_argument(
     '--topology',
     metavar='NAME',
-    help="compile for these TPU chips, such as 'v5p:4x4x4'",
+    help="layer: compile for these TPU chips, such as 'v5p:4x4x4'",
   )
 
 
@@ -20,6 +20,8 @@ def run(args: argparse.Namespace) -> None:
   from sparse_experts import config
   from sparse_experts.analysis import bench
 
+  if args.what == 'decode':
+    return _decode(args)
   on_pod = args.topology is not None
   default = 'gin/bench/pod_layer.gin' if on_pod else 'gin/bench/layer.gin'
   args.gin_file = args.gin_file or [default]
@@ -31,6 +33,48 @@ def run(args: argparse.Namespace) -> None:
     )
   else:
     rows = config.bound(bench.layer)(on_row=show)
+  if args.json:
+    printing.as_json(rows)
+
+
+def _decode(args: argparse.Namespace) -> None:
+  from sparse_experts import config
+  from sparse_experts.analysis import decode_speed
+  from sparse_experts.training import report
+
+  if args.topology is not None:
+    raise ValueError('--topology is for bench layer; decoding is timed here.')
+  args.gin_file = ['gin/bench/decode.gin', *args.gin_file]
+  settings.parse(args)
+  given = list(args.bindings)
+
+  def models():  # What a model is made of is read from the files as it is made.
+    for experts in (None, *config.value('EXPERTS')):
+      dense = experts is None
+      sparse = 'SPARSE_LAYERS=0' if dense else f'NUM_EXPERTS={experts}'
+      args.bindings = [*given, sparse]
+      settings.parse(args)
+      yield 'dense' if dense else f'{experts} experts', config.value('MODEL')
+
+  widths = (12, 6, 11, 9, 7, 13, 16)
+  heading = ('model', 'batch', 'tokens/s', 'ms/step', 'ratio', '(quartiles)')
+  max_tokens = config.value('MAX_TOKENS')
+
+  def show(row):
+    low, high = row['ratio_iqr']
+    cells = (
+      *(row['model'], row['batch'], f'{row["tokens_per_second"]:,.0f}'),
+      f'{row["seconds"] / max_tokens * 1e3:.2f}',
+      *(f'{row["ratio"]:.2f}x', f'({low:.2f} - {high:.2f})'),
+      f'{row["flops_per_token"] / 1e6:.3f}',
+    )
+    print(report.line(cells, widths), flush=True)
+
+  if not args.json:
+    print(report.line((*heading, 'MFLOP per token'), widths), flush=True)
+  rows = config.bound(decode_speed.measure, given=('models',))(
+    models=models(), **({} if args.json else {'on_row': show})
+  )
   if args.json:
     printing.as_json(rows)
 

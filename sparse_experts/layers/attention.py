@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from sparse_experts import sharding
-from sparse_experts.arrays import Array
+from sparse_experts.arrays import Array, Aux
 from sparse_experts.layers.linear import Linear
 from sparse_experts.layers.norm import RMSNorm
 from sparse_experts.layers.relative import relative_logits, sinusoids
@@ -30,8 +33,12 @@ class Attention(nn.Module):
       `rotary.rotate`; None: they are not.
     scaled: 1/sqrt(A) is applied to q, and not in its initialiser.
     norm: queries and keys are normalised, all heads as one (OLMoE).
+    norm_epsilon: of those norms, see `norm.RMSNorm`.
     relative: logits of queries and distances are added, see `relative`, without
       Transformer-XL's two bias vectors. For decoders.
+    make_projection: builds what makes queries, keys and values, each with its
+      own, a `moe.MoE` of `linear.Projection` (Fedus et al. 2021, appendix A;
+      H A must be D, and heads all have keys); None: a matrix.
   """
 
   num_heads: int
@@ -42,7 +49,9 @@ class Attention(nn.Module):
   rotary_base: float | None = None
   scaled: bool = False
   norm: bool = False
+  norm_epsilon: float = 1e-6
   relative: bool = False
+  make_projection: Callable[..., nn.Module] | None = None
 
   @nn.compact
   def __call__(
@@ -58,7 +67,8 @@ class Attention(nn.Module):
     queries_BxL: Array | None = None,
     keys_BxM: Array | None = None,
     deterministic: bool = True,
-  ) -> Array:
+    routing: Mapping[str, Any] | None = None,
+  ) -> Array | tuple[Array, dict[str, Aux]]:
     """Attends from x to memory (x itself in self-attention).
 
     Args:
@@ -75,6 +85,10 @@ class Attention(nn.Module):
       queries_BxL, keys_BxM: positions of queries and of all keys attended to,
         for `rotary_base` and `relative`; B may be 1.
       deterministic: no dropout.
+      routing: what layers of `make_projection` are called with.
+
+    Returns:
+      The output; with `make_projection` also the Aux of each of its layers.
     """
     H, A = self.num_heads, self.head_width
     kv_heads = self.num_kv_heads or H
@@ -83,8 +97,22 @@ class Attention(nn.Module):
         f'num_kv_heads={kv_heads} must divide num_heads={H}: each serves as '
         'many queries.'
       )
+    auxes = {}
+    if self.make_projection is not None and not (
+      x_BxLxD.shape[-1] == H * A and kv_heads == H and self.scaled
+    ):
+      raise ValueError(
+        'experts that make queries, keys and values keep the width of tokens: '
+        f'num_heads={H} x head_width={A} must be {x_BxLxD.shape[-1]}, '
+        f'num_kv_heads={kv_heads} be {H}, and scaled=True.'
+      )
 
     def project(name, source, heads=H, scale=1.0):
+      if self.make_projection is not None and name != 'relative':
+        y_BxMxD, auxes[name] = self.make_projection(name=name)(
+          source, **routing
+        )
+        return y_BxMxD.reshape(*source.shape[:2], heads, A)
       y_BxMxHxA = Linear(
         (heads, A),
         ('embed', 'heads', 'kv'),
@@ -93,7 +121,7 @@ class Attention(nn.Module):
       )(source)
       if self.norm and name in ('query', 'key'):
         y_BxMxF = y_BxMxHxA.reshape(*y_BxMxHxA.shape[:2], heads * A)
-        y_BxMxF = RMSNorm(name=f'{name}_norm')(y_BxMxF)
+        y_BxMxF = RMSNorm(self.norm_epsilon, name=f'{name}_norm')(y_BxMxF)
         y_BxMxHxA = y_BxMxF.reshape(y_BxMxHxA.shape)
       return y_BxMxHxA
 
@@ -145,13 +173,14 @@ class Attention(nn.Module):
       weights_BxHxLxM, deterministic=deterministic
     )
     y_BxLxHxA = jnp.einsum('BHLM,BMHA->BLHA', weights_BxHxLxM, v_BxMxHxA)
-    return Linear(
+    y_BxLxD = Linear(
       (x_BxLxD.shape[-1],),
       ('heads', 'kv', 'embed'),
       num_inputs=2,
       init_scale=self.init_scale,
       name='out',
     )(y_BxLxHxA)
+    return y_BxLxD if self.make_projection is None else (y_BxLxD, auxes)
 
   def _extend(self, name: str, new_Bx1xHxA: Array, positions_B: Array) -> Array:
     """The stored array with the new position written into it."""

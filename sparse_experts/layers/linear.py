@@ -55,3 +55,23 @@ class Linear(nn.Module):
       kernel.astype(x.dtype),
       ((contracting, tuple(range(num_inputs))), ((), ())),
     )
+
+
+class Projection(nn.Module):
+  """y = x W as wide as x: an expert of attention, see `attention.Attention`.
+
+  Attributes:
+    init_scale: see `Linear`.
+  """
+
+  init_scale: float = 1.0
+
+  @nn.compact
+  def __call__(self, x_xD: Array, *, deterministic: bool = True) -> Array:
+    del deterministic  # All experts take it.
+    return Linear(
+      (x_xD.shape[-1],),
+      ('embed', 'heads'),
+      init_scale=self.init_scale,
+      name='projection',
+    )(x_xD)

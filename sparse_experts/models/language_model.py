@@ -60,6 +60,7 @@ class LanguageModel(nn.Module):
     step: Array | None = None,
     capacity_factor: float | None = None,
     deterministic: bool = True,
+    record: bool = False,
   ) -> tuple[Array, dict[str, Aux]]:
     """Logits [B, L, V] of the targets, and the Aux of every sparse layer.
 
@@ -68,9 +69,10 @@ class LanguageModel(nn.Module):
       step: int32 training step, for routers with a schedule.
       capacity_factor: of sparse layers; None drops nothing.
       deterministic: no dropout, jitter or noise.
+      record: sparse layers return `Aux.record`.
     """
     memory_BxMxD, auxes = self._encode(
-      batch, step, capacity_factor, deterministic
+      batch, step, capacity_factor, deterministic, record
     )
     tokens_BxL = batch['decoder_input_tokens']
     y_BxLxD, decoder_auxes = self.decoder(
@@ -86,6 +88,7 @@ class LanguageModel(nn.Module):
         step=step,
         capacity_factor=capacity_factor,
         deterministic=deterministic,
+        record=record,
       ),
     )
     auxes |= {f'decoder/{name}': aux for name, aux in decoder_auxes.items()}
@@ -155,6 +158,8 @@ class LanguageModel(nn.Module):
     y_Bx1xD, _ = self.decoder(
       self._embed(tokens_B[:, None]),
       Context(
+        # The start token, or padding after the end of an answer.
+        mask_BxL=((tokens_B > 0) | (position_B == 0))[:, None],
         attend_BxLxM=written_BxM[:, None],
         queries_BxL=position_B[:, None],
         keys_BxM=keys_1xM,
@@ -173,6 +178,7 @@ class LanguageModel(nn.Module):
     step: Array | None = None,
     capacity_factor: float | None = None,
     deterministic: bool = True,
+    record: bool = False,
   ) -> tuple[Array | None, dict[str, Aux]]:
     """The encoder's output [B, M, D] and Aux; None without an encoder."""
     if self.encoder is None:
@@ -191,6 +197,7 @@ class LanguageModel(nn.Module):
         step=step,
         capacity_factor=capacity_factor,
         deterministic=deterministic,
+        record=record,
       ),
     )
     return y_BxMxD, {f'encoder/{name}': aux for name, aux in auxes.items()}
@@ -217,6 +224,57 @@ class LanguageModel(nn.Module):
     else:
       logits_BxLxV = self.logits(y_BxLxD)
     return constrain(logits_BxLxV, 'batch', 'length', 'vocab')
+
+
+def answered(
+  batch: Mapping[str, Array], answers_BxT: Array
+) -> dict[str, Array]:
+  """The batch whose targets are these answers, as `Model.score` takes it.
+
+  Args:
+    batch: inputs or prompts, as `LanguageModel.start` takes them. Targets that
+      it has are replaced.
+    answers_BxT: int32, 0 after their end.
+
+  Returns:
+    The batch with decoder features of the answers, which follow the prompts.
+
+  Example:
+    >>> answered({'encoder_input_tokens': jnp.array([[7, 1]])},
+    ...          jnp.array([[5, 1, 0]]))['decoder_input_tokens'].tolist()
+    [[0, 5, 1]]
+  """
+  features = {
+    name: x for name, x in batch.items() if name.startswith('encoder_')
+  }
+  (B, T), prompts_BxL = answers_BxT.shape, jnp.zeros((len(answers_BxT), 1), int)
+  lengths_B = jnp.ones(B, int)
+  if not features:
+    prompts_BxL = batch['decoder_input_tokens']
+    if 'decoder_causal_attention' in batch:
+      lengths_B = batch['decoder_causal_attention'].sum(1)
+  # The last token of a prompt, or the start token, writes the first of answers.
+  length = prompts_BxL.shape[1] + T - 1
+  position_1xL = jnp.arange(length)[None]
+  index_BxL = position_1xL - (lengths_B - 1)[:, None]
+  answer_BxL = jnp.take_along_axis(
+    jnp.pad(answers_BxT, ((0, 0), (0, 1))), jnp.clip(index_BxL, 0, T), axis=1
+  )
+  prompt_BxL = jnp.pad(prompts_BxL[:, 1:], ((0, 0), (0, T)))
+  targets_BxL = jnp.where(index_BxL >= 0, answer_BxL, prompt_BxL)
+  features |= {
+    'decoder_target_tokens': targets_BxL,
+    'decoder_input_tokens': jnp.pad(targets_BxL, ((0, 0), (1, 0)))[:, :-1],
+    'decoder_loss_weights': (index_BxL >= 0) & (targets_BxL > 0),
+  }
+  if 'decoder_causal_attention' in batch:
+    prompt_BxL = position_1xL < lengths_B[:, None]
+    features['decoder_causal_attention'] = prompt_BxL.astype(jnp.int32)
+  if 'decoder_task_ids' in batch:  # An answer has its prompt's task.
+    features['decoder_task_ids'] = jnp.broadcast_to(
+      batch['decoder_task_ids'][:, :1], targets_BxL.shape
+    )
+  return features
 
 
 def _attend_memory(batch: Mapping[str, Array]) -> Array | None:

@@ -9,14 +9,20 @@ import jax
 import jax.numpy as jnp
 
 
-def is_sparse(
-  num_layers: int, sparse_layers: int | Sequence[int]
-) -> tuple[bool, ...]:
-  """For every block whether it is sparse; see `transformer.Stack`.
+def kinds(
+  num_layers: int, sparse_layers: int | Sequence[int] | Mapping[int, int]
+) -> tuple[bool | int, ...]:
+  """For every block whether it is sparse, or how many experts it has.
+
+  Args:
+    num_layers: blocks.
+    sparse_layers: which are sparse, see `transformer.Stack`.
 
   Example:
-    >>> is_sparse(4, 2), is_sparse(3, [0])
+    >>> kinds(4, 2), kinds(3, [0])
     ((False, True, False, True), (True, False, False))
+    >>> kinds(4, {1: 32, 3: 64})
+    (False, 32, False, 64)
   """
   if isinstance(sparse_layers, int):
     every = sparse_layers
@@ -29,6 +35,8 @@ def is_sparse(
       f'sparse_layers {wrong} are not among the {num_layers} layers, '
       f'0 to {num_layers - 1}.'
     )
+  if isinstance(sparse_layers, Mapping):
+    return tuple(sparse_layers.get(i, False) for i in range(num_layers))
   return tuple(i in sparse_layers for i in range(num_layers))
 
 
@@ -72,7 +80,7 @@ def split_period(kinds: Sequence[Any]) -> tuple[int, int, int]:
   return prefix, period, repeats
 
 
-def roll(stack: Mapping[str, Any], kinds: Sequence[bool]) -> dict[str, Any]:
+def roll(stack: Mapping[str, Any], kinds: Sequence[Any]) -> dict[str, Any]:
   """A stack's parameters as its scanned form has them.
 
   Blocks of the scanned part lie under `period/layers_j` with a leading axis of
@@ -91,7 +99,7 @@ def roll(stack: Mapping[str, Any], kinds: Sequence[bool]) -> dict[str, Any]:
   return rolled
 
 
-def unroll(stack: Mapping[str, Any], kinds: Sequence[bool]) -> dict[str, Any]:
+def unroll(stack: Mapping[str, Any], kinds: Sequence[Any]) -> dict[str, Any]:
   """The parameters of a scanned stack as its plain form has them."""
   prefix, period, repeats = split_period(kinds)
   plain = dict(stack)

@@ -14,7 +14,9 @@ from flax import linen as nn
 
 from sparse_experts import moe
 from sparse_experts.arrays import Array, Aux
-from sparse_experts.models import decoding, reward
+from sparse_experts.models import reward
+from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
+from sparse_experts.models.transformer import map_rows
 
 Batch = Mapping[str, Array]
 Sums = dict[str, Any]
@@ -181,14 +183,63 @@ class Model:
     log_probs_BxL, _, _ = _read(logits_BxLxV, targets_BxL)
     return (log_probs_BxL * weights_BxL).sum(-1)
 
+  def logits(self, params, batch: Batch) -> Array:
+    """Exact logits [B, L, V]: nothing is dropped; zeros where no target is.
+
+    Args:
+      params: unboxed parameters.
+      batch: features. Without `decoder_target_tokens` every position counts.
+        Tokens of a decoder alone may be called `tokens`; `encoder_mask` may be
+        added, 0 where an input is to be ignored.
+    """
+    batch = {name: jnp.asarray(value) for name, value in batch.items()}
+    if 'tokens' in batch:
+      batch['decoder_input_tokens'] = batch.pop('tokens')
+    if 'encoder_mask' in batch:
+      batch['encoder_input_tokens'] *= batch.pop('encoder_mask') > 0
+    targets_BxL = batch.setdefault(
+      'decoder_target_tokens', jnp.ones_like(batch['decoder_input_tokens'])
+    )
+    logits_BxLxV, _ = self._apply(params, batch, train=False, factor=None)
+    return logits_BxLxV * (targets_BxL > 0)[..., None]
+
+  def record(
+    self,
+    params,
+    batch: Batch,
+    rng: Array | None = None,
+    *,
+    train: bool = False,
+    step: Array | None = None,
+  ) -> dict[str, moe.Record]:
+    """What every sparse layer does with every token, by layer.
+
+    Args:
+      params: unboxed parameters.
+      batch: features. Tokens of 'encoder/...' are its `encoder_input_tokens`,
+        of 'decoder/...' its `decoder_input_tokens`.
+      rng, step: as in `loss`.
+      train: at training's capacity, with its draws, or at evaluation's.
+    """
+    _, auxes = self._apply(
+      params,
+      batch,
+      train=train,
+      rng=rng,
+      step=step,
+      factor=self.capacity_factor_train if train else self.capacity_factor_eval,
+      record=True,
+    )
+    return {name: aux.record for name, aux in auxes.items()}
+
   def decode(
     self,
     params,
     batch: Batch,
-    keys_B: Array,
+    keys_B: Array | None = None,
     *,
     max_tokens: int,
-    temperature: float = 0.0,
+    strategy: Sampling | BeamSearch = GREEDY,
   ) -> tuple[Array, Array]:
     """Answers to inputs or prompts, with a cache and without capacity.
 
@@ -196,12 +247,13 @@ class Model:
       params: unboxed parameters.
       batch: `encoder_input_tokens`; for a decoder alone `decoder_input_tokens`
         with `decoder_causal_attention` marking the prompt.
-      keys_B: a key per row.
+      keys_B: a key per row, for sampling above temperature 0.
       max_tokens: T, tokens written at most.
-      temperature: 0 is greedy.
+      strategy: how tokens are chosen; greedy by default.
 
     Returns:
-      tokens [B, T], 0 after EOS, and their log-probabilities [B].
+      tokens [B, T], 0 after EOS, and their log-probabilities [B]; of a beam
+      search of width N, tokens [B, N, T], the best first, and scores [B, N].
     """
     prompt = 1
     if self.converter == 'decoder':
@@ -223,22 +275,25 @@ class Model:
       )
       return variables['cache'], logits_BxV
 
-    return decoding.sample(
+    return strategy(
       logits_BxV,
       step,
       variables['cache'],
       keys_B,
       max_tokens=max_tokens,
-      temperature=temperature,
+      map_rows=map_rows,
     )
 
-  def _apply(self, params, batch, *, train, factor, rng=None, step=None):
+  def _apply(
+    self, params, batch, *, train, factor, rng=None, step=None, record=False
+  ):
     return self.module.apply(
       {'params': params},
       batch,
       step=step,
       capacity_factor=factor,
       deterministic=not train,
+      record=record,
       rngs=None if rng is None else {'dropout': rng},
     )
 
@@ -278,14 +333,16 @@ def summary(sums: Sums) -> dict[str, Any]:
     },
     'layers': {
       name: moe.summary(layer)
-      for name, layer in sorted(sums['layers'].items(), key=_layer_order)
+      for name, layer in sorted(
+        sums['layers'].items(), key=lambda item: layer_order(item[0])
+      )
     },
   }
 
 
-def _layer_order(item: tuple[str, Any]) -> tuple[bool, int]:
-  """Encoder before decoder, and layers_10 after layers_9."""
-  stack, _, index = item[0].rpartition('_')
+def layer_order(name: str) -> tuple[bool, int]:
+  """To sort by: encoder before decoder, and layers_10 after layers_9."""
+  stack, _, index = name.rpartition('_')
   return not stack.startswith('encoder'), int(index)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax
 import jax
@@ -11,7 +12,7 @@ from flax import linen as nn
 
 from sparse_experts.arrays import Array, Aux
 from sparse_experts.layers.norm import RMSNorm
-from sparse_experts.models.layout import is_sparse, split_period
+from sparse_experts.models import layout
 from sparse_experts.sharding import constrain
 
 REMAT_POLICIES = {
@@ -39,6 +40,7 @@ class Context:
     positions_B: where a step writes into the cache.
     capacity_factor: of sparse layers; None drops nothing.
     deterministic: no dropout, jitter, noise.
+    record: sparse layers return `Aux.record`.
     cache: 'none', 'fill' (store keys and values) or 'step' (one more position).
     cache_length: positions a filled cache has.
   """
@@ -58,6 +60,7 @@ class Context:
     pytree_node=False, default=None
   )
   deterministic: bool = flax.struct.field(pytree_node=False, default=True)
+  record: bool = flax.struct.field(pytree_node=False, default=False)
   cache: str = flax.struct.field(pytree_node=False, default='none')
   cache_length: int = flax.struct.field(pytree_node=False, default=0)
 
@@ -68,14 +71,18 @@ class Block(nn.Module):
   Attributes:
     make_attention: builds self-attention.
     make_mlp: builds the FFN of a dense block.
-    make_moe: builds the experts that replace it in a sparse block.
+    make_moe: builds the experts that replace it in a sparse block; None: they
+      do not.
+    make_sparse_attention: builds self-attention of a sparse block, with experts
+      in it (`Attention.make_projection`); None: as of a dense one.
     make_extra_mlp: builds a dense FFN after the experts of a sparse block (the
       "sparse-dense" stack of Zoph et al. 2022, appendix C); None: no such.
     make_cross_attention: builds attention to memory; None: no such.
     make_bias: builds this block's own relative bias (GLaM); None: the stack's.
     make_norm: builds the norm before each sub-layer.
     dropout_rate: on each sub-layer's output.
-    sparse: which of the two this block is.
+    sparse: which of the two this block is; a number of experts, where the
+      sparse blocks of a stack differ in it, makes it one that has so many.
     causal: it is part of a decoder.
     allow_non_causal_routing: a decoder may hold a router that lets later tokens
       decide the fate of earlier ones (top-2 in GShard's order, and others).
@@ -85,18 +92,39 @@ class Block(nn.Module):
   make_attention: Callable[..., nn.Module]
   make_mlp: Callable[..., nn.Module]
   make_moe: Callable[..., nn.Module] | None = None
+  make_sparse_attention: Callable[..., nn.Module] | None = None
   make_extra_mlp: Callable[..., nn.Module] | None = None
   make_cross_attention: Callable[..., nn.Module] | None = None
   make_bias: Callable[..., nn.Module] | None = None
   make_norm: Callable[..., nn.Module] = RMSNorm
   dropout_rate: float = 0.0
-  sparse: bool = False
+  sparse: bool | int = False
   causal: bool = False
   allow_non_causal_routing: bool = False
 
   @nn.compact
-  def __call__(self, x_BxLxD: Array, context: Context) -> tuple[Array, Aux]:
+  def __call__(
+    self, x_BxLxD: Array, context: Context
+  ) -> tuple[Array, dict[str, Aux]]:
+    """The output, and the Aux of each sparse layer: 'layers' in FFN's place."""
     deterministic = context.deterministic
+    auxes = {}
+    sparse_attention = self.sparse and self.make_sparse_attention is not None
+    if self.sparse and not sparse_attention and self.make_moe is None:
+      raise ValueError(
+        'a sparse block needs make_moe or make_sparse_attention; give one, or '
+        'set sparse_layers=0.'
+      )
+    routing = {
+      'mask_BxL': context.mask_BxL,
+      'token_ids_BxL': context.token_ids_BxL,
+      'task_ids_BxL': context.task_ids_BxL,
+      'step': context.step,
+      'capacity_factor': context.capacity_factor,
+      'deterministic': deterministic,
+      'require_causal': self.causal and not self.allow_non_causal_routing,
+      'record': context.record,
+    }
 
     def residual(y_BxLxD):
       y_BxLxD = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
@@ -110,20 +138,25 @@ class Block(nn.Module):
         bidirectional=not self.causal, name='relative_bias'
       )(context.queries_BxL, context.keys_BxM)
     h_BxLxD = self.make_norm(name='attention_norm')(x_BxLxD)
-    x_BxLxD = residual(
-      self.make_attention(name='attention')(
-        h_BxLxD,
-        h_BxLxD,
-        mask_BxLxM=context.attend_BxLxM,
-        bias_1xHxLxM=bias_1xHxLxM,
-        cache={'step': 'extend'}.get(context.cache, context.cache),
-        cache_length=context.cache_length,
-        positions_B=context.positions_B,
-        queries_BxL=context.queries_BxL,
-        keys_BxM=context.keys_BxM,
-        deterministic=deterministic,
-      )
+    make_attention = self.make_attention
+    if sparse_attention:
+      make_attention = self.make_sparse_attention
+    h_BxLxD = make_attention(name='attention')(
+      h_BxLxD,
+      h_BxLxD,
+      mask_BxLxM=context.attend_BxLxM,
+      bias_1xHxLxM=bias_1xHxLxM,
+      cache={'step': 'extend'}.get(context.cache, context.cache),
+      cache_length=context.cache_length,
+      positions_B=context.positions_B,
+      queries_BxL=context.queries_BxL,
+      keys_BxM=context.keys_BxM,
+      deterministic=deterministic,
+      **({'routing': routing} if sparse_attention else {}),
     )
+    if sparse_attention:
+      h_BxLxD, auxes = h_BxLxD
+    x_BxLxD = residual(h_BxLxD)
     if self.make_cross_attention is not None:
       memory_BxMxD = context.memory_BxMxD  # None once it is in the cache.
       h_BxLxD = self.make_norm(name='cross_attention_norm')(x_BxLxD)
@@ -138,23 +171,13 @@ class Block(nn.Module):
         )
       )
     h_BxLxD = self.make_norm(name='mlp_norm')(x_BxLxD)
-    if not self.sparse:
+    if not self.sparse or self.make_moe is None:
       h_BxLxD = self.make_mlp(name='mlp')(h_BxLxD, deterministic=deterministic)
-      return residual(h_BxLxD), Aux(losses={}, metrics={})
-    if self.make_moe is None:
-      raise ValueError(
-        'a sparse block needs make_moe; give it, or set sparse_layers=0.'
-      )
-    h_BxLxD, aux = self.make_moe(name='moe')(
-      h_BxLxD,
-      mask_BxL=context.mask_BxL,
-      token_ids_BxL=context.token_ids_BxL,
-      task_ids_BxL=context.task_ids_BxL,
-      step=context.step,
-      capacity_factor=context.capacity_factor,
-      deterministic=deterministic,
-      require_causal=self.causal and not self.allow_non_causal_routing,
-    )
+      return residual(h_BxLxD), auxes
+    make_moe = self.make_moe
+    if not isinstance(self.sparse, bool):
+      make_moe = functools.partial(make_moe, num_experts=self.sparse)
+    h_BxLxD, auxes['layers'] = make_moe(name='moe')(h_BxLxD, **routing)
     x_BxLxD = residual(h_BxLxD)
     if self.make_extra_mlp is not None:
       h_BxLxD = self.make_norm(name='extra_mlp_norm')(x_BxLxD)
@@ -163,7 +186,7 @@ class Block(nn.Module):
           h_BxLxD, deterministic=deterministic
         )
       )
-    return x_BxLxD, aux
+    return x_BxLxD, auxes
 
 
 class Stack(nn.Module):
@@ -173,7 +196,9 @@ class Stack(nn.Module):
     num_layers: N.
     make_block: builds a `Block`, given `sparse`, `causal` and `name`.
     sparse_layers: which blocks are sparse: an integer n makes every n-th so
-      (blocks n-1, 2n-1, ...; 0: none, 1: all), or their indices, from 0.
+      (blocks n-1, 2n-1, ...; 0: none, 1: all), or their indices, from 0, or a
+      number of experts by index (a pyramid, Rajbhandari et al. 2022, section
+      4.1).
     causal: a decoder.
     make_shared_bias: builds one relative bias for all blocks; None: no such.
     make_norm: builds the norm at the end.
@@ -185,7 +210,7 @@ class Stack(nn.Module):
 
   num_layers: int
   make_block: Callable[..., nn.Module]
-  sparse_layers: int | Sequence[int] = 0
+  sparse_layers: int | Sequence[int] | Mapping[int, int] = 0
   causal: bool = False
   make_shared_bias: Callable[..., nn.Module] | None = None
   make_norm: Callable[..., nn.Module] = RMSNorm
@@ -197,7 +222,8 @@ class Stack(nn.Module):
   def __call__(
     self, x_BxLxD: Array, context: Context
   ) -> tuple[Array, dict[str, Aux]]:
-    """Returns the output and the Aux of each sparse block by name."""
+    """Returns the output and the Aux of each sparse layer: 'layers_3', if it is
+    in the place of an FFN, 'query_3' and so on if it is in attention."""
 
     def dropout(x_BxLxD):
       return nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
@@ -211,8 +237,10 @@ class Stack(nn.Module):
       context = context.replace(bias_1xHxLxM=bias_1xHxLxM)
 
     N = self.num_layers
-    kinds = is_sparse(N, self.sparse_layers)
-    prefix, period, repeats = split_period(kinds) if self.scan else (N, 0, 0)
+    kinds = layout.kinds(N, self.sparse_layers)
+    prefix, period, repeats = N, 0, 0
+    if self.scan:
+      prefix, period, repeats = layout.split_period(kinds)
     suffix = prefix + period * repeats
     make_block = functools.partial(self.make_block, causal=self.causal)
 
@@ -230,26 +258,40 @@ class Stack(nn.Module):
         metadata_params={nn.PARTITION_NAME: 'layers'},
       )(make_block, kinds[prefix : prefix + period], self.remat, name='period')
       x_BxLxD, stacked = scanned(x_BxLxD, context)
-      auxes |= {
-        f'layers_{prefix + r * period + j}': jax.tree.map(
-          lambda leaf, r=r: leaf[r], stacked[f'layers_{j}']
-        )
-        for r in range(repeats)
-        for j in range(period)
-      }
+      for name, aux in stacked.items():
+        kind, _, j = name.rpartition('_')
+        auxes |= {
+          f'{kind}_{prefix + r * period + int(j)}': jax.tree.map(
+            lambda leaf, r=r: leaf[r], aux
+          )
+          for r in range(repeats)
+        }
     x_BxLxD, auxes_of_suffix = run_blocks(
       make_block, range(suffix, N), kinds, self.remat, x_BxLxD, context
     )
     auxes |= auxes_of_suffix
     x_BxLxD = dropout(self.make_norm(name='norm')(x_BxLxD))
-    return x_BxLxD, {name: aux for name, aux in auxes.items() if aux.metrics}
+    return x_BxLxD, auxes
+
+
+def map_rows(function: Callable[[Array], Array], cache: Any) -> Any:
+  """Applies a function of arrays [rows, ...] to the collection 'cache'.
+
+  Scanned blocks' arrays have an axis of layers before that of rows.
+  """
+
+  def apply(path, leaf):
+    scanned = any(getattr(key, 'key', None) == 'period' for key in path)
+    return (jax.vmap(function) if scanned else function)(leaf)
+
+  return jax.tree_util.tree_map_with_path(apply, cache)
 
 
 class _Period(nn.Module):
   """The blocks that a scan repeats."""
 
   make_block: Callable[..., nn.Module]
-  kinds: tuple[bool, ...]
+  kinds: tuple[bool | int, ...]
   remat: str
 
   @nn.compact
@@ -267,7 +309,7 @@ class _Period(nn.Module):
 def run_blocks(
   make_block: Callable[..., nn.Module],
   indices: Sequence[int],
-  kinds: Sequence[bool],
+  kinds: Sequence[bool | int],
   remat: str,
   x_BxLxD: Array,
   context: Context,
@@ -286,5 +328,6 @@ def run_blocks(
   auxes = {}
   for i in indices:
     block = make_block(sparse=kinds[i], name=f'layers_{i}')
-    x_BxLxD, auxes[f'layers_{i}'] = apply(block, x_BxLxD, context)
+    x_BxLxD, of_block = apply(block, x_BxLxD, context)
+    auxes |= {f'{kind}_{i}': aux for kind, aux in of_block.items()}
   return x_BxLxD, auxes

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from sparse_experts import moe, sharding
 from sparse_experts.arrays import Array
 from sparse_experts.models import model as model_module
 from sparse_experts.models.model import Batch, Model, Sums
@@ -44,42 +47,14 @@ def train_step(
     The state after, and the model's sums plus `objective` (sum over
     microbatches), `gradient_norm` and `skipped`.
   """
-  rng = jax.random.fold_in(jax.random.key(seed), state.step)
-  weights = batch.get('decoder_loss_weights')
-  if weights is None:
-    weights = batch['decoder_target_tokens'] > 0
-  num_targets = weights.sum().astype(jnp.float32) / microbatches
-
-  def gradients(i: Array, batch: Batch) -> tuple[Any, Sums]:
-    def loss(params):
-      return model.loss(
-        params,
-        batch,
-        jax.random.fold_in(rng, i),
-        train=True,
-        step=state.step,
-        num_targets=num_targets,
-      )
-
-    (objective, sums), grads = jax.value_and_grad(loss, has_aux=True)(
-      state.params
-    )
-    return grads, {**sums, 'objective': objective}
-
-  if microbatches == 1:
-    grads, sums = gradients(jnp.int32(0), batch)
-  else:
-    parts = split_microbatches(batch, microbatches, data_shards)
-    items = (jnp.arange(microbatches), parts)
-    shapes = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], items))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-    def accumulate(total, item):
-      return jax.tree.map(jnp.add, total, gradients(*item)), None
-
-    (grads, sums), _ = jax.lax.scan(accumulate, zeros, items)
-    grads = jax.tree.map(lambda g: g / microbatches, grads)
-
+  grads, sums = gradients(
+    state,
+    batch,
+    model=model,
+    seed=seed,
+    microbatches=microbatches,
+    data_shards=data_shards,
+  )
   norm = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -104,10 +79,114 @@ def train_step(
   return new_state, {**sums, 'gradient_norm': norm, 'skipped': skipped}
 
 
+def gradients(
+  state: TrainState,
+  batch: Batch,
+  *,
+  model: Model,
+  seed: int,
+  microbatches: int = 1,
+  data_shards: int = 1,
+) -> tuple[Any, Sums]:
+  """Gradients of a batch and the model's sums; see `train_step`."""
+  rng = jax.random.fold_in(jax.random.key(seed), state.step)
+  weights = batch.get('decoder_loss_weights')
+  if weights is None:
+    weights = batch['decoder_target_tokens'] > 0
+  num_targets = weights.sum().astype(jnp.float32) / microbatches
+
+  def of_part(i: Array, batch: Batch) -> tuple[Any, Sums]:
+    def loss(params):
+      return model.loss(
+        params,
+        batch,
+        jax.random.fold_in(rng, i),
+        train=True,
+        step=state.step,
+        num_targets=num_targets,
+      )
+
+    (objective, sums), grads = jax.value_and_grad(loss, has_aux=True)(
+      state.params
+    )
+    return grads, {**sums, 'objective': objective}
+
+  if microbatches == 1:
+    return of_part(jnp.int32(0), batch)
+  parts = split_microbatches(batch, microbatches, data_shards)
+  items = (jnp.arange(microbatches), parts)
+  shapes = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], items))
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+  def accumulate(total, item):
+    return jax.tree.map(jnp.add, total, of_part(*item)), None
+
+  (grads, sums), _ = jax.lax.scan(accumulate, zeros, items)
+  return jax.tree.map(lambda g: g / microbatches, grads), sums
+
+
+def jit_train_step(
+  model: Model,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  placed: TrainState,
+  *,
+  batch_size: int,
+  seed: int,
+  microbatches: int = 1,
+):
+  """`train_step` on a mesh: (state, batch) -> (state, sums).
+
+  The state's memory becomes that of the state after.
+
+  Args:
+    placed: where the state lives, see `state.shardings`.
+    batch_size: global. For the rest see `train_step`.
+
+  Raises:
+    ValueError: the batch does not divide over data shards and microbatches.
+  """
+  shards = sharding.data_shards(mesh)
+  if batch_size % (shards * microbatches):
+    raise ValueError(
+      f'batch_size={batch_size} does not divide over {shards} data '
+      f'shards (data x expert) x {microbatches} microbatches; make it a '
+      f'multiple of {shards * microbatches}, or change the mesh.'
+    )
+  return jax.jit(
+    functools.partial(
+      train_step,
+      model=model,
+      optimizer=optimizer,
+      seed=seed,
+      microbatches=microbatches,
+      data_shards=shards,
+    ),
+    out_shardings=(placed, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
+
+
 def eval_step(params, batch: Batch, *, model: Model) -> Sums:
   """The model's sums on a batch at evaluation's capacity, without dropout."""
   _, sums = model.loss(params, batch, train=False)
   return sums
+
+
+def record_step(
+  params,
+  batch: Batch,
+  *,
+  model: Model,
+  microbatches: int = 1,
+  data_shards: int = 1,
+) -> dict[str, moe.Record]:
+  """`Model.record` of a batch, in parts to save memory; see `train_step`."""
+  if microbatches == 1:
+    return model.record(params, batch)
+  parts = split_microbatches(batch, microbatches, data_shards)
+  records = jax.lax.map(lambda part: model.record(params, part), parts)
+  return jax.tree.map(lambda x: join_microbatches(x, data_shards), records)
 
 
 def summary(sums: Sums, microbatches: int) -> dict[str, Any]:
@@ -135,3 +214,11 @@ def split_microbatches(batch: Batch, microbatches: int, data_shards: int):
     return constrain(x, None, 'batch', *[None] * (x.ndim - 2))
 
   return jax.tree.map(split, dict(batch))
+
+
+def join_microbatches(x: Array, data_shards: int) -> Array:
+  """The inverse of `split_microbatches`, of one array."""
+  rows = x.shape[1] // data_shards
+  x = x.reshape(x.shape[0], data_shards, rows, *x.shape[2:])
+  x = x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
+  return constrain(x, 'batch', *[None] * (x.ndim - 1))

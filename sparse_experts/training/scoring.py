@@ -1,0 +1,184 @@
+"""Choosing among options by their probability, and prompts with examples.
+
+The answer to a multiple-choice question is the option with the largest
+log-likelihood after the question, in total or per token (Brown et al. 2020,
+https://arxiv.org/abs/2005.14165, section 2.4; GLaM, Du et al. 2021,
+https://arxiv.org/abs/2112.06905, section 5.2). Nothing is dropped, so a score
+depends on the question and the option alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sparse_experts import sharding
+from sparse_experts.arrays import Array
+from sparse_experts.models.language_model import answered
+from sparse_experts.models.model import Model
+from sparse_experts.training.answers import place
+
+
+def log_likelihood(
+  model: Model,
+  params,
+  batch: Mapping[str, Array],
+  options_BxT: Array,
+  *,
+  per_token: bool = False,
+) -> Array:
+  """log p(option | inputs or prompt) of each row, float32 [B].
+
+  Args:
+    model: exact, whatever its capacity factors.
+    params: unboxed parameters.
+    batch: questions, as `Model.decode` takes them.
+    options_BxT: int32, 0 after their end; EOS counts if it is there.
+    per_token: divided by the number of tokens.
+
+  Returns:
+    Nats; -inf for an option without tokens, which is none.
+  """
+  score_B = model.score(params, answered(batch, options_BxT))
+  tokens_B = (options_BxT > 0).sum(1)
+  if per_token:
+    score_B /= jnp.maximum(tokens_B, 1)
+  return jnp.where(tokens_B > 0, score_B, -jnp.inf)
+
+
+def rank_options(
+  model: Model,
+  params,
+  batch: Mapping[str, Array],
+  options_BxOxT: Array,
+  *,
+  per_token: bool = False,
+) -> Array:
+  """`log_likelihood` of each option of each row, float32 [B, O].
+
+  The choice is its argmax over O. Rows with fewer options are filled up with
+  options of zeros, which score -inf.
+  """
+
+  def score(options_BxT):
+    return log_likelihood(
+      model, params, batch, options_BxT, per_token=per_token
+    )
+
+  return jax.lax.map(score, options_BxOxT.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+class OptionScores:
+  """`log_likelihood` of any number of options of each of many examples.
+
+  Pairs of example and option fill batches of one shape.
+  """
+
+  def __init__(
+    self,
+    model: Model,
+    mesh: Mesh,
+    batch_size: int,
+    *,
+    length: int,
+    per_token: bool = False,
+  ):
+    """Compiles at the first call.
+
+    Args:
+      model, per_token: see `log_likelihood`.
+      mesh: entered by the caller.
+      batch_size: pairs scored at once.
+      length: T, of options; longer ones are an error.
+    """
+    self._mesh, self._batch_size, self._length = mesh, batch_size, length
+
+    def score(params, batch, options_BxT):
+      return log_likelihood(
+        model, params, batch, options_BxT, per_token=per_token
+      )
+
+    self._score = jax.jit(score, out_shardings=sharding.replicated(mesh))
+
+  def __call__(
+    self,
+    params,
+    examples: Sequence[Mapping[str, np.ndarray]],
+    options: Sequence[Sequence[Sequence[int]]],
+  ) -> list[np.ndarray]:
+    """Scores of the options of each example.
+
+    Args:
+      params: unboxed parameters on the mesh.
+      examples: features of one row each, see `data.prompts.features`.
+      options: token ids of the options of each.
+
+    Raises:
+      ValueError: an option has more than `length` tokens.
+    """
+    rows = [
+      {**example, 'option': self._pad(option)}
+      for example, its_options in zip(examples, options, strict=True)
+      for option in its_options
+    ]
+    scores = []
+    for start in range(0, len(rows), self._batch_size):
+      part = rows[start : start + self._batch_size]
+      batch = place(part, self._mesh, self._batch_size)
+      score_B = self._score(params, batch, batch.pop('option'))
+      scores.append(np.asarray(score_B)[: len(part)])
+    ends = np.cumsum([len(its_options) for its_options in options])
+    return np.split(np.concatenate([*scores, np.zeros(0)]), ends[:-1])
+
+  def _pad(self, option: Sequence[int]) -> np.ndarray:
+    if len(option) > self._length:
+      raise ValueError(
+        f'an option has {len(option)} tokens, but there is room for '
+        f'{self._length}: raise the length.'
+      )
+    return np.pad(np.int32(option), (0, self._length - len(option)))
+
+
+def draw_shots(
+  pool: int, k: int, *, seed: int, index: int, exclude: int | None = None
+) -> np.ndarray:
+  """Which k of a pool of examples are shown before example `index`, int [k].
+
+  A function of its arguments alone: not of batches, order or processes.
+
+  Args:
+    pool: how many examples there are to draw from, without replacement.
+    k: how many to show.
+    seed: of the whole evaluation.
+    index: of the example that is asked.
+    exclude: an index of the pool not to draw, such as the example itself.
+
+  Raises:
+    ValueError: there are not so many.
+
+  >>> sorted(draw_shots(3, 2, seed=0, index=5, exclude=1).tolist())
+  [0, 2]
+  """
+  others = np.delete(np.arange(pool), [] if exclude is None else [exclude])
+  if not 0 <= k <= len(others):
+    raise ValueError(
+      f'cannot show {k} examples: there are {len(others)} to draw from.'
+    )
+  random = np.random.default_rng([seed, index])
+  return random.choice(others, k, replace=False)
+
+
+def few_shot(
+  inputs: str, shots: Sequence[tuple[str, str]], separator: str = '\n\n'
+) -> str:
+  """A question after examples of questions with their answers.
+
+  >>> few_shot('3+4=', [('1+1=', '2')], separator=' ')
+  '1+1= 2 3+4='
+  """
+  shown = [f'{question} {answer}' for question, answer in shots]
+  return separator.join([*shown, inputs])

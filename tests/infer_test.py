@@ -1,0 +1,226 @@
+"""infer: files in, JSON lines out, continued where it was stopped."""
+
+import json
+
+import command
+import numpy as np
+import pytest
+
+from sparse_experts import config
+from sparse_experts.data import dataset, prompts, vocabularies
+from sparse_experts.models.language_model import answered
+from sparse_experts.training import checkpoints
+
+QUESTIONS = ['8+1', '9+9', '', 'wie geht es?', '8+1', '7', '3+3', '1+1', '2+2']
+EOS = 1
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """The folder of a run of a few steps."""
+  folder = tmp_path_factory.mktemp('infer')
+  command.train(folder / 'TRAINED', '--gin.TRAIN_STEPS=2')
+  return folder
+
+
+def infer(trained, *arguments):
+  return command.run(
+    'infer', command.TINY, f'--gin.MODEL_DIR={trained / "TRAINED"}', *arguments
+  )
+
+
+def ask(trained, name, lines, *arguments):
+  """The lines of the output, answering those of a file."""
+  file, output = trained / name, trained / f'{name}.answers.jsonl'
+  file.write_text(''.join(f'{line}\n' for line in lines))
+  outcome = infer(trained, f'--input={file}', f'--output={output}', *arguments)
+  assert outcome.code == 0, outcome.stderr
+  return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def answers(trained):
+  """Of QUESTIONS, of which there are more than a batch."""
+  return ask(trained, 'questions.txt', QUESTIONS)
+
+
+def test_every_line_is_answered_as_if_alone(trained, answers):
+  assert [a['index'] for a in answers] == list(range(9))
+  assert [a['inputs'] for a in answers] == QUESTIONS
+  assert answers[0]['prediction'] == answers[4]['prediction']
+  others = ask(trained, 'others.txt', [QUESTIONS[3], 'x'])
+  assert others[0]['prediction'] == answers[3]['prediction']
+  assert others[0]['log_prob'] == pytest.approx(
+    answers[3]['log_prob'], abs=1e-5
+  )
+
+
+def test_what_was_stopped_is_continued(trained, answers):
+  output = trained / 'questions.txt.answers.jsonl'
+  content = output.read_bytes()
+  # Killed within the sixth line; of what is finished one line is marked.
+  ends = [i for i, byte in enumerate(content) if byte == ord('\n')]
+  marked = {**answers[1], 'prediction': 'mark'}
+  lines = content[: ends[5] - 3].splitlines(keepends=True)
+  lines[1] = json.dumps(marked).encode() + b'\n'
+  output.write_bytes(b''.join(lines))
+  again = ask(trained, 'questions.txt', QUESTIONS)
+  assert again[1] == marked
+  for found, expected in zip(again, answers, strict=True):
+    assert found['index'] == expected['index']
+    assert found['log_prob'] == pytest.approx(expected['log_prob'], abs=1e-5)
+  output.write_bytes(content)
+
+
+def test_other_settings_continue_nothing(trained, answers):
+  output = trained / 'questions.txt.answers.jsonl'
+  before = output.read_bytes()
+  for change, says in (
+    (['--gin.TEMPERATURE=1.0'], 'Sampling(temperature=1.0'),
+    (['--gin.SEED=3'], 'made with seed 0, now it is 3'),
+  ):
+    outcome = infer(
+      trained,
+      f'--input={trained / "questions.txt"}',
+      f'--output={output}',
+      *change,
+    )
+    assert outcome.code == 2
+    assert says in outcome.stderr and 'another output file' in outcome.stderr
+    assert outcome.stderr.count('\n') == 1
+  assert output.read_bytes() == before
+
+
+def test_scores_and_routing(trained):
+  questions = [
+    {'inputs': '8+1', 'targets': '9'},
+    {'inputs': '9+9', 'targets': '18'},
+    {'inputs': 'no target'},
+  ]
+  lines = map(json.dumps, questions)
+  found = ask(trained, 'pairs.jsonl', lines, '--score', '--routing')
+  assert found[2]['target_log_prob'] is None
+  config.parse(
+    [command.TINY.partition('=')[2]], [f'MODEL_DIR={trained / "TRAINED"}'], []
+  )
+  model = config.value('MODEL')
+  params, _ = checkpoints.load_params(trained / 'TRAINED')
+  for question, line in zip(questions[:2], found):
+    # By hand: bytes begin at 3; EOS ends both sides.
+    asked = [byte + 3 for byte in question['inputs'].encode()] + [EOS]
+    wanted = [byte + 3 for byte in question['targets'].encode()] + [EOS]
+    batch = {
+      'decoder_input_tokens': np.array([[0, *asked]]),
+      'decoder_causal_attention': np.ones((1, 1 + len(asked)), int),
+    }
+    log_prob = model.score(params, answered(batch, np.array([wanted])))[0]
+    assert line['target_log_prob'] == pytest.approx(float(log_prob), abs=1e-4)
+  for line in found:
+    # One choice of every token of the question, EOS and the answer's; the
+    # model wrote `targets` tokens at most, none of them EOS unless it ended.
+    (counts,) = line['routing'].values()
+    assert len(counts) == 4
+    asked = len(line['inputs'].encode()) + 1
+    assert asked < sum(counts) <= asked + 16
+
+
+def test_the_best_of_several(trained):
+  found = ask(
+    trained,
+    'best.txt',
+    ['8+1', '9+9'],
+    '--gin.STRATEGY=@decoding.BeamSearch()',
+    '--gin.BEAMS=3',
+  )
+  for line in found:
+    scores = [hypothesis['score'] for hypothesis in line['n_best']]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+    assert line['score'] == scores[0]
+    assert line['prediction'] == line['n_best'][0]['prediction']
+
+
+def test_what_does_not_fit_is_said(trained):
+  (line,) = ask(trained, 'long.txt', ['x' * 20])
+  assert line['inputs_cut'] == 20 - 15  # Of 16 tokens one is EOS.
+
+
+def test_a_language_model_continues_its_prompt():
+  of_targets = dataset.Dataset('docs_lm', {'targets': 6}, 2, pack=False)
+  texts = [{'inputs': 'Returns', 'targets': 'an array'}]
+  (example,) = prompts.of_file(texts, of_targets, 'decoder')
+  tokens = vocabularies.docs().encode('Returns')
+  n = len(tokens)
+  assert example.features['decoder_input_tokens'].tolist() == (
+    [0, *tokens] + [0] * (6 - n)  # No EOS: the text goes on.
+  )
+  assert example.features['decoder_causal_attention'].sum() == n + 1
+  assert example.targets.tolist()[-1] == EOS
+
+
+# name: (content of the input, arguments, parts of the error).
+MISTAKES = {
+  'empty': (b'', [], ['input file', 'is empty']),
+  'long line': (
+    b'1+1\n' + b'x' * 10_000_000,
+    [],
+    ['line 2 of', '10,000,000 bytes', 'at most 1,000,000'],
+  ),
+  'not UTF-8': (b'1+1\na\xff\n', [], ['line 2 of', 'not UTF-8 from byte 1']),
+  'not JSON': (
+    b'{"inputs": "1"}\nwhat',
+    ['.jsonl'],
+    ['line 2 of', 'no JSON object with a text "inputs"'],
+  ),
+  'JSON of something else': (b'{"inputs": 3}\n', ['.jsonl'], ['line 1 of']),
+  'half a character': (
+    b'{"inputs": "\\ud800"}\n',
+    ['.jsonl'],
+    ['line 1 of', 'no JSON object'],
+  ),
+  'no file': (None, [], ['there is no input file']),
+  'task': (
+    b'1+1\n',
+    ['--gin.MIXTURE_OR_TASK_NAME=tiny_sum'],
+    ["unknown task 'tiny_sum'", "did you mean 'tiny_sums'?"],
+  ),
+  'other model': (
+    b'1+1\n',
+    ['--gin.MLP_DIM=64'],
+    ['of another architecture', '(16, 64)'],
+  ),
+  'no checkpoint': (
+    b'1+1\n',
+    ['--gin.MODEL_DIR=NOWHERE'],
+    ['no complete checkpoint'],
+  ),
+}
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_a_mistake_gets_one_line_and_leaves_answers_alone(
+  name, trained, answers, tmp_path
+):
+  content, arguments, parts = MISTAKES[name]
+  suffix = '.txt'
+  if arguments and arguments[0].startswith('.'):
+    suffix, *arguments = arguments
+  file = tmp_path / f'input{suffix}'
+  if content is not None:
+    file.write_bytes(content)
+  output = trained / 'questions.txt.answers.jsonl'
+  before = output.read_bytes()
+  outcome = infer(trained, f'--input={file}', f'--output={output}', *arguments)
+  assert outcome.code == 2
+  assert outcome.stderr.startswith('error: ')
+  assert outcome.stderr.count('\n') == 1
+  for part in parts:
+    assert part in outcome.stderr
+  assert output.read_bytes() == before
+
+
+def test_a_split_that_is_none_leaves_nothing_behind(trained, tmp_path):
+  output = tmp_path / 'new' / 'answers.jsonl'
+  outcome = infer(trained, f'--output={output}', '--gin.EVAL_SPLIT=tset')
+  assert outcome.code == 2
+  assert "'tiny_sums' has no split 'tset'" in outcome.stderr
+  assert not output.parent.exists()

@@ -1,0 +1,113 @@
+"""Options are scored by their probability after the question, and no other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+
+from sparse_experts import sharding
+from sparse_experts.data import prompts
+from sparse_experts.training import scoring
+
+PROMPTS = [[5, 9, 30], [7], [5, 9, 30, 31, 8]]
+OPTIONS = [[[3, 1], [9, 9, 9, 1]], [[4, 1], [8, 1], [3, 1]], [[60, 2, 1]]]
+
+
+@pytest.fixture(scope='module')
+def asked():
+  """A decoder, its parameters, and the features of PROMPTS."""
+  model = tiny_models.make_model(encoder=False, layers=2)
+  batch = tiny_models.make_batch(encoder=False)
+  params = tiny_models.make_params(model, batch)
+  return (
+    model,
+    params,
+    [prompts.features('decoder', np.array(prompt), 6) for prompt in PROMPTS],
+  )
+
+
+@pytest.fixture(scope='module')
+def by_hand(asked):
+  """log p of each option after each prompt, one token after the other."""
+  model, params, _ = asked
+
+  @jax.jit
+  def log_probs(tokens_1xL):
+    batch = {
+      'decoder_input_tokens': tokens_1xL,
+      'decoder_target_tokens': jnp.ones_like(tokens_1xL),
+    }
+    logits, _ = model.module.apply({'params': params}, batch)
+    return jax.nn.log_softmax(logits)[0]
+
+  scores = []
+  for prompt, options in zip(PROMPTS, OPTIONS):
+    scores.append([])
+    for option in options:
+      inputs = [0, *prompt, *option[:-1]]
+      row = np.zeros((1, 12), np.int32)  # What follows changes nothing.
+      row[0, : len(inputs)] = inputs
+      rest_LxV = np.asarray(log_probs(row))[len(prompt) :]
+      scores[-1].append(sum(rest_LxV[t, w] for t, w in enumerate(option)))
+  return scores
+
+
+def test_options_in_one_array(asked, by_hand):
+  model, params, rows = asked
+  batch = jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
+  options_BxOxT = np.zeros((3, 3, 5), np.int32)
+  for b, options in enumerate(OPTIONS):
+    for o, option in enumerate(options):
+      options_BxOxT[b, o, : len(option)] = option
+  for per_token in (False, True):
+    found_BxO = jax.jit(
+      functools.partial(scoring.rank_options, model, per_token=per_token)
+    )(params, batch, options_BxOxT)
+    for b, options in enumerate(OPTIONS):
+      expected = np.array(by_hand[b])
+      if per_token:
+        expected = expected / [len(option) for option in options]
+      np.testing.assert_allclose(
+        found_BxO[b, : len(options)], expected, rtol=1e-5
+      )
+      assert (found_BxO[b, len(options) :] == -np.inf).all()
+
+
+def test_any_number_of_options_in_batches_of_one_shape(asked, by_hand):
+  model, params, rows = asked
+  mesh = sharding.make_mesh(data=4, devices=jax.devices()[:4])
+  with sharding.use_mesh(mesh):
+    score = scoring.OptionScores(model, mesh, batch_size=4, length=7)
+    found = score(
+      jax.device_put(params, sharding.replicated(mesh)), rows, OPTIONS
+    )
+    assert [len(scores) for scores in found] == [2, 3, 1]
+    for scores, expected in zip(found, by_hand):
+      np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match='has 8 tokens, but there is room for'):
+      score(params, rows[:1], [[[2] * 8]])
+
+
+def test_shots_are_a_function_of_seed_and_index():
+  draw = functools.partial(scoring.draw_shots, 10, 4)
+  first = draw(seed=0, index=0)
+  np.testing.assert_array_equal(draw(seed=0, index=0), first)
+  assert len(set(first.tolist())) == 4
+  others = [draw(seed=0, index=1), draw(seed=1, index=0)]
+  assert not any(np.array_equal(first, other) for other in others)
+  seen = {
+    i for index in range(60) for i in draw(seed=0, index=index, exclude=3)
+  }
+  assert seen == set(range(10)) - {3}
+  with pytest.raises(ValueError, match='cannot show 4 examples: there are 3'):
+    scoring.draw_shots(4, 4, seed=0, index=0, exclude=0)
+
+
+def test_a_prompt_with_examples():
+  assert scoring.few_shot('Q: c', [('Q: a', 'A'), ('Q: b', 'B')]) == (
+    'Q: a A\n\nQ: b B\n\nQ: c'
+  )
+  assert scoring.few_shot('Q: c', []) == 'Q: c'
