@@ -8,15 +8,19 @@ import re
 import command
 import jax
 import pytest
+from flax import linen as nn
 
 from sparse_experts import config
 from sparse_experts.analysis import ledger, published
 from sparse_experts.data import batches
+from sparse_experts.moe.bias import update_biases
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECIPES = sorted(
   str(path.relative_to(ROOT)) for path in ROOT.glob('gin/models/*/*.gin')
 )
+
+ONE_A_FOLDER = {file.rpartition('/')[0]: file for file in RECIPES}.values()
 
 
 def model_of(file, *bindings):
@@ -56,6 +60,54 @@ def test_it_trains_and_is_documented(file):
   assert loss.shape == ()
   returned = set(sums['aux_losses'])
   assert set(model.loss_weights) <= returned or not returned
+
+
+@pytest.mark.parametrize('file', RECIPES)
+def test_its_paper_s_training_is_a_run(file):
+  config.parse(
+    [file, 'gin/tasks/c4.gin', 'gin/runs/pretrain.gin'],
+    ['BATCH_SIZE=16', 'TRAIN_STEPS=1'],
+    [],
+  )
+  make_optimizer = config.value('OPTIMIZER')
+  rate = config.value('LEARNING_RATE')
+  assert 0 < rate(10**6) < rate(10**4) <= 0.01
+  make_optimizer({'scale': ('embed',)}, learning_rate=rate)
+
+
+@pytest.mark.parametrize(
+  'file',
+  [
+    pytest.param(file, marks=() if file in ONE_A_FOLDER else pytest.mark.slow)
+    for file in RECIPES
+  ],
+)
+def test_modern_fits_it(file):
+  config.parse([file, 'gin/modern.gin'], [], [])
+  model, lengths = config.value('MODEL'), config.value('TASK_FEATURE_LENGTHS')
+  sparse = bool(model.module.decoder.sparse_layers)
+  shapes = batches.shapes(model.converter, lengths, 16, pack=False)
+  params = jax.eval_shape(
+    lambda: nn.unbox(model.init(jax.random.key(0), shapes))
+  )
+
+  def loss_and_moved(params, batch):
+    loss, sums = model.loss(params, batch, jax.random.key(0), train=True)
+    if sparse:  # The bias of every router moves.
+      params = update_biases(params, sums['layers'], model.bias_rate)
+    return loss, params
+
+  loss, moved = jax.eval_shape(loss_and_moved, params, shapes)
+  assert loss.shape == ()
+  assert jax.tree.structure(moved) == jax.tree.structure(params)
+  names = {
+    key.key
+    for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    for key in path
+  }
+  assert not names & {'relative_bias', 'relative', 'wi', 'bias'}
+  assert {'query_norm', 'wi_0'} <= names
+  assert ('balance_bias' in names) == sparse
 
 
 def _is_boxed(leaf):

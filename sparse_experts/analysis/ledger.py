@@ -103,12 +103,12 @@ def ledger(
         own_tokens = inputs if parts[0] == 'encoder' else targets
         kaplan += 2 * size * share * own_tokens
     # Queries times keys and weights times values; or queries times distances.
-    if parts[-2:] in (('query', 'kernel'), ('relative', 'kernel')):
+    if parts[-2:] in (('out', 'kernel'), ('relative', 'kernel')):
       layers = leaf.shape[axes.index('layers')] if 'layers' in axes else 1
-      width = math.prod(leaf.shape[-2:])
+      width = size // (layers * leaf.shape[axes.index('embed')])
       product = 2 * layers * width * tokens * context
-      flops += 2 * product if parts[-2] == 'query' else product
-      kaplan += product if parts[-2] == 'query' else 0
+      flops += 2 * product if parts[-2] == 'out' else product
+      kaplan += product if parts[-2] == 'out' else 0
   if model.module.tied_logits:
     logits = 2 * math.prod(boxed['embed']['embedding'].value.shape) * targets
     flops, kaplan = flops + logits, kaplan + logits
@@ -128,7 +128,7 @@ def ledger(
 
 
 def text(facts: Mapping[str, Any]) -> str:
-  """The ledger for people."""
+  """The ledger for people, with `activation_bytes_per_token` if it is there."""
   lines = [f'{"parameters":36}{facts["total_params"]:>20,}']
   for name in ('active_params', 'sparse_params'):
     lines.append(f'{"  " + name.split("_")[0]:36}{facts[name]:>20,}')
@@ -146,6 +146,9 @@ def text(facts: Mapping[str, Any]) -> str:
     **facts['optimizer_bytes'],
   }.items():
     lines.append(f'{"bytes of " + name:36}{size:>20,}')
+  for remat, size in facts.get('activation_bytes_per_token', {}).items():
+    title = f'bytes of activations per token, {remat}'
+    lines.append(f'{title:36}{size:>20,}')
   lines.append(
     f'(a sequence is {lengths}; attention counts in full; executed: with the '
     'empty slots of experts)'

@@ -337,8 +337,24 @@ TABLES: Mapping[str, Table] = {
     'OLMoE (Muennighoff et al. 2024), section 2',
     (Row('OLMoE-1B-7B', 'olmoe/1b_7b', '6.9B', '1.3B'),),
   ),
+  'prmoe_models': Table(
+    'DeepSpeed-MoE (Rajbhandari et al. 2022), Table 2',
+    (
+      Row('350M', 'prmoe/350m_moe', '350M', bindings=_DENSE),
+      Row('1.3B', 'prmoe/1.3b_moe', '1.3B', bindings=_DENSE),
+      Row('350M+MoE-128', 'prmoe/350m_moe', '13B'),
+      Row('1.3B+MoE-128', 'prmoe/1.3b_moe', '52B'),
+      Row('350M+PR-MoE-32/64', 'prmoe/350m_prmoe', '4B'),
+      Row('1.3B+PR-MoE-64/128', 'prmoe/1.3b_prmoe', '31B'),
+      Row('350M+PR-MoE+L21+MoS', 'prmoe/350m_mos', '3.5B'),
+      Row('1.3B+PR-MoE+L21+MoS', 'prmoe/1.3b_mos', '27B'),
+    ),
+  ),
   'deepseek_moe': Table(
-    'DeepSeekMoE (Dai et al. 2024), section 5',
-    (Row('DeepSeekMoE 16B', 'deepseek_moe/16b', '16.4B', '2.8B'),),
+    'DeepSeekMoE (Dai et al. 2024), sections 4 and 5',
+    (
+      Row('DeepSeekMoE 2B', 'deepseek_moe/2b', '2.0B', '0.3B'),
+      Row('DeepSeekMoE 16B', 'deepseek_moe/16b', '16.4B', '2.8B'),
+    ),
   ),
 }

@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> None:
   if args.checkpoint:
     return _checkpoint(args)
   settings.parse(args)
-  printing.ledger(args)
+  printing.ledger(args, activations=True)
 
 
 def _checkpoint(args: argparse.Namespace) -> None:

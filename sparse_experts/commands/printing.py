@@ -12,15 +12,20 @@ def as_json(facts) -> None:
   print(json.dumps(_plain(facts)))
 
 
-def ledger(args: argparse.Namespace) -> None:
+def ledger(args: argparse.Namespace, activations: bool = False) -> None:
   """Parameters and arithmetic of the model the parsed gin files describe."""
   from sparse_experts import config
-  from sparse_experts.analysis import ledger, published
+  from sparse_experts.analysis import activation_memory, ledger, published
 
   lengths = None
   if config.defined('TASK_FEATURE_LENGTHS'):
     lengths = config.value('TASK_FEATURE_LENGTHS')
-  facts = ledger.ledger(config.value('MODEL'), lengths)
+  model = config.value('MODEL')
+  facts = ledger.ledger(model, lengths)
+  if activations:
+    facts['activation_bytes_per_token'] = activation_memory.bytes_per_token(
+      model, facts['feature_lengths']
+    )
   values = [
     {'paper': table.title, 'model': row.model, **value}
     for table, row in published.rows_of(args.gin_file, args.bindings)
