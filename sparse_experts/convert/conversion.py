@@ -1,0 +1,222 @@
+"""From one checkpoint to another, a piece at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from flax import traverse_util
+
+from sparse_experts.convert import native, places
+from sparse_experts.convert.formats import FORMATS, Checkpoint, look
+from sparse_experts.convert.places import Places
+
+_JOURNAL = 'journal.jsonl'
+
+
+def load(path: str | pathlib.Path, format: str | None = None):
+  """Model and parameters of a checkpoint, in memory.
+
+  Replaces what gin has parsed in this process.
+
+  Args:
+    path: of a checkpoint, or of a MODEL_DIR: then of its latest.
+    format: 't5x', 'hf' or 'native'; None: what it looks like.
+
+  Returns:
+    (model, params), for `model.logits(params, batch)` and the rest of Model.
+
+  Raises:
+    ValueError, FileNotFoundError: one line that names what is wrong.
+  """
+  source = look(path, format)
+  where = native.target_places(source.model, source.shapes)
+  shapes = places.expected(source.shapes, where)
+  arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+
+  def write(name, index, array):
+    arrays[name][index] = array
+
+  for piece in places.pieces(source.shapes):
+    array = places.read(piece, source.places[piece.name], source.tensors)
+    places.write(piece, array, where[piece.name], write)
+  params = traverse_util.unflatten_dict(arrays, sep='/')
+  return source.model, jax.tree.map(jnp.asarray, params)
+
+
+def convert(
+  path: str | pathlib.Path,
+  output: str | pathlib.Path,
+  *,
+  source: str | None = None,
+  target: str = 'native',
+  gin_files: Sequence[str] = (),
+  bindings: Sequence[str] = (),
+  search_paths: Sequence[str] = (),
+  dry_run: bool = False,
+) -> dict[str, Any]:
+  """Writes the checkpoint at `path` into a new folder, in another format.
+
+  One piece is in memory at a time. What is complete survives an interruption,
+  in `<output>.partial`, and the same call goes on from there; `output` appears
+  when all of it is complete. Replaces what gin has parsed in this process.
+
+  Args:
+    path: of the checkpoint, see `load`.
+    output: a folder that is not there yet.
+    source: its format; None: what it looks like.
+    target: the format to write.
+    gin_files, bindings, search_paths: see `formats.look`.
+    dry_run: check, and write nothing.
+
+  Returns:
+    A report: step; parameters; tensors and bytes written; unused, what was not
+    converted; missing, which is empty. Unless `dry_run` also sha256 of the
+    parameters, the same in every format, and resumed, the number of pieces that
+    were there.
+
+  Raises:
+    ValueError, FileNotFoundError: one line that names what is wrong. There is
+      no output then.
+  """
+  if target not in FORMATS:
+    raise ValueError(f'--to is one of {", ".join(FORMATS)}, not {target!r}.')
+  output = pathlib.Path(output).absolute()
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    raise ValueError(f'{output} is there already; give another --output.')
+  checkpoint = look(
+    path,
+    source,
+    gin_files=gin_files,
+    bindings=bindings,
+    search_paths=search_paths,
+  )
+  where = FORMATS[target].target_places(checkpoint.model, checkpoint.shapes)
+  shapes = places.expected(checkpoint.shapes, where)
+  parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+  report = {
+    'input': str(checkpoint.path),
+    'output': str(output),
+    'to': target,
+    'step': checkpoint.step,
+    'parameters': parameters,
+    'tensors': len(shapes),
+    'bytes': 4 * parameters,
+    'unused': checkpoint.unused,
+    'missing': [],
+  }
+  if not dry_run:
+    report |= _write(checkpoint, where, target, output)
+  return report
+
+
+def _write(
+  checkpoint: Checkpoint, where: Places, target: str, output: pathlib.Path
+) -> dict[str, Any]:
+  """Writes `output`; returns what that adds to the report."""
+  partial = output.with_name(output.name + '.partial')
+  journal = _Journal(partial, _fingerprint(checkpoint, target))
+  resumed = len(journal.digests)
+  try:
+    writer = FORMATS[target].Writer(
+      partial,
+      checkpoint.model,
+      places.expected(checkpoint.shapes, where),
+      places.parts(checkpoint.shapes, where),
+      checkpoint.step,
+    )
+    _move(checkpoint, where, writer.write, journal)
+    writer.finish(checkpoint.gin)
+  except ValueError:  # The checkpoint cannot be read: no use in going on.
+    shutil.rmtree(partial)
+    raise
+  sha256 = journal.close()
+  os.replace(partial, output)
+  return {'sha256': sha256, 'resumed': resumed}
+
+
+def _move(checkpoint: Checkpoint, where: Places, write, journal) -> None:
+  """Reads and writes every piece that the journal does not have."""
+  every = list(places.pieces(checkpoint.shapes))
+  with tqdm.tqdm(
+    total=4 * sum(math.prod(piece.shape) for piece in every),
+    unit='B',
+    unit_scale=True,
+    file=sys.stderr,
+    mininterval=1,
+  ) as bar:
+    for piece in every:
+      if str(piece) not in journal.digests:
+        array = places.read(
+          piece, checkpoint.places[piece.name], checkpoint.tensors
+        )
+        places.write(piece, array, where[piece.name], write)
+        journal.add(str(piece), hashlib.sha256(array).hexdigest())
+      bar.update(4 * math.prod(piece.shape))
+
+
+class _Journal:
+  """Which pieces are complete, in the folder of an unfinished conversion.
+
+  Attributes:
+    digests: SHA-256 of each complete piece.
+  """
+
+  def __init__(self, folder: pathlib.Path, fingerprint: str):
+    """Begins, or goes on where one of the same fingerprint stopped."""
+    self._path = folder / _JOURNAL
+    self.digests: dict[str, str] = {}
+    if folder.exists():
+      lines = []
+      if self._path.is_file():
+        lines = self._path.read_text().splitlines()
+      if lines[:1] != [fingerprint]:
+        raise ValueError(
+          f'{folder} is of another conversion, or of another version of this '
+          'checkpoint; delete it, or give another --output.'
+        )
+      for line in lines[1:]:
+        piece, _, digest = line.rpartition(' ')
+        if len(digest) == 64:  # The last line may be cut off.
+          self.digests[piece] = digest
+      if not self.digests:  # Nothing to go on from.
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    head = [fingerprint, *(f'{p} {d}' for p, d in self.digests.items())]
+    self._path.write_text('\n'.join(head) + '\n')
+
+  def add(self, piece: str, digest: str) -> None:
+    self.digests[piece] = digest
+    with self._path.open('a') as file:
+      file.write(f'{piece} {digest}\n')
+
+  def close(self) -> str:
+    """SHA-256 of all pieces."""
+    self._path.unlink()
+    lines = [f'{piece} {digest}\n' for piece, digest in self.digests.items()]
+    return hashlib.sha256(''.join(sorted(lines)).encode()).hexdigest()
+
+
+def _fingerprint(checkpoint: Checkpoint, target: str) -> str:
+  facts = {
+    'path': str(checkpoint.path),
+    'target': target,
+    'gin': checkpoint.gin,
+    'tensors': {
+      name: [list(tensor.shape), str(tensor.dtype)]
+      for name, tensor in checkpoint.tensors.items()
+    },
+  }
+  text = json.dumps(facts, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,204 @@
+"""Checkpoints in Hugging Face's layout: config.json beside files of tensors."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from sparse_experts import config
+from sparse_experts.convert import places, safetensors, torch_files
+from sparse_experts.convert.architectures import ARCHITECTURES, Architecture
+from sparse_experts.convert.arguments import arguments, differences
+from sparse_experts.convert.places import Place
+from sparse_experts.convert.tensors import Found, Shapes, Tensor
+from sparse_experts.models.model import Model
+
+
+def read(path: pathlib.Path) -> Found:
+  """The checkpoint in a folder.
+
+  Raises:
+    ValueError: a tensor that repeats another differs from it.
+  """
+  file = path / 'config.json'
+  if not file.is_file():
+    raise FileNotFoundError(
+      f'no {file}: a Hugging Face checkpoint is a folder with config.json and '
+      'files of tensors.'
+    )
+  found = json.loads(file.read_text())
+  known = _architecture(found)
+  tensors = _tensors(path)
+  original, unused = known.table[0][1], []
+  for copy in known.copies:
+    if copy == 'lm_head.weight' and not found.get('tie_word_embeddings', True):
+      continue
+    if copy in tensors and original in tensors:
+      unused.append(copy)
+      repeated, array = tensors.pop(copy).read(()), tensors[original].read(())
+      if not np.array_equal(repeated, array):
+        raise ValueError(
+          f'{path}: {copy} differs from {original}, and this architecture has '
+          'one matrix for both.'
+        )
+  gin = functools.partial(_gin, found)
+  return Found(tensors, gin, unused=unused)
+
+
+def source_places(
+  model: Model, names: Iterable[str], tensors: Iterable[str]
+) -> dict[str, Place]:
+  """Where plain parameters lie."""
+  del tensors
+  return places.theirs(ARCHITECTURES[_kind(model)].table, names)
+
+
+def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
+  """Where they lie in what `Writer` writes.
+
+  Raises:
+    ValueError: config.json cannot say what the model is.
+  """
+  _describe(model)
+  return places.theirs(ARCHITECTURES[_kind(model)].table, names)
+
+
+class Writer(safetensors.Writer):
+  """Writes safetensors files and config.json."""
+
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    model: Model,
+    shapes: Shapes,
+    parts: Shapes,
+    step: int,
+  ):
+    del parts, step
+    self._config = _describe(model)
+    super().__init__(folder, shapes)
+
+  def finish(self, gin: str) -> None:
+    """Writes config.json."""
+    del gin
+    text = json.dumps(self._config, indent=2, sort_keys=True)
+    (self.folder / 'config.json').write_text(text + '\n')
+
+
+def _tensors(folder: pathlib.Path) -> dict[str, Tensor]:
+  """All tensors of a folder, from safetensors if there are any."""
+  for stem, suffix, read_file in (
+    ('model', 'safetensors', safetensors.read),
+    ('pytorch_model', 'bin', torch_files.read),
+  ):
+    index = folder / f'{stem}.{suffix}.index.json'
+    paths = sorted(folder.glob(f'{stem}*.{suffix}'))
+    if index.is_file():
+      weight_map = json.loads(index.read_text())['weight_map']
+      for name, file in weight_map.items():
+        if not (folder / file).is_file():
+          raise FileNotFoundError(
+            f'{folder} lacks {file}, which has tensor {name}; fetch it too.'
+          )
+      paths = [folder / file for file in sorted(set(weight_map.values()))]
+    if paths:
+      return {k: v for path in paths for k, v in read_file(path).items()}
+  raise FileNotFoundError(
+    f'neither model*.safetensors nor pytorch_model*.bin in {folder}; fetch one '
+    'of them.'
+  )
+
+
+def _architecture(found: Mapping[str, Any]) -> Architecture:
+  """The architecture a config.json names."""
+  kind = found.get('model_type')
+  if kind not in ARCHITECTURES:
+    raise ValueError(
+      f'model_type {kind!r} is none of {", ".join(ARCHITECTURES)}.'
+    )
+  return ARCHITECTURES[kind]
+
+
+def _gin(found: Mapping[str, Any]) -> str:
+  """A gin file of the model that a config.json describes.
+
+  Raises:
+    ValueError: it lacks a key, or describes something we do not have.
+  """
+  known = _architecture(found)
+  found = {**known.absent, **found}
+  for key, value in known.fixed.items():
+    if found.get(key, value) != value:
+      raise ValueError(
+        f'config.json has {key}={found[key]!r}, which has no counterpart here; '
+        f'it must be {value!r}.'
+      )
+  rope = found.get('rope_parameters') or {}
+  if rope.get('rope_type', 'default') != 'default':
+    raise ValueError(
+      f'config.json has rope_type={rope["rope_type"]!r}, which has no '
+      "counterpart here; it must be 'default'."
+    )
+  try:
+    bindings = {gin: found[key] for key, gin, _ in known.same}
+    bindings |= known.read(found)
+  except KeyError as error:
+    raise ValueError(
+      f'config.json lacks {error.args[0]!r}, or has a value of it that is '
+      'unknown here; write it out.'
+    ) from error
+  lines = [f'{name} = {value!r}' for name, value in bindings.items()]
+  return '\n'.join([_IMPORTS, known.gin, *lines, ''])
+
+
+_IMPORTS = """
+from __gin__ import dynamic_registration
+from sparse_experts.layers import attention
+from sparse_experts.models import transformer
+from sparse_experts.moe.routers import top_k
+"""
+
+
+def _describe(model: Model) -> dict[str, Any]:
+  """The config.json of a model.
+
+  Raises:
+    ValueError: no architecture we know says the same; names what differs.
+  """
+  found, kind = arguments(model), _kind(model)
+  known = ARCHITECTURES[kind]
+  try:
+    written = {
+      'model_type': kind,
+      'architectures': [known.name],
+      'dtype': 'float32',
+    }
+    written |= {key: found[path] for key, _, path in known.same}
+    if written.get('num_key_value_heads', 0) is None:
+      written['num_key_value_heads'] = written['num_attention_heads']
+    written |= known.write(found)
+  except KeyError as error:
+    raise ValueError(
+      f'this model cannot be {kind}: it has no {error.args[0]}.'
+    ) from error
+  wrong = differences(model, config.model_of(_gin(written)))
+  if wrong:
+    path, (mine, other) = next(iter(wrong.items()))
+    raise ValueError(
+      f'this model cannot be {kind}: {path or "the model"} is {mine!r} and '
+      f'would be {other!r}; that format has no other.'
+    )
+  return written
+
+
+def _kind(model: Model) -> str:
+  """The one `model_type` that a model can be."""
+  if model.module.encoder is not None:
+    return 'switch_transformers'
+  norm = arguments(model)['decoder.make_block.make_attention.norm']
+  return 'olmoe' if norm else 'mixtral'

@@ -1,0 +1,115 @@
+"""Our own checkpoints, MODEL_DIR/checkpoints/<step>/params."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from sparse_experts.convert import places, zarr
+from sparse_experts.convert.places import Place
+from sparse_experts.convert.tensors import Found, Shapes
+from sparse_experts.models.model import Model
+from sparse_experts.training import checkpoints
+
+CONFIG = 'config.gin'  # As `train` writes it, too.
+
+
+def read(path: pathlib.Path) -> Found:
+  """The checkpoint at `path`, a step or a MODEL_DIR's latest."""
+  found, step = checkpoints.find(path)
+  folder = pathlib.Path(found)
+  params = folder / 'params'
+  specs = zarr.orbax_specs(params, zarr.names(params))
+  others = {'data', 'optimizer'} & {item.name for item in folder.iterdir()}
+
+  def gin():
+    file = pathlib.Path(checkpoints.root_of(path)) / CONFIG
+    if not file.is_file():
+      raise FileNotFoundError(
+        f'no {file}, so the model is unknown; give --gin_file=MODEL.'
+      )
+    return file.read_text()
+
+  return Found(zarr.read(specs), gin, step, sorted(others))
+
+
+def source_places(
+  model: Model, names: Iterable[str], tensors: Iterable[str]
+) -> dict[str, Place]:
+  """Where plain parameters lie in a checkpoint with these tensors."""
+  paths = [name.split('/') for name in tensors]
+  scanned = {path[0] for path in paths if path[1:2] == ['period']}
+  return places.ours(model, names, scanned)
+
+
+def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
+  """Where they lie in the model's own tree."""
+  scanned = {
+    stack
+    for stack in ('encoder', 'decoder')
+    if getattr(getattr(model.module, stack), 'scan', False)
+  }
+  return places.ours(model, names, scanned)
+
+
+class Writer:
+  """Writes the parameters of one step.
+
+  Attributes:
+    folder: a MODEL_DIR.
+  """
+
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    model: Model,
+    shapes: Shapes,
+    parts: Shapes,
+    step: int,
+  ):
+    del model
+    self.folder = folder
+    params = checkpoints.directory_of(folder) / str(step) / 'params'
+    if not params.exists():
+      _declare(params, shapes)
+    self._arrays = zarr.Writer(pathlib.Path(params), shapes, parts)
+    self.write = self._arrays.write
+
+  def finish(self, gin: str) -> None:
+    """Writes the model's gin file."""
+    (self.folder / CONFIG).write_text(gin)
+
+
+class _Declare(ocp.type_handlers.TypeHandler):
+  """Lets orbax write down which arrays there are, and no array."""
+
+  def typestr(self) -> str:
+    return 'np.ndarray'
+
+  async def serialize(self, values, infos, args=None):
+    return []
+
+  async def deserialize(self, infos, args=None):
+    raise NotImplementedError
+
+  async def metadata(self, infos):
+    raise NotImplementedError
+
+
+def _declare(params, shapes: Shapes) -> None:
+  """Creates the folder of an item 'params' with orbax's own metadata."""
+  registry = ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, _Declare())
+  )
+  handler = ocp.PyTreeCheckpointHandler(
+    use_ocdbt=False, type_handler_registry=registry
+  )
+  tree = traverse_util.unflatten_dict(
+    dict.fromkeys(shapes, np.zeros(0, np.float32)), sep='/'
+  )
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(params, args=ocp.args.PyTreeSave(tree))

@@ -1,0 +1,565 @@
+"""Checkpoints of T5X and Hugging Face: in, out, and what is refused."""
+
+import functools
+import json
+import pathlib
+import re
+import shutil
+import zipfile
+
+import command
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+import tensorstore as ts
+from flax import linen as nn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sparse_experts import config, sharding
+from sparse_experts.convert import conversion, convert, load, places, t5x
+from sparse_experts.convert.arguments import arguments, differences
+from sparse_experts.models import layout
+from sparse_experts.training import checkpoints
+
+DATA = pathlib.Path(__file__).parent / 'data'
+HF = ('hf_switch_tiny', 'hf_mixtral_tiny', 'hf_olmoe_tiny')
+T5X = {'legacy': 'legacy_checkpoint_40', 'orbax': 'orbax_checkpoint_40'}
+
+
+@pytest.fixture(scope='module')
+def t5x_folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('t5x')
+  with zipfile.ZipFile(DATA / 't5x_switch_tiny.zip') as archive:
+    archive.extractall(folder)
+  return folder
+
+
+def params_of(path):
+  return checkpoints.flatten(checkpoints.load_params(path)[0])
+
+
+def assert_same(some, others):
+  assert some.keys() == others.keys()
+  for name, array in some.items():
+    assert array.dtype == others[name].dtype == np.float32, name
+    np.testing.assert_array_equal(array, others[name], err_msg=name)
+
+
+def compare_logits(path, expected):
+  model, params = load(path)
+  batch = dict(np.load(expected))
+  logits = batch.pop('logits')
+  got = jax.jit(model.logits)(params, batch)
+  real = slice(None)
+  if 'decoder_target_tokens' in batch:
+    real = batch['decoder_target_tokens'] > 0
+  np.testing.assert_allclose(np.asarray(got)[real], logits[real], atol=1e-4)
+
+
+@pytest.mark.parametrize('name', HF)
+def test_logits_of_hugging_face(name):
+  compare_logits(DATA / name, DATA / name / 'expected.npz')
+
+
+@pytest.mark.parametrize('name', T5X)
+def test_logits_of_t5x(name, t5x_folder):
+  compare_logits(t5x_folder / T5X[name], t5x_folder / f'expected_{name}.npz')
+
+
+@pytest.mark.parametrize('name', HF)
+def test_to_native_and_back_to_hugging_face(name, tmp_path):
+  scan = ['SCAN=True'] if name == 'hf_switch_tiny' else []
+  there = convert(DATA / name, tmp_path / 'native', bindings=scan)
+  back = convert(tmp_path / 'native', tmp_path / 'hf', target='hf')
+  assert there['sha256'] == back['sha256']
+  assert there['unused'] == there['missing'] == []
+  assert_same(
+    safetensors.numpy.load_file(DATA / name / 'model.safetensors'),
+    safetensors.numpy.load_file(tmp_path / 'hf' / 'model.safetensors'),
+  )
+  # What we write of the architecture is what transformers wrote.
+  ours, theirs = (
+    json.loads((folder / 'config.json').read_text())
+    for folder in (tmp_path / 'hf', DATA / name)
+  )
+  free = {'router_jitter_noise', 'rope_parameters', 'head_dim'}
+  shared = ours.keys() & theirs.keys() - free
+  assert {k: ours[k] for k in shared} == {k: theirs[k] for k in shared}
+
+
+@pytest.mark.parametrize('name', T5X)
+def test_to_native_and_back_to_t5x(name, t5x_folder, tmp_path):
+  there = convert(t5x_folder / T5X[name], tmp_path / 'native')
+  assert there['step'] == 40 and there['unused'] == ['state']
+  convert(tmp_path / 'native', tmp_path / 't5x', target='t5x')
+  convert(tmp_path / 't5x', tmp_path / 'again', source='t5x')
+  assert_same(params_of(tmp_path / 'native'), params_of(tmp_path / 'again'))
+  written = tmp_path / 't5x' / 'checkpoint_40'
+  if name == 'legacy':  # The same folders of arrays, with the same numbers.
+    arrays = list((t5x_folder / T5X[name]).glob('target.*'))
+    assert {p.name for p in arrays} == {
+      p.name for p in written.glob('target.*')
+    }
+    for path in arrays:
+      ours, theirs = (read_zarr(p) for p in (path, written / path.name))
+      np.testing.assert_array_equal(ours, theirs, err_msg=path.name)
+
+
+def read_zarr(path):
+  spec = {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': f'{path}/'}}
+  return ts.open(spec).result().read().result()
+
+
+def test_scan_is_layouts_roll(tmp_path):
+  convert(DATA / 'hf_mixtral_tiny', tmp_path / 'plain')
+  convert(tmp_path / 'plain', tmp_path / 'scan', bindings=['SCAN=True'])
+  convert(tmp_path / 'scan', tmp_path / 'again', bindings=['SCAN=False'])
+  plain, _ = checkpoints.load_params(tmp_path / 'plain')
+  decoder = layout.roll(plain['decoder'], layout.kinds(3, 1))
+  rolled = checkpoints.flatten({**plain, 'decoder': decoder})
+  assert_same(params_of(tmp_path / 'scan'), rolled)
+  assert_same(params_of(tmp_path / 'again'), checkpoints.flatten(plain))
+
+
+def test_scanned_checkpoints_of_t5x(tmp_path):
+  convert(DATA / 'hf_switch_tiny', tmp_path / 'native')
+  convert(tmp_path / 'native', tmp_path / 't5x', target='t5x')
+  stored, _, _ = t5x._legacy(tmp_path / 't5x/checkpoint_0')
+  arrays = {name: tensor.read(()) for name, tensor in stored.items()}
+  # Blocks 0 and 2, and 1 and 3, along axis 1, as flaxformer's scan has them.
+  scanned = {}
+  for name, array in arrays.items():
+    match = re.fullmatch(r'(\w+)/layers_([01])/(.*)', name)
+    if match:
+      stack, i, rest = match[1], int(match[2]), match[3]
+      later = arrays[f'{stack}/layers_{i + 2}/{rest}']
+      array = np.stack([array, later], axis=1)
+      scanned[f'{stack}/{stack}/subblock_{i}/{rest}'] = array
+    elif '/layers_' not in name:
+      scanned[name] = array
+  shapes = {name: array.shape for name, array in scanned.items()}
+  writer = t5x.Writer(tmp_path / 'scanned', None, shapes, shapes, step=7)
+  for name, array in scanned.items():
+    writer.write(name, (), array)
+  writer.finish((tmp_path / 't5x/model.gin').read_text())
+  report = convert(tmp_path / 'scanned', tmp_path / 'again')
+  assert report['step'] == 7
+  assert_same(params_of(tmp_path / 'native'), params_of(tmp_path / 'again'))
+
+
+def test_other_models_of_flaxformer(t5x_folder, tmp_path):
+  """ST-MoE's extra FFNs, and experts that choose, from T5X's configuration."""
+  text = (t5x_folder / 'operative_config.gin').read_text()
+  text = text.replace(
+    '@sparse_encoder/routing.TokensChooseMaskedRouter()',
+    '@sparse_encoder/routing.ExpertsChooseMaskedRouter()',
+  )
+  text = text.replace("('relu',)", "('gelu', 'linear')")
+  text = text.replace(
+    'output_logits_factory = None', 'output_logits_factory = 3'
+  )
+  text = text.replace('NUM_SELECTED_EXPERTS = 1', 'NUM_SELECTED_EXPERTS = 2')
+  text = text.replace(
+    'TRAIN_EXPERT_CAPACITY_FACTOR = 1.25', 'TRAIN_EXPERT_CAPACITY_FACTOR = 2.0'
+  )
+  for stack in ('Encoder', 'Decoder'):
+    text += (
+      f'\nmoe_architecture.Sparse{stack}Layer.extra_mlp = @dense.MlpBlock()'
+    )
+  (tmp_path / 'config.gin').write_text(text)
+  described = t5x.gin(tmp_path)
+  model = config.model_of(described)
+  found = arguments(model)
+  assert found['encoder.make_block.make_moe.make_router'] == 'ExpertChoice'
+  assert found['decoder.make_block.make_moe.make_router.k'] == 2
+  assert found['decoder.make_block.make_moe.make_router.gates'] == 'all'
+  assert not found['tied_logits']
+  write_native(tmp_path / 'native', described, seed=1)
+  convert(tmp_path / 'native', tmp_path / 't5x', target='t5x')
+  (tmp_path / 't5x/model.gin').unlink()
+  shutil.copy(tmp_path / 'config.gin', tmp_path / 't5x')
+  names = {p.name for p in (tmp_path / 't5x/checkpoint_0').iterdir()}
+  assert 'target.decoder.logits_dense.kernel' in names
+  assert 'target.encoder.layers_1.extra_mlp.wi_1.kernel' in names
+  convert(tmp_path / 't5x', tmp_path / 'again')
+  assert_same(params_of(tmp_path / 'native'), params_of(tmp_path / 'again'))
+
+
+def write_native(folder, gin_text, seed):
+  """A checkpoint as `train` writes it, of random parameters."""
+  model = config.model_of(gin_text)
+  where = places.ours(model, places.plain_shapes(model), ())
+  shapes = places.expected(places.plain_shapes(model), where)
+  random = np.random.default_rng(seed)
+  params = {}
+  for name, shape in shapes.items():
+    *path, leaf = name.split('/')
+    node = functools.reduce(lambda d, key: d.setdefault(key, {}), path, params)
+    node[leaf] = random.normal(size=shape).astype(np.float32)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(folder / 'checkpoints/0/params', params)
+  (folder / 'config.gin').write_text(gin_text)
+  return model
+
+
+MODELS = {
+  'switch_transformers': ('switch', 'encoder_decoder', ''),
+  'mixtral': ('mixtral', 'decoder_only', 'SHARED_BIAS = None'),
+  'olmoe': ('olmoe', 'decoder_only', 'SHARED_BIAS = None'),
+}
+
+
+@st.composite
+def recipes(draw):
+  """A gin file of a small model that one of the architectures can say."""
+  kind = draw(st.sampled_from(sorted(MODELS)))
+  router, base, more = MODELS[kind]
+  heads = draw(st.sampled_from([1, 2, 4]))
+  width = draw(st.sampled_from([2, 6]))
+  lines = [
+    f"include 'gin/models/{base}.gin'",
+    f"include 'gin/routers/{router}.gin'",
+    f'NUM_EMBEDDINGS = {draw(st.integers(3, 40))}',
+    f'NUM_LAYERS = {draw(st.integers(2, 4))}',
+    f'NUM_HEADS = {heads}',
+    f'HEAD_DIM = {width}',
+    f'EMBED_DIM = {heads * width if kind == "olmoe" else 10}',
+    f'MLP_DIM = {draw(st.integers(1, 12))}',
+    f'NUM_EXPERTS = {draw(st.integers(2, 5))}',
+    f'NORM_EPSILON = {draw(st.sampled_from([1e-5, 1e-6]))}',
+    more,
+  ]
+  if kind == 'switch_transformers':
+    lines += [
+      f'SPARSE_LAYERS = {draw(st.sampled_from([1, 2]))}',
+      'GATED = False',
+      f"ACTIVATION = '{draw(st.sampled_from(['relu', 'gelu']))}'",
+      f'TIED_LOGITS = {draw(st.booleans())}',
+    ]
+  else:
+    divisors = [n for n in (1, 2, 4) if heads % n == 0]
+    lines += [
+      f'NUM_KV_HEADS = {draw(st.sampled_from(divisors))}',
+      f'ROTARY_BASE = {draw(st.sampled_from([1e4, 1e6]))}',
+      'SPARSE_LAYERS = 1',
+      'SCALED_ATTENTION = True',
+      "ACTIVATION = 'silu'",
+      f'ATTENTION_NORM = {kind == "olmoe"}',
+    ]
+  return kind, '\n'.join(lines)
+
+
+@settings(
+  max_examples=3,
+  deadline=None,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(recipe=recipes(), seed=st.integers(0, 99))
+def test_any_small_model_survives_hugging_face(tmp_path_factory, recipe, seed):
+  kind, gin_text = recipe
+  folder = tmp_path_factory.mktemp('any')
+  write_native(folder / 'native', gin_text, seed)
+  convert(folder / 'native', folder / 'hf', target='hf')
+  assert (
+    json.loads((folder / 'hf/config.json').read_text())['model_type'] == kind
+  )
+  convert(folder / 'hf', folder / 'again')
+  assert_same(params_of(folder / 'native'), params_of(folder / 'again'))
+
+
+def test_restores_onto_any_mesh(tmp_path):
+  convert(DATA / 'hf_mixtral_tiny', tmp_path / 'native')
+  model = load(tmp_path / 'native')[0]
+  mesh = sharding.make_mesh(data=2, expert=4)
+  tokens = jax.ShapeDtypeStruct((8, 2), np.int32)
+  names = ('decoder_input_tokens', 'decoder_target_tokens')
+  with sharding.use_mesh(mesh):
+    boxed = jax.eval_shape(
+      lambda: model.init(jax.random.key(0), dict.fromkeys(names, tokens))
+    )
+    placed = sharding.shardings(boxed, mesh)
+    params, step = checkpoints.load_params(tmp_path / 'native', boxed, placed)
+  wi = params['decoder']['layers_0']['moe']['expert']['wi_0']['kernel']
+  assert step == 0 and wi.sharding.spec[0] == 'expert'
+  assert wi.addressable_shards[0].data.shape[0] == 1  # Of 4 experts.
+  assert_same(
+    checkpoints.flatten(jax.tree.map(np.asarray, params)),
+    params_of(tmp_path / 'native'),
+  )
+  assert nn.unbox(boxed).keys() == params.keys()
+
+
+@pytest.mark.parametrize(
+  ('recipe', 'k'), [('switch/base', 1), ('st_moe/base', 2), ('olmoe/1b_7b', 8)]
+)
+def test_a_model_bound_now_is_the_one_gin_builds(recipe, k):
+  """Gin's record of what it built, parsed again, gives the same model."""
+  config.parse([f'gin/models/{recipe}.gin'], ['SCAN=False', 'NUM_LAYERS=4'], [])
+  bound, built = config.model(), config.value('MODEL')
+  tokens = jax.ShapeDtypeStruct((2**13 * 57, 8), np.int32)  # Whole groups.
+  stacks = ('encoder', 'decoder') if bound.module.encoder else ('decoder',)
+  names = [f'{stack}_input_tokens' for stack in stacks]
+  batch = dict.fromkeys([*names, 'decoder_target_tokens'], tokens)
+  jax.eval_shape(lambda: built.init(jax.random.key(0), batch))
+  recorded = config.operative()
+  config.parse(['gin/models/mixtral/8x7b.gin'], [], [])
+  found = arguments(bound)  # Whatever is parsed meanwhile.
+  assert found['decoder.num_layers'] == 4
+  assert found['decoder.make_block.make_moe.make_router.k'] == k
+  assert differences(bound, config.model_of(recorded)) == {}
+  config.parse([f'gin/models/{recipe}.gin'], ['SCAN=False', 'NUM_LAYERS=5'], [])
+  changed = set(differences(bound, config.model()))
+  assert {path.rpartition('.')[2] for path in changed} <= {
+    'num_layers',
+    'sparse_layers',
+  }
+  assert 'decoder.num_layers' in changed
+
+
+# What is refused.
+
+
+def edited(tmp_path, name, edit):
+  """A copy of a Hugging Face checkpoint with its tensors edited."""
+  folder = tmp_path / name
+  shutil.copytree(DATA / name, folder)
+  file = folder / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(file)
+  edit(tensors)
+  safetensors.numpy.save_file(tensors, file)
+  return folder
+
+
+def refused(source, tmp_path, *words, **options):
+  with pytest.raises((ValueError, FileNotFoundError)) as error:
+    convert(source, tmp_path / 'output', **options)
+  message = str(error.value)
+  assert '\n' not in message
+  assert all(word in message for word in words), message
+  assert not list(tmp_path.glob('output*'))
+
+
+WI = 'encoder.block.1.layer.1.mlp.experts.expert_2.wi.weight'
+
+
+def test_renamed_tensor(tmp_path):
+  def rename(tensors):
+    tensors['encoder.block.1.new.name'] = tensors.pop(WI)
+
+  folder = edited(tmp_path, 'hf_switch_tiny', rename)
+  refused(folder, tmp_path, WI, 'encoder.block.1.new.name')
+
+
+def test_missing_tensor(tmp_path):
+  folder = edited(tmp_path, 'hf_switch_tiny', lambda tensors: tensors.pop(WI))
+  refused(folder, tmp_path, 'lacks', WI)
+
+
+@pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.int32])
+def test_tensor_of_another_dtype(tmp_path, dtype):
+  def narrow(tensors):
+    tensors[WI] = tensors[WI].astype(dtype)
+
+  refused(edited(tmp_path, 'hf_switch_tiny', narrow), tmp_path, WI, 'float32')
+
+
+def test_tensor_of_another_shape(tmp_path):
+  def transpose(tensors):
+    tensors[WI] = np.ascontiguousarray(tensors[WI].T)
+
+  folder = edited(tmp_path, 'hf_switch_tiny', transpose)
+  refused(folder, tmp_path, WI, '(32, 64)', '(64, 32)')
+
+
+def test_truncated_safetensors(tmp_path):
+  folder = edited(tmp_path, 'hf_mixtral_tiny', lambda tensors: None)
+  file = folder / 'model.safetensors'
+  file.write_bytes(file.read_bytes()[:-4])
+  header = file.read_bytes()
+  names = json.loads(header[8 : 8 + int.from_bytes(header[:8], 'little')])
+  last = max(names, key=lambda name: names[name]['data_offsets'])
+  refused(folder, tmp_path, last, 'truncated')
+
+
+def test_a_copy_that_differs(tmp_path):
+  def untie(tensors):
+    tensors['lm_head.weight'] = tensors['shared.weight'] + 1
+
+  folder = edited(tmp_path, 'hf_switch_tiny', untie)
+  refused(folder, tmp_path, 'lm_head.weight', 'shared.weight')
+
+
+def test_a_copy_that_does_not(tmp_path):
+  def tie(tensors):
+    tensors['lm_head.weight'] = tensors['shared.weight'].copy()
+
+  folder = edited(tmp_path, 'hf_switch_tiny', tie)
+  report = convert(folder, tmp_path / 'output')
+  assert report['unused'] == ['lm_head.weight']
+
+
+def test_config_of_something_else(tmp_path):
+  folder = edited(tmp_path, 'hf_mixtral_tiny', lambda tensors: None)
+  file = folder / 'config.json'
+  known = json.loads(file.read_text())
+  for change, *words in [
+    ({'sliding_window': 4}, 'sliding_window=4'),
+    ({'model_type': 'llama'}, 'llama', 'mixtral'),
+    ({'num_hidden_layers': 2}, 'unknown', 'model.layers.2.'),
+    ({'rope_parameters': {'rope_type': 'yarn'}}, 'yarn'),
+  ]:
+    file.write_text(json.dumps({**known, **change}))
+    refused(folder, tmp_path, *words)
+  del known['hidden_size']
+  file.write_text(json.dumps(known))
+  refused(folder, tmp_path, 'hidden_size')
+
+
+KERNEL = 'target.encoder.layers_1.mlp.expert.wi.kernel'
+
+
+def test_damaged_legacy_checkpoints(t5x_folder, tmp_path):
+  def copy(name):
+    shutil.copytree(t5x_folder / T5X['legacy'], tmp_path / name)
+    shutil.copy(t5x_folder / 'operative_config.gin', tmp_path)
+    return tmp_path / name, tmp_path / name / KERNEL
+
+  plain = KERNEL.removeprefix('target.').replace('.', '/')
+  source, array = copy('truncated')
+  chunk = array / '0.0.0'
+  chunk.write_bytes(chunk.read_bytes()[:-100])
+  refused(source, tmp_path, plain, 'damaged')
+  chunk.unlink()
+  refused(source, tmp_path, plain, 'damaged')
+  source, array = copy('renamed')
+  array.rename(array.with_name('target.new'))
+  refused(source, tmp_path, plain)
+  source, array = copy('dtype')
+  metadata = (array / '.zarray').read_text()
+  (array / '.zarray').write_text(metadata.replace('<f4', '<i4'))
+  refused(source, tmp_path, plain, 'int32')
+  source, array = copy('shape')
+  (array / '.zarray').write_text(metadata.replace('[8,64,128]', '[8,64,64]'))
+  refused(source, tmp_path, plain, '(8, 64, 64)', '(8, 64, 128)')
+
+
+def test_damaged_orbax_checkpoint(t5x_folder, tmp_path):
+  source = tmp_path / 'orbax'
+  shutil.copytree(t5x_folder / T5X['orbax'], source)
+  shutil.copy(t5x_folder / 'operative_config.gin', tmp_path)
+  files = (source / 'state/ocdbt.process_0/d').iterdir()
+  data = max(files, key=lambda path: path.stat().st_size)
+  data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+  refused(source, tmp_path, 'tensor ', 'damaged')
+
+
+def test_a_model_that_nobody_knows(t5x_folder, tmp_path):
+  source = tmp_path / 'alone' / 'legacy'
+  shutil.copytree(t5x_folder / T5X['legacy'], source)
+  refused(source, tmp_path, 'config.gin', '--gin_file')
+  other = 'gin/models/switch/base.gin'
+  refused(source, tmp_path, 'layers_10', gin_files=[other])
+
+
+def test_what_a_format_cannot_say(tmp_path):
+  _, gin_text = (
+    'mixtral',
+    '\n'.join(
+      [
+        "include 'gin/models/decoder_only.gin'",
+        "include 'gin/routers/mixtral.gin'",
+        'NUM_EMBEDDINGS = 8',
+        'NUM_LAYERS = 1',
+        'EMBED_DIM = 8',
+        'NUM_HEADS = 2',
+        'HEAD_DIM = 4',
+        'MLP_DIM = 4',
+        'NUM_EXPERTS = 2',
+        'SPARSE_LAYERS = 1',
+        'SHARED_BIAS = None',
+        "ACTIVATION = 'silu'",
+        'ROTARY_BASE = 1e4',
+      ]
+    ),
+  )
+  write_native(tmp_path / 'native', gin_text, seed=0)
+  refused(tmp_path / 'native', tmp_path, 'scaled', target='hf')
+  refused(
+    tmp_path / 'native',
+    tmp_path,
+    'make_router.k',
+    bindings=['NUM_EXPERTS=2', 'top_k.TopK.k=1'],
+  )
+
+
+# Interruptions, and the command.
+
+
+def test_goes_on_after_an_interruption(tmp_path, monkeypatch):
+  source = DATA / 'hf_olmoe_tiny'
+  whole = convert(source, tmp_path / 'whole')
+  read, calls = places.read, []
+
+  def interrupted(*args):
+    calls.append(args)
+    if len(calls) > 10:
+      raise KeyboardInterrupt
+    return read(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(conversion.places, 'read', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      convert(source, tmp_path / 'output')
+  assert not (tmp_path / 'output').exists()
+  with pytest.raises(ValueError, match='another conversion'):
+    convert(source, tmp_path / 'output', target='hf')
+  report = convert(source, tmp_path / 'output')
+  assert report['resumed'] == 10 and report['sha256'] == whole['sha256']
+  assert_same(params_of(tmp_path / 'whole'), params_of(tmp_path / 'output'))
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['output', 'whole']
+
+
+def test_command(tmp_path):
+  flags = ('convert', '--from=hf', f'--input={DATA / "hf_olmoe_tiny"}')
+  output = f'--output={tmp_path / "output"}'
+  outcome = command.run(*flags, output, '--dry_run', '--json')
+  assert outcome.code == 0 and not list(tmp_path.iterdir())
+  outcome = command.run(*flags, output, '--gin.SCAN=True', '--json')
+  assert outcome.code == 0, outcome.stderr
+  report = json.loads(outcome.stdout)
+  # Both embeddings 2 x 160 x 32; a layer: attention 2 x 32 x 32 and 2 x 32 x
+  # 16, its norms 32 + 16, other norms 2 x 32, router 32 x 4, experts 4 x 3 x 32
+  # x 64; the last norm.
+  layer = 2 * 32 * 32 + 2 * 32 * 16 + 48 + 64 + 128 + 4 * 3 * 32 * 64
+  assert report['parameters'] == 2 * 160 * 32 + 3 * layer + 32
+  assert report['bytes'] == 4 * report['parameters']
+  outcome = command.run(
+    'inspect', f'--checkpoint={tmp_path / "output"}', '--json'
+  )
+  facts = json.loads(outcome.stdout)
+  assert facts['total_params'] == report['parameters']
+  name = 'decoder/period/layers_0/moe/expert/wo/kernel'
+  assert facts['tree'][name] == [3, 4, 64, 32]
+  outcome = command.run(*flags, output)
+  assert outcome.code == 2
+  assert outcome.stderr.startswith('error: ') and 'another' in outcome.stderr
+
+
+def test_page(monkeypatch):
+  monkeypatch.chdir(DATA.parent.parent)
+  page = pathlib.Path('docs/checkpoints.md').read_text()
+  (example,) = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+  names = {}
+  exec(compile(example, 'checkpoints.md', 'exec'), names)
+  assert names['logits_BxLxV'].shape == (1, 4, 160)
+  report = names['report']
+  assert [report[name] for name in ('parameters', 'unused', 'missing')] == [
+    93792,
+    [],
+    [],
+  ]
+  assert (pathlib.Path(names['output']) / 'config.gin').exists()
