@@ -152,7 +152,7 @@ def test_microbatches_move_biases_as_the_whole_batch_does(one_step):
 
 def test_scanned_layers_move_biases_as_listed_ones_do(one_step):
   batch, params, expected = one_step
-  kinds = layout.is_sparse(4, 2)
+  kinds = layout.kinds(4, 2)
   rolled = {**params, 'decoder': layout.roll(params['decoder'], kinds)}
   state, _ = trainer(make_model(scan=True), SGD)(make_state(rolled, SGD), batch)
   unrolled = {'decoder': layout.unroll(state.params['decoder'], kinds)}

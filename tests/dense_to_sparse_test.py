@@ -322,7 +322,7 @@ def test_the_step_reaches_routers_with_scan_and_microbatches():
   close(experts(sums), experts(whole_sums))
   assert early[1]['objective'] != whole_sums['objective']
 
-  kinds = layout.is_sparse(4, 2)
+  kinds = layout.kinds(4, 2)
 
   def rolled(tree):
     return {

@@ -8,13 +8,15 @@ import pytest
 
 import sparse_experts
 
-# All but those that read data, which need TensorFlow and files.
+# All but those that read data, which need TensorFlow and files, or need T5X.
 MODULES = [
   module.name
   for module in pkgutil.walk_packages(
     sparse_experts.__path__, 'sparse_experts.'
   )
-  if not module.name.startswith(('sparse_experts.data', 'sparse_experts.__'))
+  if not module.name.startswith(
+    ('sparse_experts.data', 'sparse_experts.t5x_adapter', 'sparse_experts.__')
+  )
 ]
 
 

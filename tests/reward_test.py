@@ -172,7 +172,7 @@ def test_scan_and_remat_change_nothing():
   loss, grads = evaluation(model, params, batch)
   roll = lambda tree: {
     **tree,
-    'decoder': layout.roll(tree['decoder'], layout.is_sparse(4, 2)),
+    'decoder': layout.roll(tree['decoder'], layout.kinds(4, 2)),
   }
   scanned = make_model(scan=True, remat='full', **options)
   close(evaluation(scanned, roll(params), batch), (loss, roll(grads)))

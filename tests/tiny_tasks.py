@@ -3,8 +3,7 @@
 import seqio
 import tensorflow as tf
 
-from sparse_experts.data import vocabularies
-from sparse_experts.data.tasks import docs
+from sparse_experts.data import metrics, mixing, vocabularies
 
 
 class Sums(seqio.FunctionDataSource):
@@ -35,5 +34,29 @@ seqio.TaskRegistry.add(
     feature: seqio.Feature(vocabularies.byte())
     for feature in ('inputs', 'targets')
   },
-  metric_fns=[docs.accuracy],
+  metric_fns=[metrics.accuracy],
+)
+
+
+@seqio.map_over_dataset
+def with_options(example):
+  """The sums that there are, of which one is right."""
+  return {
+    **example,
+    'options': [str(i) for i in range(19)],
+    'label': tf.strings.to_number(example['targets'], tf.int32),
+    'normalise': False,
+  }
+
+
+_sums = seqio.TaskRegistry.get('tiny_sums')
+seqio.TaskRegistry.add(
+  'tiny_choices',
+  source=_sums.source,
+  preprocessors=[with_options, *_sums.preprocessors],
+  output_features=_sums.output_features,
+  metric_fns=[metrics.accuracy],
+)
+mixing.add(
+  'tiny_mixture', [_sums, seqio.TaskRegistry.get('tiny_choices')], 'equal'
 )

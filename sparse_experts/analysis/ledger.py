@@ -165,11 +165,13 @@ def _trace(model: Model, shapes) -> tuple[Any, dict[tuple[str, ...], _Slots]]:
     called = context.method_name == '__call__'
     if called and context.module.name == 'router':
       router, layer = context.module, context.module.parent
-      E, k, S = router.num_experts, router.k, args[0].shape[1]
+      # Initialising has no capacity, so a group here is a sequence.
+      E, k, S = router.num_experts, router.k, layer.group_size
+      S = S or args[0].shape[1]
       factor = model.capacity_factor_train
       executed = k
       if isinstance(result[0], SoftAssignment):
-        executed = E * result[0].combine_GxSxExC.shape[-1] / S
+        executed = E * result[0].combine_GxSxExC.shape[-1] / args[0].shape[1]
       elif factor is not None:
         C = layer.capacity_rule(factor, tokens=S, num_experts=E, k=k)
         executed = E * C / S

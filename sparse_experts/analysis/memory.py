@@ -42,7 +42,15 @@ import jax
 from flax import linen as nn
 
 from sparse_experts import sharding
-from sparse_experts.analysis.workload import Block, Workload, block_of
+from sparse_experts.analysis.workload import (
+  Block,
+  Workload,
+  block_of,
+  trace,
+)
+from sparse_experts.data import batches
+from sparse_experts.models.model import Model
+from sparse_experts.models.transformer import REMAT_POLICIES
 from sparse_experts.training import state
 
 NORMS = 4  # Of a block's input, its norms and residual sums, in float32.
@@ -191,6 +199,31 @@ def memory(
     optimizer=sum(at.optimizer for at in stacks.values()),
     **max(phases, key=lambda phase: sum(phase.values())),
   )
+
+
+def activations_per_token(
+  model: Model, feature_lengths: Mapping[str, int]
+) -> dict[str, int]:
+  """Bytes of a step on one device, by remat, per token of all features."""
+  shapes = batches.shapes(
+    model.converter, feature_lengths, 1, pack=False, task_ids=True
+  )
+  _, workload = trace(
+    model,
+    lambda: jax.eval_shape(
+      lambda key: model.init(key, shapes), jax.random.key(0)
+    ),
+  )
+  nothing = {path[0]: Placed() for path in (*workload.blocks, ('head',))}
+  one = dict.fromkeys(('data', 'expert', 'model'), 1)
+  tokens = sum(feature_lengths.values())
+  return {
+    remat: round(
+      memory(workload, nothing, one, remat=remat, microbatches=1).activations
+      / tokens
+    )
+    for remat in REMAT_POLICIES
+  }
 
 
 def _block(

@@ -1,26 +1,71 @@
-"""evaluate: held-out loss and task metrics of a checkpoint."""
+"""evaluate: held-out loss and task metrics of a checkpoint, or of all."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from sparse_experts.commands import printing, settings
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  which = parser.add_mutually_exclusive_group()
+  which.add_argument(
+    '--all_checkpoints', action='store_true', help='of MODEL_DIR, one by one'
+  )
+  which.add_argument(
+    '--continuous',
+    action='store_true',
+    help='as they appear too, until the one of TRAIN_STEPS',
+  )
+  parser.add_argument(
+    '--reliability',
+    metavar='FILE.png',
+    help='with RANK_OPTIONS: draw how often a confidence is right',
+  )
+
+
 def run(args: argparse.Namespace) -> None:
   from sparse_experts import config
-  from sparse_experts.training import evaluate, report
+  from sparse_experts.training import evaluate
 
   settings.parse(args)
-  run = config.bound(evaluate.evaluate)
+  every = args.all_checkpoints or args.continuous
+  run = config.bound(evaluate.evaluate_all if every else evaluate.evaluate)
   if args.dry_run:
     return printing.ledger(args)
-  results = run()
+  if args.reliability and not config.value('RANK_OPTIONS'):
+    raise ValueError('--reliability needs --gin.RANK_OPTIONS=True.')
+  if every:
+    until = config.value('TRAIN_STEPS') if args.continuous else None
+    show = (lambda results: None) if args.json else _step_printer()
+    results = run(until=until, on_results=show)
+    last = results['last']
+  else:
+    results = last = run()
+  if args.reliability:
+    _draw(last, args.reliability)
   if args.json:
-    return printing.as_json(results)
+    printing.as_json(results)
+  elif every:
+    _print_all(results)
+  else:
+    _print(results)
+
+
+def _print(results: Mapping[str, Any]) -> None:
+  from sparse_experts.training import report
+
   rows = {
     **report.scalars(results['metrics']),
     **{f'task/{k}': v for k, v in results['task_metrics'].items()},
+    **{
+      f'{task}/{name}': value
+      for task, numbers in results['calibration'].items()
+      for name, value in report.scalars(numbers).items()
+      if name != 'accuracy'
+    },
   }
   factor = results['capacity_factor']
   print(
@@ -32,3 +77,49 @@ def run(args: argparse.Namespace) -> None:
   )
   if results['metrics']['layers']:
     print('\n' + report.expert_load(results['metrics']['layers']))
+
+
+def _step_printer():
+  """Says what each checkpoint reached, as they are evaluated."""
+
+  def show(results):
+    print(
+      f'step {results["step"]}  loss {results["metrics"]["loss"]:.4f}  '
+      f'score {results["score"]:.5g}',
+      flush=True,
+    )
+
+  return show
+
+
+def _print_all(results: Mapping[str, Any]) -> None:
+  from sparse_experts.training import report
+
+  names = list(results['last']['task_metrics'])
+  rows = [
+    (
+      str(at['step']),
+      f'{at["metrics"]["loss"]:.4f}',
+      *(f'{at["task_metrics"][name]:.2f}' for name in names),
+      'peak' if at['step'] == results['peak']['step'] else '',
+    )
+    for at in results['steps']
+  ]
+  last = results['last']
+  print(f'\n{last["task"]}, {last["split"]} split')
+  print(report.table(('step', 'loss', *names, ''), rows))
+
+
+def _draw(results: Mapping[str, Any], path: str) -> None:
+  """A diagram of each task's calibration: FILE.png, or FILE-TASK.png."""
+  import pathlib
+
+  from sparse_experts.training import calibration
+
+  file = pathlib.Path(path)
+  if file.suffix not in ('.png', '.pdf', '.svg'):
+    raise ValueError(f'--reliability takes a .png, .pdf or .svg, not {path}.')
+  found = results['calibration']
+  for task, numbers in found.items():
+    name = file if len(found) == 1 else file.with_stem(f'{file.stem}-{task}')
+    calibration.plot(numbers['bins'], name)

@@ -15,7 +15,7 @@ def as_json(facts) -> None:
 def ledger(args: argparse.Namespace, activations: bool = False) -> None:
   """Parameters and arithmetic of the model the parsed gin files describe."""
   from sparse_experts import config
-  from sparse_experts.analysis import activation_memory, ledger, published
+  from sparse_experts.analysis import ledger, memory, published
 
   lengths = None
   if config.defined('TASK_FEATURE_LENGTHS'):
@@ -23,7 +23,7 @@ def ledger(args: argparse.Namespace, activations: bool = False) -> None:
   model = config.value('MODEL')
   facts = ledger.ledger(model, lengths)
   if activations:
-    facts['activation_bytes_per_token'] = activation_memory.bytes_per_token(
+    facts['activation_bytes_per_token'] = memory.activations_per_token(
       model, facts['feature_lengths']
     )
   values = [

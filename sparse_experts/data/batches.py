@@ -303,7 +303,14 @@ def vocabulary_size(task_name: str, modules: Sequence[str] = ()) -> int:
   8100
   """
   features = tasks.find(task_name, modules).output_features.values()
-  return max(feature.vocabulary.vocab_size for feature in features)
+  tf = host_tensorflow.load()
+  try:
+    return max(feature.vocabulary.vocab_size for feature in features)
+  except tf.errors.OpError as error:
+    raise FileNotFoundError(
+      f"the vocabulary of task {task_name!r} cannot be read ({error}); T5's is "
+      'on Google Cloud Storage and needs a network.'
+    ) from error
 
 
 def check_vocabulary(
@@ -344,6 +351,58 @@ def decode_tokens(
     '</s>' * len(run) if eos else vocabulary.decode([ids[i] for i in run])
     for eos, run in ((eos, list(run)) for eos, run in runs)
   )
+
+
+def token_pieces(
+  task_name: str,
+  feature: str,
+  ids: Sequence[int],
+  modules: Sequence[str] = (),
+) -> dict[int, str]:
+  """The text of each token id by itself.
+
+  Of SentencePiece its pieces, where '▁' is the space before a word; control
+  tokens are '<pad>', '</s>', '<unk>', sentinels '<extra_id_0>' and so on.
+
+  >>> token_pieces('docs_lm', 'targets', [0, 8099])
+  {0: '<pad>', 8099: '<extra_id_0>'}
+  """
+  output_features = tasks.find(task_name, modules).output_features
+  vocabulary = output_features[feature].vocabulary
+  processor = getattr(vocabulary, 'tokenizer', None)
+  controls = {
+    vocabulary.pad_id: '<pad>',
+    vocabulary.eos_id: '</s>',
+    vocabulary.unk_id: '<unk>',
+  }
+
+  def piece(i):
+    if i in controls:
+      return controls[i]
+    sentinel = vocabulary.vocab_size - 1 - i
+    if sentinel < vocabulary.extra_ids:
+      return f'<extra_id_{sentinel}>'
+    if hasattr(processor, 'id_to_piece'):
+      return processor.id_to_piece(i)
+    return vocabulary.decode([i])
+
+  return {int(i): piece(int(i)) for i in ids}
+
+
+def task_names(task_name: str, modules: Sequence[str] = ()) -> tuple[str, ...]:
+  """What the task ids of a task's tokens mean; empty where it has none.
+
+  >>> task_names('docs_lm')[:3]
+  ('absl', 'clu', 'einops')
+  """
+  task = tasks.find(task_name, modules)
+  import seqio
+
+  of_sources = {
+    tuple(getattr(subtask.source, 'task_names', ()))
+    for subtask in seqio.get_subtasks(task)
+  }
+  return of_sources.pop() if len(of_sources) == 1 else ()
 
 
 def _dataset(

@@ -50,13 +50,14 @@ class WithTaskIds:
     return getattr(self._converter, name)
 
   def __call__(
-    self, dataset: tf.data.Dataset, lengths: Mapping[str, int]
+    self, dataset: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
   ) -> tf.data.Dataset:
     """Rows of the examples, which have '<feature>_task_ids' for each feature.
 
     Raises:
       ValueError: they have none.
     """
+    lengths = task_feature_lengths  # The name by which seqio may call it.
     missing = {f'{f}_task_ids' for f in lengths} - set(dataset.element_spec)
     if missing:
       raise ValueError(

@@ -89,6 +89,16 @@ class Dataset:
       self.mixture_or_task_name, embeddings, self.modules
     )
 
+  def task_names(self) -> tuple[str, ...]:
+    """What task ids mean; empty for a task that knows none."""
+    return batches.task_names(self.mixture_or_task_name, self.modules)
+
+  def pieces(self, feature: str, ids: Sequence[int]) -> dict[int, str]:
+    """The text of each token id by itself."""
+    return batches.token_pieces(
+      self.mixture_or_task_name, feature, ids, self.modules
+    )
+
   def text(self, feature: str, ids: Sequence[int]) -> str:
     """The text of token ids of a feature."""
     return batches.decode_tokens(

@@ -17,6 +17,7 @@ EXTRA_IDS = 100
 DOCS_MODEL = epath.Path(__file__).parent / 'assets' / 'docs_8k.model'
 DOCS_COUNTS = epath.Path(__file__).parent / 'assets' / 'docs_8k_counts.txt'
 T5_MODEL = 'gs://t5-data/vocabs/cc_all.32000/sentencepiece.model'
+MT5_MODEL = 'gs://t5-data/vocabs/mc4.250000/sentencepiece.model'
 
 
 @functools.cache
@@ -57,6 +58,14 @@ def t5() -> 'seqio.SentencePieceVocabulary':
   import seqio
 
   return seqio.SentencePieceVocabulary(T5_MODEL, EXTRA_IDS)
+
+
+@functools.cache
+def mt5() -> 'seqio.SentencePieceVocabulary':
+  """The 250,000 pieces of mT5, for 101 languages; read as `t5` is."""
+  import seqio
+
+  return seqio.SentencePieceVocabulary(MT5_MODEL, EXTRA_IDS)
 
 
 @functools.cache

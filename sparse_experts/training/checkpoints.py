@@ -168,6 +168,14 @@ def root_of(path: epath.PathLike) -> epath.Path:
   return path.parent.parent if _names_step(path) else path
 
 
+def steps(model_dir: epath.PathLike) -> list[int]:
+  """The complete steps of a run, in order."""
+  directory = directory_of(model_dir)
+  if not directory.exists():
+    return []
+  return sorted(ocp.utils.checkpoint_steps(directory))
+
+
 def find(path: epath.PathLike) -> tuple[epath.Path, int]:
   """The step directory at `path`: itself one, or a MODEL_DIR's latest.
 
@@ -176,9 +184,9 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int]:
   """
   path = epath.Path(path).absolute()
   directory = directory_of(root_of(path))
-  steps = ocp.utils.checkpoint_steps(directory) if directory.exists() else []
-  step = int(path.name) if _names_step(path) else max(steps, default=None)
-  if step not in steps:
+  there = steps(root_of(path))
+  step = int(path.name) if _names_step(path) else max(there, default=None)
+  if step not in there:
     raise FileNotFoundError(
       f'no complete checkpoint in {path}; give a MODEL_DIR that was trained '
       'in, or one of its checkpoints/<step>.'

@@ -1,23 +1,24 @@
-"""Evaluation of a checkpoint: held-out loss, and the task's own metrics."""
+"""Evaluation of checkpoints: held-out loss, and the task's own metrics."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.models.model import Model
-from sparse_experts.training import checkpoints
-from sparse_experts.training.answers import Answers
+from sparse_experts.training import checkpoints, task_metrics
 from sparse_experts.training.report import scalars
 from sparse_experts.training.restore import restore_params
 from sparse_experts.training.train import LossEvaluation
 from sparse_experts.training.writers import Writers
+
+POLL_SECONDS = 5.0
 
 
 def evaluate(
@@ -28,12 +29,14 @@ def evaluate(
   mesh: Mapping[str, int] | None = None,
   rules: Mapping[str, sharding.MeshAxes] | None = None,
   max_tokens: int | None = None,
+  rank_options: bool = False,
 ) -> dict[str, Any]:
   """Evaluates the latest checkpoint in `model_dir` on a dataset's split.
 
   The loss is taken at the model's evaluation capacity factor. If the task has
   metrics of its own, answers are decoded greedily (without capacity) and given
-  to `seqio.Evaluator`. Results go to TensorBoard, metrics.jsonl and
+  to `seqio.Evaluator`; a mixture's tasks each have theirs. Results go to
+  TensorBoard, metrics.jsonl and
   MODEL_DIR/evaluation/<task>-<split>-<step>.json.
 
   Args:
@@ -41,76 +44,174 @@ def evaluate(
     model_dir: a run's directory, or one checkpoints/<step> of it.
     mesh, rules: as in `train.train`; any mesh reads any checkpoint.
     max_tokens: tokens of an answer, at most; None: the length of targets.
+    rank_options: where examples list options, the answer is the most probable
+      of them, and results say how well calibrated the model is.
 
   Returns:
     'step', 'capacity_factor', 'metrics' (see `models.model.summary`),
-    'task_metrics'.
+    'task_metrics', 'calibration' (see `training.calibration`) and 'score', the
+    mean of the task's metrics, or minus the loss if it has none.
   """
-  built_mesh = sharding.make_mesh(**(mesh or {}))
-  with sharding.use_mesh(built_mesh, rules):
-    params, step = restore_params(model, model_dir, dataset, built_mesh)
-    metrics = LossEvaluation(model, dataset, built_mesh)(params)
-    results = {
-      'task': dataset.mixture_or_task_name,
-      'split': dataset.split,
-      'step': step,
-      'capacity_factor': model.capacity_factor_eval,
-      'metrics': metrics,
-      'task_metrics': _task_metrics(
-        model, params, dataset, built_mesh, max_tokens
-      ),
-    }
-  root = checkpoints.root_of(model_dir)
-  writers = Writers(root)
-  name = f'evaluation/{dataset.mixture_or_task_name}-{dataset.split}'
-  writers.write(name, step, {**metrics, 'task': results['task_metrics']})
-  writers.close()
-  if jax.process_index() == 0:
-    path = root / f'{name}-{step}.json'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shown = {**results, 'metrics': scalars(metrics)}
-    path.write_text(json.dumps(shown, indent=2) + '\n')
-  return results
+  return Evaluation(
+    model, model_dir, dataset, mesh, rules, max_tokens, rank_options
+  )(model_dir)
 
 
-def _task_metrics(model, params, dataset, mesh, max_tokens) -> dict[str, float]:
-  """The task's own metrics by seqio.Evaluator; empty where it has none."""
-  from sparse_experts.data import converters, host_tensorflow, tasks
+def evaluate_all(
+  model: Model,
+  model_dir: str,
+  dataset: Dataset,
+  *,
+  mesh: Mapping[str, int] | None = None,
+  rules: Mapping[str, sharding.MeshAxes] | None = None,
+  max_tokens: int | None = None,
+  rank_options: bool = False,
+  until: int | None = None,
+  on_results: Callable[[dict[str, Any]], None] = lambda results: None,
+) -> dict[str, Any]:
+  """Evaluates every checkpoint of a run; `evaluate` has the other arguments.
 
-  task = tasks.find(dataset.mixture_or_task_name, dataset.modules)
-  if not getattr(task, 'predict_metric_fns', ()):
-    return {}
-  host_tensorflow.load()
-  import seqio
+  Each is evaluated once: what an earlier call with the same settings has
+  finished is read from its file, so a call may be stopped at any time and made
+  again; Ctrl-C ends it with what is done. A checkpoint that training deletes
+  before its turn is left out.
 
-  limit = dataset.num_batches and dataset.num_batches * dataset.batch_size
-  evaluator = seqio.Evaluator(
-    dataset.mixture_or_task_name,
-    feature_converter=converters.make(
-      model.converter, pack=False, task_ids=dataset.task_ids
-    ),
-    eval_split=dataset.split,
-    sequence_length=dict(dataset.feature_lengths),
-    num_examples=limit,
-    logger_cls=[],
+  Args:
+    until: go on, as checkpoints appear, to the one of this step; None: those
+      that are there.
+    on_results: called with the results of each step, in order.
+
+  Returns:
+    'steps' (results of each), 'peak' and 'last', which are two of them: the
+    peak has the highest score, of equal ones the first. Also in
+    MODEL_DIR/evaluation/<task>-<split>.json.
+
+  Raises:
+    FileNotFoundError: no checkpoint, and none to wait for.
+  """
+  evaluation = Evaluation(
+    model, model_dir, dataset, mesh, rules, max_tokens, rank_options
   )
-  answers = Answers(
-    model,
-    params,
-    mesh,
-    dataset.batch_size,
-    max_tokens=max_tokens or dataset.feature_lengths['targets'],
-  )
-
-  def predict(examples):
-    indices, features = zip(*examples.as_numpy_iterator())
-    tokens_NxT, _ = answers(features, list(indices))
-    return list(zip(indices, tokens_NxT.tolist()))
-
-  results, *_ = evaluator.evaluate(
-    compute_metrics=True, step=None, predict_fn=predict, score_fn=None
-  )
-  return {
-    name: float(np.asarray(value))
-    for name, value in results.result()[dataset.mixture_or_task_name].items()
+  found = []
+  try:
+    for results in _each(evaluation, model_dir, until):
+      found.append(results)
+      on_results(results)
+  except KeyboardInterrupt:
+    if not found:
+      raise
+  if not found:
+    raise FileNotFoundError(
+      f'no complete checkpoint in {model_dir}; give a MODEL_DIR that was '
+      'trained in, or --continuous to wait for it.'
+    )
+  summary = {
+    'steps': found,
+    'peak': max(found, key=lambda results: results['score']),
+    'last': found[-1],
   }
+  evaluation.write('', summary)
+  return summary
+
+
+def _each(
+  evaluation: Evaluation, model_dir: str, until: int | None
+) -> Iterator[dict[str, Any]]:
+  """Results of each checkpoint, on file or new, in the order of steps."""
+  done = -1
+  while True:
+    for step in checkpoints.steps(model_dir):
+      if step <= done:
+        continue
+      done = step
+      results = evaluation.finished(step)
+      if results is None:
+        path = checkpoints.directory_of(model_dir) / str(step)
+        try:
+          results = evaluation(path)
+        except (ValueError, FileNotFoundError):
+          if path.exists():
+            raise
+          continue  # Training has deleted it.
+      yield _plain(results)
+    if until is None or done >= until:
+      return
+    time.sleep(POLL_SECONDS)
+
+
+class Evaluation:
+  """A model on a dataset; data is read and programs are compiled once."""
+
+  def __init__(
+    self, model, model_dir, dataset, mesh, rules, max_tokens, rank_options
+  ):
+    self._model, self._dataset, self._rules = model, dataset, rules
+    self._mesh = sharding.make_mesh(**(mesh or {}))
+    self._root = checkpoints.root_of(model_dir)
+    self._name = f'{dataset.mixture_or_task_name}-{dataset.split}'
+    self._loss = LossEvaluation(model, dataset, self._mesh)
+    self._tasks = task_metrics.TaskMetrics(
+      model, dataset, self._mesh, max_tokens, rank_options
+    )
+    self._settings = {
+      'feature_lengths': dict(dataset.feature_lengths),
+      'num_batches': dataset.num_batches,
+      'batch_size': dataset.batch_size,
+      'pack': dataset.pack,
+      'capacity_factor': model.capacity_factor_eval,
+      'max_tokens': max_tokens,
+      'rank_options': rank_options,
+    }
+
+  def __call__(self, path) -> dict[str, Any]:
+    """Evaluates the checkpoint at `path` and writes its results."""
+    with sharding.use_mesh(self._mesh, self._rules):
+      params, step = restore_params(
+        self._model, path, self._dataset, self._mesh
+      )
+      metrics = self._loss(params)
+      of_tasks, calibration = self._tasks(params)
+    results = {
+      'task': self._dataset.mixture_or_task_name,
+      'split': self._dataset.split,
+      'step': step,
+      'capacity_factor': self._model.capacity_factor_eval,
+      'metrics': metrics,
+      'task_metrics': task_metrics.flat(of_tasks),
+      'calibration': calibration,
+      'score': task_metrics.score(of_tasks, metrics['loss']),
+    }
+    writers = Writers(self._root)
+    numbers = {name: scalars(numbers) for name, numbers in calibration.items()}
+    writers.write(
+      f'evaluation/{self._name}',
+      step,
+      {**metrics, 'task': results['task_metrics'], 'calibration': numbers},
+    )
+    writers.close()
+    self.write(f'-{step}', {**_plain(results), 'settings': self._settings})
+    return results
+
+  def finished(self, step: int) -> dict[str, Any] | None:
+    """The results on file, if they are of these settings."""
+    file = self._root / 'evaluation' / f'{self._name}-{step}.json'
+    if not file.exists():
+      return None
+    results = json.loads(file.read_text())
+    same = results.pop('settings', None) == self._settings
+    return results if same else None
+
+  def write(self, suffix: str, results: Mapping[str, Any]) -> None:
+    """Writes MODEL_DIR/evaluation/<task>-<split><suffix>.json, or nothing."""
+    if jax.process_index() != 0:
+      return
+    path = self._root / 'evaluation' / f'{self._name}{suffix}.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix('.unfinished')
+    unfinished.write_text(json.dumps(results, indent=2) + '\n')
+    unfinished.replace(path)
+
+
+def _plain(results: Mapping[str, Any]) -> dict[str, Any]:
+  """Without the metrics of each layer."""
+  return {**results, 'metrics': scalars(results['metrics'])}

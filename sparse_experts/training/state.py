@@ -102,5 +102,22 @@ def create(
   return jax.jit(init, out_shardings=placed)(jax.random.key(seed))
 
 
+def begin(
+  params: Any, optimizer: optax.GradientTransformation, placed: TrainState
+) -> TrainState:
+  """The state at step 0 of given parameters, which stay where they are."""
+
+  def init(params):
+    return TrainState(
+      step=jnp.int32(0),
+      params=(),
+      opt_state=optimizer.init(params),
+      skipped=jnp.int32(0),
+    )
+
+  rest = jax.jit(init, out_shardings=placed.replace(params=()))(params)
+  return rest.replace(params=params)
+
+
 def _abstract_key():
   return jax.eval_shape(lambda: jax.random.key(0))

@@ -16,6 +16,7 @@ from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.models.model import Model, summary
 from sparse_experts.training import checkpoints, global_batch, state, step
+from sparse_experts.training.hardware import write_hardware
 from sparse_experts.training.preemption import Preemption
 from sparse_experts.training.progress import Progress
 from sparse_experts.training.writers import Writers
@@ -33,6 +34,7 @@ def train(
   mesh: Mapping[str, int] | None = None,
   rules: Mapping[str, sharding.MeshAxes] | None = None,
   optimizer_rules: Mapping[str, sharding.MeshAxes] | None = None,
+  initial_checkpoint: str | None = None,
   microbatches: int = 1,
   seed: int = 0,
   checkpoint_period: int = 1000,
@@ -60,6 +62,8 @@ def train(
     mesh: sizes of the axes 'data', 'expert', 'model', see `sharding.make_mesh`.
     rules: overrides of `sharding.RULES`: FSDP is {'embed': 'data'}.
     optimizer_rules: overrides for the optimizer state: ZeRO-1 likewise.
+    initial_checkpoint: a MODEL_DIR, or one checkpoints/<step> of it, whose
+      parameters a new run begins with, at step 0 with a fresh optimizer.
     microbatches: parts a batch is run in, to save memory.
     seed: of initialisation, dropout and jitter.
     checkpoint_period: steps between checkpoints; the last step has one too.
@@ -96,12 +100,14 @@ def train(
       built_mesh,
       functools.partial(optimizer, learning_rate=learning_rate),
       optimizer_rules,
+      initial_checkpoint,
       microbatches,
       seed,
       keep_checkpoints,
     )
     if on_start is not None and jax.process_index() == 0:
       on_start(epath.Path(model_dir))
+    write_hardware(model_dir, built_mesh)
     now, start, feed = run.state, run.start, run.feed
     writers, preemption = Writers(model_dir), Preemption()
     tokens = dataset.batch_size * sum(dataset.feature_lengths.values())
@@ -187,41 +193,37 @@ def _begin(
   mesh: jax.sharding.Mesh,
   make_optimizer: Callable[..., optax.GradientTransformation],
   optimizer_rules: Mapping[str, sharding.MeshAxes] | None,
+  initial_checkpoint: str | None,
   microbatches: int,
   seed: int,
   keep_checkpoints: int | None,
 ) -> _Run:
   """Creates or restores the state on the mesh, with its step and data."""
-  shards = sharding.data_shards(mesh)
-  if dataset.batch_size % (shards * microbatches):
-    raise ValueError(
-      f'batch_size={dataset.batch_size} does not divide over {shards} data '
-      f'shards (data x expert) x {microbatches} microbatches; make it a '
-      f'multiple of {shards * microbatches}, or change the mesh.'
-    )
   shapes = dataset.shapes(model.converter)
   boxed, optimizer = state.abstract(model, shapes, make_optimizer)
   placed = state.shardings(boxed, mesh, optimizer_rules)
+  take_step = step.jit_train_step(
+    model,
+    optimizer,
+    mesh,
+    placed,
+    batch_size=dataset.batch_size,
+    seed=seed,
+    microbatches=microbatches,
+  )
   dataset.check_vocabulary(model.module.embed.vocab_size)
   feed = _Feed(model, dataset, mesh)
   saver = checkpoints.Checkpoints(model_dir, keep_checkpoints)
   start = saver.latest()
-  if start is None:
-    now = state.create(model, shapes, optimizer, placed, seed)
-  else:
+  if start is not None:
     now = saver.restore(start, boxed, placed, feed.data_args)
-  take_step = jax.jit(
-    functools.partial(
-      step.train_step,
-      model=model,
-      optimizer=optimizer,
-      seed=seed,
-      microbatches=microbatches,
-      data_shards=shards,
-    ),
-    out_shardings=(placed, sharding.replicated(mesh)),
-    donate_argnums=0,
-  )
+  elif initial_checkpoint is not None:
+    params, _ = checkpoints.load_params(
+      initial_checkpoint, boxed.params, placed.params
+    )
+    now = state.begin(params, optimizer, placed)
+  else:
+    now = state.create(model, shapes, optimizer, placed, seed)
   return _Run(start or 0, now, take_step, feed, saver)
 
 

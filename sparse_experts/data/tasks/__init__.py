@@ -1,6 +1,7 @@
 """seqio tasks and mixtures; importing a file of this package registers its own.
 
-A new task is one new file here, or in any module that a caller names.
+A new task is one new file here, or in any module that a caller names; a new
+benchmark of TFDS is a row of a table in one of them, see `benchmark`.
 """
 
 import difflib
@@ -25,7 +26,7 @@ def find(
     modules: dotted names of further modules to import, which register theirs.
 
   Raises:
-    ValueError: no such name; the message says which there are.
+    ValueError: no such name; the message has the nearest.
 
   >>> find('docs_lm').splits
   ('train', 'validation', 'test', 'out_of_domain')
@@ -34,7 +35,10 @@ def find(
   if name not in known:
     close = difflib.get_close_matches(name, known, n=1)
     meant = f'did you mean {close[0]!r}? ' if close else ''
-    raise ValueError(f'unknown task {name!r}; {meant}known: {", ".join(known)}')
+    raise ValueError(
+      f'unknown task {name!r}; {meant}`python -m sparse_experts list` names '
+      f'all {len(known)}, and TASK_MODULES brings others.'
+    )
   import seqio
 
   return seqio.get_mixture_or_task(name)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import seqio
 
 from sparse_experts.data import objectives, vocabularies
+from sparse_experts.data.tasks.benchmark import Source
 
 TFDS_NAME = 'c4/en:3.1.0'
 
@@ -33,7 +34,7 @@ def add_c4_task(
   """
   return seqio.TaskRegistry.add(
     name,
-    source=seqio.TfdsDataSource(TFDS_NAME, splits=('train', 'validation')),
+    source=Source(TFDS_NAME, splits=('train', 'validation')),
     preprocessors=objectives.from_text(objective),
     output_features={f: seqio.Feature(vocabulary) for f in features},
     metric_fns=[],

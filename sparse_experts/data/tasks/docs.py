@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import seqio
 import tensorflow as tf
 
-from sparse_experts.data import corpus, objectives, vocabularies
+from sparse_experts.data import corpus, metrics, objectives, vocabularies
 
 # Documents are shuffled all together; this separates the chunks of a long one.
 SHUFFLE_BUFFER = 256
@@ -30,7 +30,12 @@ class DocumentSource(seqio.DataSource):
 
   All documents of a split are held in memory and shuffled by index, so a
   shuffle is complete and the state of an iterator holds no text.
+
+  Attributes:
+    task_names: what the task ids mean.
   """
+
+  task_names = corpus.PACKAGES
 
   def __init__(self):
     super().__init__(corpus.SPLITS, caching_permitted=False)
@@ -151,45 +156,14 @@ def summary(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 @seqio.map_over_dataset
 def domain(example):
-  """'domain: ' + a text -> the name of its package."""
+  """'domain: ' + a text -> the name of its package, of all packages' names."""
   return {
     'inputs': tf.strings.join(['domain: ', example['text']]),
     'targets': example['domain'],
     'task_id': example['task_id'],
-  }
-
-
-def accuracy(
-  targets: Sequence[str], predictions: Sequence[str]
-) -> dict[str, float]:
-  """Percentage of predictions equal to their target.
-
-  >>> accuracy(['jax', 'scipy'], ['jax', 'numpy'])
-  {'accuracy': 50.0}
-  """
-  pairs = zip(targets, predictions, strict=True)
-  return {'accuracy': 100 * sum(t == p for t, p in pairs) / len(targets)}
-
-
-def rouge(
-  targets: Sequence[str], predictions: Sequence[str]
-) -> dict[str, float]:
-  """Mean F1 of ROUGE-1, -2 and -L, in percent (Lin 2004), without stemming.
-
-  >>> rouge(['a fast sort'], ['a fast sort'])
-  {'rouge1': 100.0, 'rouge2': 100.0, 'rougeL': 100.0}
-  """
-  # Slow to import, and only an evaluation needs it.
-  from rouge_score import rouge_scorer
-
-  kinds = ['rouge1', 'rouge2', 'rougeL']
-  scorer = rouge_scorer.RougeScorer(kinds)
-  scores = [
-    scorer.score(t, p) for t, p in zip(targets, predictions, strict=True)
-  ]
-  return {
-    kind: 100 * sum(s[kind].fmeasure for s in scores) / len(scores)
-    for kind in kinds
+    'options': tf.constant(corpus.PACKAGES),
+    'label': example['task_id'],
+    'normalise': False,
   }
 
 
@@ -210,8 +184,8 @@ add_docs_task(
   features=('targets',),
 )
 for _name, _fields, _metric in (
-  ('docs_summary', summary, rouge),
-  ('docs_domain', domain, accuracy),
+  ('docs_summary', summary, metrics.rouge),
+  ('docs_domain', domain, metrics.accuracy),
 ):
   add_docs_task(
     _name,

@@ -1,0 +1,144 @@
+"""precompile: compile a training step for TPU chips that are not here."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from sparse_experts.commands import printing
+
+_DEFAULTS = 'gin/runs/precompile.gin'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    '--topology',
+    required=True,
+    metavar='NAME',
+    help="the chips, such as 'v5p:8x16x16'",
+  )
+  parser.add_argument(
+    '--slices', type=int, default=1, metavar='N', help='so many of them'
+  )
+  parser.add_argument(
+    '--step',
+    default='train',
+    metavar='WHAT',
+    help="'train', or 'gradients': without the optimizer",
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  import jax
+
+  from sparse_experts import config
+  from sparse_experts.analysis import precompile
+
+  jax.config.update('jax_platforms', 'cpu')
+  # A program is compiled to see what compiling it takes.
+  jax.config.update('jax_enable_compilation_cache', False)
+  mesh_file = parse(args)
+  described = config.bound(precompile.Run)()
+  if not args.json:
+    print(_settings(described, mesh_file), flush=True)
+  facts = precompile.precompile(
+    described, args.topology, slices=args.slices, what=args.step
+  )
+  if args.json:
+    printing.as_json(facts)
+  else:
+    print(_text(facts))
+
+
+def parse(args: argparse.Namespace) -> str | None:
+  """Parses the gin files; returns that of the mesh, if it was needed."""
+  from sparse_experts import config
+
+  if not args.gin_file:
+    raise ValueError(
+      'precompile needs --gin_file=FILE, such as gin/models/switch/base.gin.'
+    )
+  paths = [path for path in args.gin_search_paths.split(',') if path]
+  files = [_DEFAULTS, *args.gin_file]
+  config.parse(files, args.bindings, paths)
+  if config.defined('MODEL_DIR'):  # A run.
+    return None
+  mesh_file = mesh_file_of(args.gin_file[0], args.topology)
+  if not (config.root() / mesh_file).exists():
+    return None
+  config.parse([*files, mesh_file], args.bindings, paths)
+  return mesh_file
+
+
+def mesh_file_of(recipe: str, topology: str) -> str:
+  """Where the mesh of a recipe on a topology is, if there is one.
+
+  Example:
+    >>> mesh_file_of('gin/models/switch/c.gin', 'v5p:8x16x16')
+    'gin/meshes/switch/c_v5p_8x16x16.gin'
+  """
+  path = pathlib.Path(recipe)
+  name = f'{path.stem}_{topology.replace(":", "_")}.gin'
+  return f'gin/meshes/{path.parent.name}/{name}'
+
+
+def _settings(described, mesh_file: str | None) -> str:
+  lengths = ', '.join(
+    f'{n} {kind}' for kind, n in described.feature_lengths.items()
+  )
+  mesh = ', '.join(f'{axis} {size}' for axis, size in described.mesh.items())
+  lines = {
+    'from': mesh_file or 'the recipe and the gin files given',
+    'mesh': mesh,
+    'batch': f'{described.batch_size} sequences of {lengths}, in '
+    f'{described.microbatches} microbatches',
+    'optimizer': described.optimizer.__name__,
+    'remat': described.remat,
+  }
+  for name in ('rules', 'optimizer_rules'):
+    if getattr(described, name):
+      lines[name.replace('_', ' ')] = str(getattr(described, name))
+  return '\n'.join(f'{name:18}{text}' for name, text in lines.items())
+
+
+def _text(facts) -> str:
+  hbm, flops = facts['hbm_bytes'], facts['flops']
+  activations = hbm['peak'] - hbm['parameters'] - hbm['optimizer']
+  size = lambda name, n: f'  {name:16}{n / 2**30:10.2f} GiB'
+  roofline = facts['roofline']
+  bound = max(roofline, key=roofline.get)
+  names = {'compute': 'compute', 'hbm': 'HBM', 'ici': 'ICI'}
+  optimal = facts['optimal_seconds']
+  time = 'n/a' if optimal is None else f'{optimal * 1e3:.1f} ms'
+  return '\n'.join(
+    [
+      f'\n{facts["topology"]}, {facts["chips"]} chips; of one device:',
+      'memory',
+      size('parameters', hbm['parameters']),
+      size('optimizer', hbm['optimizer']),
+      size('the rest', activations) + '  activations, gradients, program',
+      size('peak', hbm['peak']),
+      size('limit', hbm['limit'])
+      + f'  {"fits" if facts["fits"] else "does not fit"}',
+      size('accessed', facts['bytes_accessed']),
+      'FLOPs',
+      f'  {"useful":16}{flops["useful"]:10.3e}',
+      f'  {"executed":16}{flops["executed"]:10.3e}'
+      f'      {flops["executed"] / flops["useful"]:.2f} of the useful',
+      'collectives',
+      *(
+        f'  {entry["kind"]:16}{entry["bytes"] / 2**30:10.2f} GiB  '
+        f'in {entry["count"]}'
+        for entry in facts['collectives']
+      ),
+      'time at least',
+      *(
+        f'  {names[name]:16}{seconds * 1e3:10.1f} ms'
+        + ('   the bound' if name == bound else '')
+        for name, seconds in roofline.items()
+      ),
+      f'  {"XLA estimates":16}{time:>13}',
+      f'compiled in {facts["compile_seconds"]:.0f} s, with '
+      f'{facts["host_peak_bytes"] / 2**30:.1f} GiB of memory',
+    ]
+  )

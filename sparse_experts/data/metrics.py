@@ -1,0 +1,241 @@
+"""Metrics of tasks: functions of (targets, predictions), in percent.
+
+seqio calls them by those two names. Predictions are the model's texts. A target
+is a text too, but for questions with several good answers, where it is a list
+of texts, and for examples that belong together, where it is a `Member`. What is
+no legal answer counts as wrong.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Scores = dict[str, float]
+
+_QUOTES = '\u2018\u2019\u00b4'  # Typographic, and the acute accent.
+
+
+class Member(NamedTuple):
+  """The target of one of several examples that share a `group`."""
+
+  group: Any
+  target: Any
+
+
+def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
+  """Share of predictions equal to their target.
+
+  >>> accuracy(['jax', 'scipy'], ['jax', 'numpy'])
+  {'accuracy': 50.0}
+  """
+  return {'accuracy': _mean(t == p for t, p in _pairs(targets, predictions))}
+
+
+def f1(
+  targets: Sequence[str], predictions: Sequence[str], *, positive: str
+) -> Scores:
+  """F1 of the class `positive` (MRPC, QQP); 0 where nothing is found.
+
+  >>> f1(['yes', 'yes', 'no'], ['yes', 'no', 'maybe'], positive='yes')
+  {'f1': 66.66666666666667}
+  """
+  pairs = _pairs(targets, predictions)
+  found = sum(t == p == positive for t, p in pairs)
+  named = sum((t == positive) + (p == positive) for t, p in pairs)
+  return {'f1': 100 * 2 * found / named if named else 0.0}
+
+
+def macro_f1(
+  targets: Sequence[str], predictions: Sequence[str], *, classes: Sequence[str]
+) -> Scores:
+  """Unweighted mean over classes of their F1 (CB)."""
+  scores = [f1(targets, predictions, positive=c)['f1'] for c in classes]
+  return {'macro_f1': float(np.mean(scores))}
+
+
+def matthews(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
+  """Matthews's correlation (CoLA); 0 where all predictions are one class."""
+  from sklearn import metrics
+
+  _pairs(targets, predictions)
+  value = metrics.matthews_corrcoef(list(targets), list(predictions))
+  return {'matthews': 100 * float(value)}
+
+
+def pearson(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
+  """Pearson's correlation of numbers (STS-B); a text without one is -1."""
+  from scipy import stats
+
+  return {'pearson': _correlation(stats.pearsonr, targets, predictions)}
+
+
+def spearman(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
+  """Spearman's, of ranks, ties by mean ranks; a text without a number is -1."""
+  from scipy import stats
+
+  return {'spearman': _correlation(stats.spearmanr, targets, predictions)}
+
+
+def squad(
+  targets: Sequence[Sequence[str]], predictions: Sequence[str]
+) -> Scores:
+  """Exact match and F1 over words, the best over all answers.
+
+  Both after SQuAD's normalisation (Rajpurkar et al. 2016, section 6.1): lower
+  case, no punctuation, no articles.
+
+  >>> squad([['The Alps', 'Alps mountains']], ['alps.'])
+  {'em': 100.0, 'f1': 100.0}
+  """
+  return _question_answering(targets, predictions, normalise_squad)
+
+
+def trivia_qa(
+  targets: Sequence[Sequence[str]], predictions: Sequence[str]
+) -> Scores:
+  """As `squad`, with the normalisation of TriviaQA (Joshi et al. 2017).
+
+  Punctuation, which includes typographic quotes, becomes spaces.
+  """
+  return _question_answering(targets, predictions, normalise_trivia_qa)
+
+
+def multirc(targets: Sequence[Member], predictions: Sequence[str]) -> Scores:
+  """F1 over all answers (F1a), and questions with all answers right (EM).
+
+  MultiRC (Khashabi et al. 2018). The group is the question, the target 'True'
+  or 'False'.
+  """
+  score = f1([t.target for t in targets], predictions, positive='True')
+  questions = collections.defaultdict(list)
+  for (group, target), prediction in _pairs(targets, predictions):
+    questions[group].append(target == prediction)
+  return {'f1a': score['f1'], 'em': _mean(map(all, questions.values()))}
+
+
+def record(targets: Sequence[Member], predictions: Sequence[str]) -> Scores:
+  """As `squad`, once a group: ReCoRD's examples repeat, one for each answer."""
+  firsts = {}
+  for (group, answers), prediction in _pairs(targets, predictions):
+    firsts.setdefault(group, (answers, prediction))
+  answers, predictions = zip(*firsts.values())
+  return squad(answers, predictions)
+
+
+def rouge(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
+  """Mean F1 of ROUGE-1, -2 and -L (Lin 2004), without stemming.
+
+  >>> rouge(['a fast sort'], ['a fast sort'])
+  {'rouge1': 100.0, 'rouge2': 100.0, 'rougeL': 100.0}
+  """
+  # Slow to import, and only an evaluation needs it.
+  from rouge_score import rouge_scorer
+
+  kinds = ['rouge1', 'rouge2', 'rougeL']
+  scorer = rouge_scorer.RougeScorer(kinds)
+  scores = [scorer.score(t, p) for t, p in _pairs(targets, predictions)]
+  return {kind: _mean(s[kind].fmeasure for s in scores) for kind in kinds}
+
+
+def bleu(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
+  """BLEU of the corpus by sacreBLEU, international tokens (Post 2018)."""
+  import sacrebleu
+
+  _pairs(targets, predictions)
+  score = sacrebleu.corpus_bleu(
+    list(predictions), [list(targets)], tokenize='intl'
+  )
+  return {'bleu': score.score}
+
+
+# Averages over tasks.
+
+
+def average(scores: Mapping[str, Mapping[str, float]]) -> float:
+  """Mean over tasks of the mean over a task's metrics, as GLUE is averaged.
+
+  >>> average({'rte': {'accuracy': 60}, 'cb': {'macro_f1': 70, 'accuracy': 90}})
+  70.0
+  """
+  return float(np.mean([np.mean(list(s.values())) for s in scores.values()]))
+
+
+# Texts.
+
+
+def normalise_squad(text: str) -> str:
+  """Lower case, no ASCII punctuation, no articles, single spaces.
+
+  >>> normalise_squad('The  U.S. "army"')
+  'us army'
+  """
+  return _normalise(text, string.punctuation, '')
+
+
+def normalise_trivia_qa(text: str) -> str:
+  """As `normalise_squad`, but punctuation becomes a space.
+
+  >>> normalise_trivia_qa('The well-known ‘army’')
+  'well known army'
+  """
+  return _normalise(text, string.punctuation + _QUOTES, ' ')
+
+
+def _normalise(text: str, punctuation: str, replacement: str) -> str:
+  text = text.lower().translate(
+    dict.fromkeys(map(ord, punctuation), replacement)
+  )
+  return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
+
+
+def _question_answering(targets, predictions, normalise: Callable) -> Scores:
+  exact, overlap = [], []
+  for answers, prediction in _pairs(targets, predictions):
+    prediction = normalise(prediction)
+    answers = [normalise(answer) for answer in answers]
+    exact.append(prediction in answers)
+    overlap.append(max(_word_f1(answer, prediction) for answer in answers))
+  return {'em': _mean(exact), 'f1': _mean(overlap)}
+
+
+def _word_f1(target: str, prediction: str) -> float:
+  target, prediction = target.split(), prediction.split()
+  if not target or not prediction:  # SQuAD 2.0's rule for "no answer".
+    return float(target == prediction)
+  common = collections.Counter(target) & collections.Counter(prediction)
+  return 2 * common.total() / (len(target) + len(prediction))
+
+
+def _correlation(function: Callable, targets, predictions) -> float:
+  numbers = [
+    [_number(text) for text in texts]
+    for texts in zip(*_pairs(targets, predictions))
+  ]
+  if any(len(set(values)) == 1 for values in numbers):
+    return 0.0  # A constant correlates with nothing.
+  return 100 * float(function(*numbers)[0])
+
+
+def _number(text: str) -> float:
+  try:
+    value = float(text)
+  except ValueError:
+    return -1.0
+  return value if np.isfinite(value) else -1.0
+
+
+def _pairs(targets: Sequence, predictions: Sequence) -> list[tuple]:
+  pairs = list(zip(targets, predictions, strict=True))
+  if not pairs:
+    raise ValueError('a metric needs at least one example; there is none.')
+  return pairs
+
+
+def _mean(values: Iterable[float]) -> float:
+  return 100 * float(np.mean(list(values)))

@@ -1,0 +1,213 @@
+"""Metrics of tasks, against numbers derived by hand."""
+
+import numpy as np
+import pytest
+
+from sparse_experts.data import metrics
+from sparse_experts.data.metrics import Member
+
+
+def test_accuracy():
+  assert metrics.accuracy(['ü', 'b', 'c', ''], ['ü', 'B', '', '']) == {
+    'accuracy': 50
+  }
+
+
+@pytest.mark.parametrize(
+  'targets,predictions,expected',
+  [
+    # 1 found, 2 wanted, 2 named.
+    (['y', 'y', 'n'], ['y', 'n', 'y'], 100 * 2 / 4),
+    # An illegal answer is a miss.
+    (['y', 'y', 'n'], ['y', '', 'n'], 100 * 2 / 3),
+    (['n', 'n'], ['n', 'n'], 0),
+    (['y'], ['y'], 100),
+  ],
+)
+def test_f1(targets, predictions, expected):
+  found = metrics.f1(targets, predictions, positive='y')
+  assert found == {'f1': pytest.approx(expected)}
+
+
+def test_macro_f1():
+  """F1 of a: 2 x 1 / 3; b: 2 x 1 / 3; c, which nobody says: 0."""
+  found = metrics.macro_f1(
+    ['a', 'a', 'b'], ['a', 'b', 'b'], classes=['a', 'b', 'c']
+  )
+  assert found == {'macro_f1': pytest.approx(100 * (2 / 3 + 2 / 3) / 3)}
+
+
+@pytest.mark.parametrize(
+  'targets,predictions,expected',
+  [
+    # True: 2 found, 1 missed, none said in vain; 1 rightly not said.
+    ('yyyn', 'yynn', (2 * 1 - 0 * 1) / (2 * 3 * 1 * 2) ** 0.5),
+    ('yynn', 'yynn', 1),
+    ('yynn', 'nnyy', -1),
+    ('yynn', 'yyyy', 0),
+  ],
+)
+def test_matthews(targets, predictions, expected):
+  """(tp tn - fp fn) / sqrt((tp + fp) (tp + fn) (tn + fp) (tn + fn))."""
+  found = metrics.matthews(list(targets), list(predictions))
+  assert found == {'matthews': pytest.approx(100 * expected)}
+
+
+def test_correlations():
+  targets = ['1', '2', '3', '4']
+  assert metrics.pearson(targets, ['2', '4', '6', '8']) == {
+    'pearson': pytest.approx(100)
+  }
+  # Deviations -1.5 -.5 .5 1.5 and -2 -1 0 3: 8 / sqrt(5 x 14).
+  assert metrics.pearson(targets, ['0', '1', '2', '5']) == {
+    'pearson': pytest.approx(100 * 8 / 70**0.5)
+  }
+  assert metrics.spearman(targets, ['0', '1', '2', '500']) == {
+    'spearman': pytest.approx(100)
+  }
+  # Ranks 1.5 1.5 3 4 of ties: deviations -1 -1 .5 1.5: 4.5 / sqrt(5 x 4.5).
+  assert metrics.spearman(targets, ['7', '7', '8', '9']) == {
+    'spearman': pytest.approx(100 * 4.5 / 22.5**0.5)
+  }
+
+
+def test_what_is_no_number_is_minus_one():
+  for text in ('', 'three', 'nan', 'inf', '½'):
+    assert metrics.pearson(['0', '1'], [text, '1']) == {
+      'pearson': pytest.approx(100)
+    }
+    assert metrics.pearson(['0', '1'], [text, '-1']) == {'pearson': 0}
+
+
+@pytest.mark.parametrize(
+  'text,expected',
+  [
+    ('The  U.S. "army"', 'us army'),
+    ('A an the', ''),
+    ('theory', 'theory'),
+    ('ÉTÉ - Straße', 'été straße'),
+    ('北京。', '北京。'),
+    ('', ''),
+  ],
+)
+def test_normalisation_of_squad(text, expected):
+  assert metrics.normalise_squad(text) == expected
+
+
+@pytest.mark.parametrize(
+  'text,expected',
+  [
+    ('The well-known \u2018army\u2019', 'well known army'),
+    ('rock_n`roll', 'rock n roll'),
+    ("d'Artagnan", 'd artagnan'),
+    ('…', '…'),
+  ],
+)
+def test_normalisation_of_trivia_qa(text, expected):
+  assert metrics.normalise_trivia_qa(text) == expected
+
+
+@pytest.mark.parametrize(
+  'answers,prediction,em,f1',
+  [
+    (['the cat'], 'Cat!', 100, 100),
+    # Common words a, b of 3 and 2: 2 x 2 / 5; c is another's.
+    (['x y z', 'q'], 'x y', 0, 80),
+    # Repeated words count as often as they are there: 2 x 1 / 3.
+    (['x'], 'x x', 0, 100 * 2 / 3),
+    (['x'], '', 0, 0),
+    (['x'], 'the', 0, 0),
+    # No words on both sides, as of "no answer".
+    ([''], 'the', 100, 100),
+    (['Ünal'], 'ünal', 100, 100),
+  ],
+)
+def test_squad(answers, prediction, em, f1):
+  found = metrics.squad([answers, ['right']], [prediction, 'right'])
+  assert found == {
+    'em': pytest.approx((em + 100) / 2),
+    'f1': pytest.approx((f1 + 100) / 2),
+  }
+
+
+def test_trivia_qa_and_squad_differ_in_hyphens():
+  # One word against two, and two against two.
+  assert metrics.squad([['well known']], ['well-known'])['em'] == 0
+  assert metrics.trivia_qa([['well known']], ['well-known'])['em'] == 100
+
+
+def test_multirc():
+  """Question 1 is all right; of 3 True, 2 are found, and 3 are said."""
+  targets = [
+    Member('1', 'True'),
+    Member('1', 'False'),
+    Member('2', 'True'),
+    Member('2', 'True'),
+    Member('3', 'False'),
+  ]
+  predictions = ['True', 'False', 'True', '', 'True']
+  assert metrics.multirc(targets, predictions) == {
+    'f1a': pytest.approx(100 * 2 * 2 / 6),
+    'em': pytest.approx(100 / 3),
+  }
+
+
+def test_record_counts_a_question_once():
+  """Of three examples two are the same question, answered right and wrong."""
+  both = Member('1', ['Ann', 'Bob'])
+  targets = [both, both, Member('2', ['Eve'])]
+  assert metrics.record(targets, ['Bob', 'Joe', 'Joe']) == {
+    'em': 50,
+    'f1': 50,
+  }
+
+
+@pytest.mark.parametrize(
+  'target,prediction,rouge1,rouge2,rouge_l',
+  [
+    # Words in common: 4 of 4 and 4; bigrams 1 of 3; longest "c d", 2.
+    ('a b c d', 'c d b a', 1, 1 / 3, 1 / 2),
+    # 1 of 2 and 4: 2 x 1 / 6.
+    ('x y', 'x a b c', 1 / 3, 0, 1 / 3),
+    ('x y', '', 0, 0, 0),
+    ('same words', 'Same, WORDS!', 1, 1, 1),
+  ],
+)
+def test_rouge(target, prediction, rouge1, rouge2, rouge_l):
+  assert metrics.rouge([target], [prediction]) == pytest.approx(
+    {'rouge1': 100 * rouge1, 'rouge2': 100 * rouge2, 'rougeL': 100 * rouge_l}
+  )
+
+
+def test_bleu():
+  # Precisions 4/5, 3/4, 2/3, 1/2 of equal lengths: their geometric mean.
+  found = metrics.bleu(['a b c d e'], ['a b c d x'])
+  expected = (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+  assert found == {'bleu': pytest.approx(100 * expected)}
+  # A prefix of 4 of 5 words: brevity penalty exp(1 - 5 / 4).
+  found = metrics.bleu(['ä b c d e'], ['ä b c d'])
+  assert found == {'bleu': pytest.approx(100 * np.exp(-0.25))}
+  assert metrics.bleu(['a b c d'], ['']) == {'bleu': 0}
+
+
+def test_average_is_of_tasks():
+  scores = {
+    'mrpc': {'f1': 80, 'accuracy': 90},
+    'rte': {'accuracy': 65},
+  }
+  assert metrics.average(scores) == 75
+
+
+@pytest.mark.parametrize(
+  'metric',
+  [metrics.accuracy, metrics.matthews, metrics.squad, metrics.rouge,
+   metrics.bleu, metrics.pearson],
+)  # fmt: skip
+def test_nothing_to_judge(metric):
+  with pytest.raises(ValueError, match='at least one example'):
+    metric([], [])
+
+
+def test_lengths_must_agree():
+  with pytest.raises(ValueError):
+    metrics.accuracy(['a', 'b'], ['a'])
