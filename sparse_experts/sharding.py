@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp  # noqa: F401  (used by the docstring's example)
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sparse_experts.arrays import Array
@@ -76,19 +77,50 @@ def make_mesh(
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
   """
-  count = len(devices) if devices is not None else jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  sizes = axis_sizes(len(devices), data, expert, model)
+  # Auto: on JAX's default, Explicit, sharding constraints raise.
+  return Mesh(
+    _lay_out(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3
+  )
+
+
+def axis_sizes(
+  num_devices: int, data: int = -1, expert: int = 1, model: int = 1
+) -> list[int]:
+  """Sizes of `MESH_AXES` on so many devices; see `make_mesh`."""
   sizes = [data, expert, model]
   if sizes.count(-1) == 1:
     rest = -int(np.prod(sizes))
-    sizes[sizes.index(-1)] = count // rest if rest > 0 else 0
-  if min(sizes) < 1 or int(np.prod(sizes)) != count:
+    sizes[sizes.index(-1)] = num_devices // rest if rest > 0 else 0
+  if min(sizes) < 1 or int(np.prod(sizes)) != num_devices:
     raise ValueError(
       f'mesh axes must multiply to the number of devices: {data=} x {expert=} '
-      f'x {model=} on {count} devices; change an axis, or set one to -1.'
+      f'x {model=} on {num_devices} devices; change an axis, or set one to -1.'
     )
-  # Auto: on JAX's default, Explicit, sharding constraints raise.
-  return jax.make_mesh(
-    tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+  return sizes
+
+
+def _lay_out(sizes: list[int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """Neighbours on an axis are neighbours in the network where they can be.
+
+  Slices of a pod, which only a slow network joins, are parts of `data`.
+  """
+  slices = len({getattr(device, 'slice_index', None) for device in devices})
+  if sizes[0] % slices:
+    raise ValueError(
+      f'data={sizes[0]} does not divide over {slices} slices; make it a '
+      f'multiple of {slices}.'
+    )
+  if slices == 1:
+    return mesh_utils.create_device_mesh(
+      sizes, devices, allow_split_physical_axes=True
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    (sizes[0] // slices, *sizes[1:]),
+    (slices, 1, 1),
+    devices,
+    allow_split_physical_axes=True,
   )
 
 

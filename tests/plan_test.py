@@ -293,9 +293,10 @@ def test_command_plans_a_model():
   assert not facts['rejected']
 
 
-def test_command_plans_a_budget():
+@pytest.mark.parametrize('kind', ['v5e', 'h100'])
+def test_command_plans_a_budget(kind):
   outcome = command.run(
-    *('plan', '--chips=100', '--hours=20', '--topology=v5e'),
+    *('plan', '--chips=100', '--hours=20', f'--topology={kind}'),
     *('--watts=200', '--json'),
   )
   assert (outcome.code, outcome.stderr) == (0, '')
@@ -303,7 +304,7 @@ def test_command_plans_a_budget():
   assert facts['budget']['kwh'] == pytest.approx(100 * 0.2 * 1.1 * 20)
   assert facts['proposal'] in facts['proposals']
   best = facts['candidates'][0]
-  assert best['memory']['peak'] <= 0.9 * CHIPS['v5e'].hbm_bytes
+  assert best['memory']['peak'] <= 0.9 * CHIPS[kind].hbm_bytes
   devices = best['mesh'].values()
   assert functools.reduce(lambda a, b: a * b, devices) == 100
 
@@ -314,6 +315,7 @@ def test_command_plans_a_budget():
     (['--topology=v5e:2x4'], '--gin_file'),
     (['--topology=v9:2x4', '--hours=1'], 'v9'),
     (['--topology=v5e', '--hours=1'], 'v5e'),
+    (['--topology=h100:8', '--hours=1'], 'is a GPU'),
     (['--topology=v5e:2x4', '--hours=1', '--chips=8'], '--chips=8'),
     (['--topology=v5e:2x4', '--hours=1', '--gin_file=x.gin'], 'model or a'),
     (['--topology=v5e:2x4', '--hours=-1'], 'hours'),

@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from sparse_experts import sharding
+from sparse_experts.analysis import hlo
 from sparse_experts.analysis import topology as topology_module
 from sparse_experts.layers.mlp import Mlp
 from sparse_experts.moe import dispatchers, metrics
@@ -173,7 +174,7 @@ def compiled_layer(
           'mesh': dict(mesh.shape),
           'executed_flops_ratio': facts['flops'] / 3 / shape.useful_flops(k),
           **facts,
-          'collectives': topology_module.collectives(text),
+          'collectives': hlo.Program(text).collectives(),
         }
         on_row(row)
         rows.append(row)

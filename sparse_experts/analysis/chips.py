@@ -1,4 +1,4 @@
-"""TPU chips: what a roofline and a memory plan need to know of them."""
+"""Chips: what a roofline and a memory plan need to know of them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ class Chip:
     hbm_bytes_per_s: between memory and the chip.
     ici_bytes_per_s: out of the chip over all its links together; as much comes
       in at the same time, so published bidirectional figures are twice this.
-    dims: of its topologies; a chip has two links in each.
+    dims: of its topologies; a chip has two links in each. 0: a GPU, which has
+      no topology to compile for.
     devices_per_chip: 1, or 2.
-    source: where all of these but hbm_bytes are published.
-    watts: of a chip in use, the mean that was measured; None: not published.
+    source: where all of these but hbm_bytes are published; the links of v4 in
+      Jouppi et al. 2023, https://arxiv.org/abs/2304.01433, Table 4.
+    watts: of a chip in use: the mean that was measured (v4: Jouppi et al. 2023,
+      https://arxiv.org/abs/2304.01433, table 4), of a GPU its limit; None: not
+      published.
   """
 
   name: str
@@ -40,6 +44,7 @@ class Chip:
 
 
 _DOCS = 'https://cloud.google.com/tpu/docs/'
+_GPU_DOCS = 'https://www.nvidia.com/en-us/data-center/'
 
 
 def _chip(name, gib, tflops, hbm_gb, ici_gb, dims, devices=1, watts=None):
@@ -52,7 +57,7 @@ def _chip(name, gib, tflops, hbm_gb, ici_gb, dims, devices=1, watts=None):
     ici_bytes_per_s=ici_gb * 1e9 / devices,
     dims=dims,
     devices_per_chip=devices,
-    source=_DOCS + name,
+    source=(_DOCS if dims else _GPU_DOCS) + name,
     watts=watts,
   )
 
@@ -65,6 +70,10 @@ CHIPS = {
     _chip('v5p', 95.73, 459, 2765, 600, 3),
     _chip('v6e', 31.24, 918, 1638, 400, 2),
     _chip('tpu7x', 94.74, 2307, 7380, 600, 3, devices=2),
+    # Dense bfloat16, the SXM module's NVLink one way, and its power limit; of
+    # the 80 GB what JAX takes at most of an otherwise empty one.
+    _chip('a100', 74.0, 312, 2039, 300, 0, watts=400),
+    _chip('h100', 74.0, 989, 3350, 450, 0, watts=700),
   )
 }
 
@@ -86,6 +95,11 @@ def parse_topology(name: str) -> tuple[Chip, int]:
     raise ValueError(
       f'unknown topology {name!r}: chips are {", ".join(CHIPS)}, and a '
       "topology is named as 'v5p:4x4x4' or 'v5e:2x4'."
+    )
+  if not chip.dims:
+    raise ValueError(
+      f'unknown topology {name!r}: {kind} is a GPU, which `plan` takes by '
+      'number, --chips=N, and nothing compiles for.'
     )
   if not re.fullmatch('x'.join([r'[1-9]\d*'] * chip.dims), sizes):
     example = 'x'.join(['4'] * chip.dims)

@@ -120,10 +120,15 @@ def hops(devices: int, dims: int) -> float:
   """Links that a byte crosses on average in an all-to-all of a torus.
 
   A quarter of a side in each dimension, where the devices are a cube; each link
-  it crosses is one that another byte does not.
+  it crosses is one that another byte does not. GPUs have a switch between them,
+  `dims` 0; that nodes of 8 are joined by a slower network is not counted.
 
   Example:
     >>> hops(64, dims=3), hops(256, dims=2)
     (3.0, 8.0)
+    >>> hops(64, dims=0)
+    1.0
   """
+  if not dims:
+    return 1.0
   return max(1.0, dims * round(devices ** (1 / dims), 6) / 4)

@@ -1,4 +1,4 @@
-"""Compiling for TPU topologies that are not here, and reading the programs.
+"""Compiling for TPU topologies that are not here.
 
 The TPU compiler comes with libtpu, which runs on any x86 machine:
 `pip install -e '.[precompile]'`.
@@ -16,28 +16,54 @@ from typing import Any
 
 import jax
 
-_BYTES = {'f64': 8, 's64': 8, 'u64': 8, 'f32': 4, 's32': 4, 'u32': 4}
-_BYTES |= {'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, 'pred': 1}
-_COLLECTIVES = (
-  'all-to-all',
-  'ragged-all-to-all',
-  'all-gather',
-  'all-reduce',
-  'reduce-scatter',
-  'collective-permute',
-)
+from sparse_experts.analysis import chips
+
+# The two cores of other chips are that by default, or never.
+_AS_ONE_DEVICE = {'v4': {'chip_config_name': 'megacore'}}
+
+# Without these libtpu asks a metadata server, two processes at once abort on a
+# lock file, and it complains that this host is no TPU's.
+_ENVIRONMENT = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_ACCELERATOR_TYPE': 'v5p-8',
+}
+
+# "Used 20.5G of 15.75G hbm", "(46.96G) exceeds available HBM (15.75G)".
+_NEEDED = re.compile(r'([\d.]+)([KMGT])\)? (?:of|exceeds available)')
 
 
-def devices(topology: str) -> Sequence[jax.Device]:
-  """The chips of a TPU topology such as 'v5p:4x4x4', to compile for.
+class DoesNotFit(ValueError):
+  """A program needs more memory than a device has.
+
+  Attributes:
+    needed_bytes: of one device, all that the program holds at a time.
+    text: the program's optimised HLO.
+  """
+
+  def __init__(self, needed_bytes: int, text: str):
+    super().__init__(
+      f'the program needs {needed_bytes / 2**30:.2f} GiB on each device, which '
+      'is more than there is; take more chips or a smaller batch, or '
+      'rematerialise.'
+    )
+    self.needed_bytes, self.text = needed_bytes, text
+
+
+def devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
+  """The devices of a TPU topology such as 'v5p:4x4x4', to compile for.
+
+  Args:
+    topology: of a slice, see `chips.parse_topology`.
+    slices: how many of these there are.
 
   Raises:
     ValueError: libtpu is not installed, or knows no such topology.
   """
-  # Without these libtpu asks a metadata server, and two processes at once
-  # abort on a lock file.
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  chip, _ = chips.parse_topology(topology)
+  for name, value in _ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
   from jax.experimental import topologies
 
   try:
@@ -45,16 +71,16 @@ def devices(topology: str) -> Sequence[jax.Device]:
   except ImportError as error:
     raise ValueError(
       'compiling for a TPU topology needs libtpu: '
-      "pip install -e '.[precompile]', in an environment of its own."
+      "pip install 'sparse_experts[precompile]', in an environment of its own."
     ) from error
+  options = _AS_ONE_DEVICE.get(chip.name, {})
   try:
     return topologies.get_topology_desc(
-      platform='tpu', topology_name=topology
+      platform='tpu', topology_name=topology, num_slices=slices, **options
     ).devices
   except Exception as error:
     raise ValueError(
-      f'libtpu knows no topology {topology!r}: {error}; they are named as '
-      "'v5p:4x4x4' or 'v5e:2x4'."
+      f'libtpu knows no topology {topology!r}: {error}.'
     ) from error
 
 
@@ -64,13 +90,28 @@ def compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
   The text is what XLA dumps: `compiled.as_text()` fails on programs with
   asynchronous gathers (RET_CHECK, "async-update instruction should have 1
   operands").
+
+  Raises:
+    DoesNotFit: it needs more memory than a device has.
   """
   with tempfile.TemporaryDirectory() as folder:
-    compiled = lowered.compile(
-      compiler_options={'xla_dump_to': folder, 'xla_dump_hlo_as_text': True}
-    )
-    (dump,) = pathlib.Path(folder).glob('*after_optimizations.txt')
-    return compiled, dump.read_text()
+
+    def text():
+      (dump,) = pathlib.Path(folder).glob('*after_optimizations.txt')
+      return dump.read_text()
+
+    try:
+      compiled = lowered.compile(
+        compiler_options={'xla_dump_to': folder, 'xla_dump_hlo_as_text': True}
+      )
+    except jax.errors.JaxRuntimeError as error:
+      needed = _NEEDED.search(str(error))
+      if not needed:
+        raise
+      raise DoesNotFit(
+        int(float(needed[1]) * 1024 ** ' KMGT'.index(needed[2])), text()
+      ) from error
+    return compiled, text()
 
 
 def facts(compiled: jax.stages.Compiled) -> dict[str, Any]:
@@ -79,7 +120,7 @@ def facts(compiled: jax.stages.Compiled) -> dict[str, Any]:
   Returns:
     flops and bytes_accessed (a loop's body counts once), optimal_seconds (None
     where XLA gives none); argument_bytes, output_bytes and temp_bytes of
-    memory.
+    memory; needed_bytes, all that it holds at a time, itself included.
   """
   cost = compiled.cost_analysis() or {}
   memory = compiled.memory_analysis()
@@ -91,21 +132,9 @@ def facts(compiled: jax.stages.Compiled) -> dict[str, Any]:
     'argument_bytes': memory.argument_size_in_bytes,
     'output_bytes': memory.output_size_in_bytes,
     'temp_bytes': memory.temp_size_in_bytes,
+    'needed_bytes': memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.generated_code_size_in_bytes,
   }
-
-
-def collectives(text: str) -> dict[str, dict[str, int]]:
-  """Collectives of an HLO text: how many, and bytes of their results."""
-  found: dict[str, dict[str, int]] = {}
-  names = '|'.join(_COLLECTIVES)
-  pattern = rf'= (\(.*?\)|\S+) ({names})(-start)?\('
-  for shapes, name, start in re.findall(pattern, text):
-    arrays = [
-      _BYTES.get(dtype, 4) * math.prod(map(int, filter(None, dims.split(','))))
-      for dtype, dims in re.findall(r'(\w+)\[([\d,]*)\]', shapes)
-    ]
-    entry = found.setdefault(name, {'count': 0, 'bytes': 0})
-    entry['count'] += 1
-    # An asynchronous start holds its operands beside its results.
-    entry['bytes'] += sum(arrays) // 2 if start else sum(arrays)
-  return found
