@@ -25,7 +25,7 @@ COMMANDS = {
   'list': 'name recipes, tasks, routers and dispatchers',
   'equivalence': 'routers x dispatchers x meshes against a numpy oracle',
   'bench': 'time a sparse layer or decoding, or compile a layer for a TPU pod',
-  'precompile': 'compile a training step for TPU chips that are not here',
+  'precompile': 'compile a step for TPU chips that are not here',
   'plan': 'meshes for a model on a pod, or a model for a budget',
 }
 

@@ -36,11 +36,16 @@ def run_of(*files, bindings=()):
   return config.bound(precompile.Run)()
 
 
+# Looked at for their numbers only; without experts compiling takes little.
+DENSE = ('SPARSE_LAYERS=0', 'NUM_LAYERS=2')
+SHORT = ("TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 40}",)
+
+
 @functools.cache
-def measured(*bindings):
+def measured(*bindings, what='train'):
   """The step of a small GLaM on 8 fake devices."""
   run = run_of('gin/models/glam/0.1b_64e.gin', bindings=(*SMALL, *bindings))
-  return precompile.measure(run, jax.devices(), chips.CHIPS['v5e'], 'train')
+  return precompile.measure(run, jax.devices(), chips.CHIPS['v5e'], what)
 
 
 def compiled_text(function, *arguments):
@@ -90,6 +95,63 @@ def test_a_loop_costs_what_its_turns_cost():
     flops = hlo.Program(compiled_text(function, *arguments)).total.flops
     assert flops == pytest.approx(products * product, rel=0.1)
     assert flops >= products * product
+
+
+def test_a_loop_that_data_stop_turns_as_often_as_is_said():
+  def function(x_BxD, w_DxD):
+    return jax.lax.while_loop(
+      lambda x_BxD: x_BxD.sum() < 9, lambda x_BxD: x_BxD @ w_DxD, x_BxD
+    )
+
+  text = compiled_text(function, jnp.ones((4, 32)), jnp.ones((32, 32)))
+  product = 2 * 4 * 32 * 32
+  for turns, products in (({}, 1), ({'jit(function)/while': 7}, 7)):
+    flops = hlo.Program(text, turns).total.flops
+    assert products <= flops / product < products * 1.1
+
+
+@pytest.mark.parametrize('filled', [1, 0.25])
+def test_a_masked_ragged_product_counts_every_row_once(filled):
+  """XLA's form of a small one: all 8 rows with each of 3 matrices, masked."""
+  text = """HloModule m
+
+%masked (w: f32[3,4,5], x: f32[8,4]) -> f32[3,8,5] {
+  %w = f32[3,4,5]{2,1,0} parameter(0)
+  %x = f32[8,4]{1,0} parameter(1)
+  %xs = f32[3,8,4]{2,1,0} broadcast(%x), dimensions={1,2}
+  ROOT %y = f32[3,8,5]{2,1,0} dot(%xs, %w), lhs_batch_dims={0}, rhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_contracting_dims={1}
+}
+
+ENTRY %main (w: f32[3,4,5], x: f32[8,4]) -> f32[3,8,5] {
+  %w = f32[3,4,5]{2,1,0} parameter(0)
+  %x = f32[8,4]{1,0} parameter(1)
+  ROOT %f = f32[3,8,5]{2,1,0} fusion(%w, %x), kind=kOutput, calls=%masked, backend_config={"convolution_algorithm_config":{"is_ragged_dot":true,"num_groups_in_ragged_dot":"3"}}
+}
+"""  # noqa: E501
+  flops = hlo.Program(text, filled=filled).total.flops
+  assert flops == pytest.approx(filled * 2 * 8 * 4 * 5)
+
+
+def test_the_kernel_of_a_ragged_product_counts_every_row_once():
+  """XLA's form of a large one, of which it says -1."""
+  kernel = (
+    'custom-call(%s, %x, %w), custom_call_target="tpu_custom_call", '
+    'operand_layout_constraints={s32[3]{0}, bf16[8,4]{1,0}, '
+    'bf16[3,4,5]{2,1,0}}, frontend_attributes={ragged_dot_tiling="8,4,5"}'
+  )
+  text = f"""HloModule m
+
+ENTRY %main (s: s32[3], x: bf16[8,4], w: bf16[3,4,5]) -> bf16[8,5] {{
+  %s = s32[3]{{0}} parameter(0)
+  %x = bf16[8,4]{{1,0}} parameter(1)
+  %w = bf16[3,4,5]{{2,1,0}} parameter(2)
+  ROOT %ragged-dot = bf16[8,5]{{1,0}} {kernel}
+}}
+"""
+  # Rows of 4 and 5 numbers, a quarter of them; all of the matrices.
+  assert hlo.Program(text, filled=0.25).total == pytest.approx(
+    (0.25 * 2 * 8 * 4 * 5, 2 * (0.25 * 8 * (4 + 5) + 3 * 4 * 5)), abs=1
+  )
 
 
 def test_collectives_count_as_often_as_their_loop_turns():
@@ -152,21 +214,22 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_a_scanned_model_costs_what_it_costs_unrolled():
-  flops = measured('SCAN=True')['flops']
-  plain = measured('SCAN=False')['flops']
+  flops = measured(*DENSE, 'SCAN=True', what='gradients')['flops']
+  plain = measured(*DENSE, 'SCAN=False', what='gradients')['flops']
   assert flops['executed'] == pytest.approx(plain['executed'], rel=0.01)
   assert flops['useful'] == plain['useful'] < plain['executed']
 
 
 def test_microbatches_cost_what_the_batch_costs():
   """A loop that holds the layers' loops; adding up gradients costs a little."""
-  whole = measured('SCAN=True')['flops']
-  parts = measured('SCAN=True', 'MICROBATCHES=2')['flops']
+  settings = (*DENSE, 'SCAN=True')
+  whole = measured(*settings, what='gradients')['flops']
+  parts = measured(*settings, 'MICROBATCHES=2', what='gradients')['flops']
   assert 1 <= parts['executed'] / whole['executed'] < 1.03
 
 
 def test_all_is_there():
-  facts = measured('SCAN=True')
+  facts = measured('SCAN=False', 'NUM_LAYERS=2')
   assert set(facts) == {
     *('fits', 'mesh', 'batch_size', 'lengths', 'optimizer', 'remat'),
     *('hbm_bytes', 'flops', 'bytes_accessed', 'collectives'),
@@ -183,9 +246,36 @@ def test_all_is_there():
 
 def test_parameters_are_those_of_one_device():
   # Experts lie on 4 of the 8 devices, FSDP halves all that have `embed`.
-  whole = measured('SCAN=True')['hbm_bytes']['parameters']
-  halved = measured('SCAN=True', "RULES={'embed': 'data'}")
+  settings = ('SCAN=False', 'NUM_LAYERS=2')
+  whole = measured(*settings)['hbm_bytes']['parameters']
+  halved = measured(*settings, *SHORT, "RULES={'embed': 'data'}", what='decode')
   assert 0.5 <= halved['hbm_bytes']['parameters'] / whole < 0.52
+
+
+def test_decoding_costs_its_tokens():
+  """Of prompts of 1 + 8 tokens and answers of 40, of which 39 are fed back."""
+  facts = measured(*DENSE, *SHORT, 'SCAN=True', what='decode')
+  assert facts['lengths'] == {'inputs': 8, 'targets': 40}
+  assert (facts['optimizer'], facts['remat']) == (None, None)
+  hbm = facts['hbm_bytes']
+  assert hbm['optimizer'] == 0 < hbm['parameters'] < hbm['peak']
+  # A block: Q, K, V, O and 3 matrices of a gated FFN; in attention each of the
+  # 48 tokens looks at all.
+  D, F, V, N = 64, 256, 64, 2
+  block = 2 * (4 * D * D + 3 * D * F) + 4 * 48 * D
+  answer = 48 * N * block + 40 * 2 * D * V
+  assert facts['flops']['useful'] == 32 * answer / 8
+  assert 1 < facts['flops']['executed'] / facts['flops']['useful'] < 1.3
+
+
+def test_answers_may_be_longer_than_targets():
+  run = run_of(
+    'gin/models/switch/base.gin', bindings=('BATCH_SIZE=6', 'MAX_TOKENS=200')
+  )
+  assert run.lengths('decode') == {'inputs': 512, 'targets': 200}
+  assert {name: x.shape for name, x in run.questions().items()} == {
+    'encoder_input_tokens': (6, 512)
+  }
 
 
 @pytest.mark.parametrize('file', MESHES)
@@ -221,6 +311,7 @@ def test_a_mesh_is_legal_for_its_recipe(file):
       'batch_size=2048 does not divide over 16 data shards',
     ),
     (('BATCH_SIZE=None',), 'the gin files say no BATCH_SIZE'),
+    (('MAX_TOKENS=0',), 'max_tokens must be at least 1, not 0'),
   ],
 )
 def test_an_impossible_request_is_one_line(bindings, message):
@@ -269,12 +360,14 @@ def test_a_run_says_its_own_mesh():
 
 @pytest.mark.skipif(not LIBTPU, reason='libtpu is not here')
 @pytest.mark.slow
-def test_a_pod_that_is_not_there_is_compiled_for():
+@pytest.mark.parametrize('step', precompile.STEPS)
+def test_a_pod_that_is_not_there_is_compiled_for(step):
   arguments = [f'--gin.{binding}' for binding in SMALL]
   outcome = command.run(
     'precompile',
     '--gin_file=gin/models/glam/0.1b_64e.gin',
     '--topology=v5e:2x4',
+    f'--step={step}',
     '--json',
     *arguments,
   )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,16 @@ _LOOP = re.compile(
   r' while\(.*?\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)(.*)'
 )
 _KNOWN_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_OP_NAME = re.compile(r'\bop_name="(.*?)"')
+# A ragged product becomes a fusion that multiplies all rows with each of the
+# matrices and skips what it masks, or, if it is large, a kernel.
+_MASKED = re.compile(
+  r'\bcalls=%?([\w.\-]+).*"num_groups_in_ragged_dot":"(\d+)"'
+)
+_KERNEL = re.compile(
+  r' = (\w+\[[\d,]*\]).* custom-call\(.*"tpu_custom_call", '
+  r'operand_layout_constraints=\{(.*?)\}, \w+=.*\bragged_dot_tiling='
+)
 _UPDATE = re.compile(
   r'^ *(%[\w.\-]+) = .* async-update\((%[\w.\-]+).*\n', re.MULTILINE
 )
@@ -47,6 +58,14 @@ def _parseable(text: str) -> str:
   return re.sub(r'%[\w.\-]+', lambda name: updates.get(name[0], name[0]), text)
 
 
+def _shapes(text: str) -> list[tuple[int, list[int]]]:
+  """Bytes of an element and dimensions of every array type in a text."""
+  return [
+    (_BYTES.get(dtype, 4), [int(n) for n in dims.split(',') if n])
+    for dtype, dims in re.findall(r'(\w+)\[([\d,]*)\]', text)
+  ]
+
+
 class Costs(NamedTuple):
   """Arithmetic and bytes read and written of a part of a program."""
 
@@ -61,15 +80,36 @@ class Part(NamedTuple):
   costs: Costs
 
 
+def _sum(parts: Sequence[Costs]) -> Costs:
+  return Costs(
+    sum(part.flops for part in parts),
+    sum(part.bytes_accessed for part in parts),
+  )
+
+
 class Program:
   """The text of an optimised HLO module.
 
   Computations stand after those that they call. Loops are those that count
-  from 0 to a constant, as `jax.lax.scan` makes them; the body of any other
-  counts once.
+  from 0 to a constant, as `jax.lax.scan` makes them, and those that are given;
+  the body of any other counts once. XLA counts a ragged product, in which each
+  row meets one of several matrices, as if each met all, or as nothing; here a
+  row counts once.
+
+  Args:
+    text: what XLA prints of it.
+    turns: of loops that stop when data say so, by the name that JAX gives them,
+      such as 'jit(f)/while' for a `jax.lax.while_loop` in f itself.
+    filled: share of the rows of a ragged product that meet a matrix at all.
   """
 
-  def __init__(self, text: str):
+  def __init__(
+    self,
+    text: str,
+    turns: Mapping[str, int] | None = None,
+    filled: float = 1.0,
+  ):
+    self._given_turns, self._filled = turns or {}, filled
     text = _parseable(text)
     starts = list(_START.finditer(text))
     ends = [start.start() for start in starts[1:]] + [len(text)]
@@ -77,6 +117,7 @@ class Program:
       start[2]: text[start.start() : end] for start, end in zip(starts, ends)
     }
     (self._entry,) = (start[2] for start in starts if start[1])
+    self._groups = {name: int(groups) for name, groups in _MASKED.findall(text)}
     self._refs = {
       name: self._references(text) for name, text in self._texts.items()
     }
@@ -103,11 +144,7 @@ class Program:
     found: dict[str, dict[str, int]] = {}
     for name, times in self._times().items():
       for shapes, kind, start in _COLLECTIVE.findall(self._texts[name]):
-        arrays = [
-          _BYTES.get(dtype, 4)
-          * math.prod(map(int, filter(None, dims.split(','))))
-          for dtype, dims in re.findall(r'(\w+)\[([\d,]*)\]', shapes)
-        ]
+        arrays = [size * math.prod(dims) for size, dims in _shapes(shapes)]
         entry = found.setdefault(kind, {'count': 0, 'bytes': 0})
         entry['count'] += times
         # An asynchronous start holds its operands beside its results.
@@ -130,6 +167,9 @@ class Program:
     known = _KNOWN_TURNS.search(rest)
     if known:
       return int(known[1])
+    name = _OP_NAME.search(rest)
+    if name and name[1] in self._given_turns:
+      return self._given_turns[name[1]]
     limits = re.findall(r' constant\((\d+)\)', self._texts[condition])
     counts_up = 'direction=LT' in self._texts[condition]
     return int(limits[0]) if counts_up and len(limits) == 1 else 1
@@ -159,6 +199,36 @@ class Program:
     return once
 
   def _costs(self, name: str) -> Costs:
+    """Of a computation, as if it were the program, with loops counted once."""
+    return _sum([self._counted(name), self._corrections[name]])
+
+  @functools.cached_property
+  def _corrections(self) -> dict[str, Costs]:
+    """By computation, what to add to XLA's count for its ragged products."""
+    found: dict[str, Costs] = {}
+    for name, refs in self._refs.items():
+      parts = [found[other] for other, _ in refs]
+      parts += [self._kernel(*k) for k in _KERNEL.findall(self._texts[name])]
+      if name in self._groups:
+        share = self._filled / self._groups[name]
+        parts.append(Costs((share - 1) * self._counted(name).flops, 0))
+      found[name] = _sum(parts)
+    return found
+
+  def _kernel(self, result: str, operands: str) -> Costs:
+    """Of rows with matrices, or of rows with rows to matrices."""
+    *_, rows, other = _shapes(operands)
+    arrays = [rows, other, *_shapes(result)]
+    flops = 2 * math.prod(rows[1]) * arrays[-1][1][-1]
+    return Costs(
+      self._filled * flops,
+      sum(
+        size * math.prod(dims) * (self._filled if len(dims) == 2 else 1)
+        for size, dims in arrays
+      ),
+    )
+
+  def _counted(self, name: str) -> Costs:
     """XLA's count of a computation, as if it were the program."""
     from jaxlib import _jax, xla_client  # JAX has no public way to ask this.
 

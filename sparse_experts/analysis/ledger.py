@@ -127,6 +127,21 @@ def ledger(
   }
 
 
+def decode_flops(model: Model, inputs: int, targets: int) -> int:
+  """Of a question and its answer: no padding, nothing computed twice.
+
+  One forward pass over both, in which attention counts in full as in `ledger`,
+  with the logits of the answer alone.
+  """
+  unread, lengths = 0, {'inputs': inputs, 'targets': targets}
+  if model.converter == 'decoder':
+    unread, lengths = inputs, {'targets': inputs + targets}
+  facts = ledger(model, lengths)
+  parts = facts['components']
+  logits = 2 * parts.get('output logits', parts['token embedding'])
+  return facts['forward_flops_per_sequence'] - unread * logits
+
+
 def text(facts: Mapping[str, Any]) -> str:
   """The ledger for people, with `activation_bytes_per_token` if it is there."""
   lines = [f'{"parameters":36}{facts["total_params"]:>20,}']

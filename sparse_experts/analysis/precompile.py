@@ -1,4 +1,4 @@
-"""A training step compiled for a pod that is not here, and what it costs.
+"""A step compiled for a pod that is not here, and what it costs.
 
 Parameters, optimizer state and batch are shapes with shardings, never arrays,
 so a model of any size compiles in the memory of one host.
@@ -15,26 +15,28 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from sparse_experts import sharding
 from sparse_experts.analysis import chips, hlo, ledger, topology
-from sparse_experts.data import batches
+from sparse_experts.data import batches, prompts
 from sparse_experts.models.model import Model
 from sparse_experts.training import state, step
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What `train` is given of a run, as far as its step depends on it.
+  """What a runner is given of a run, as far as its step depends on it.
 
   Attributes:
     model: the model.
     feature_lengths, batch_size, pack, task_ids: as of `data.dataset.Dataset`.
     optimizer, learning_rate, mesh, rules, optimizer_rules, microbatches, seed:
       as of `training.train.train`.
+    max_tokens: as of `training.infer.infer`.
   """
 
   model: Model
@@ -53,6 +55,7 @@ class Run:
   seed: int = 0
   pack: bool = True
   task_ids: bool = False
+  max_tokens: int | None = None
 
   def __post_init__(self):
     for name in ('batch_size', 'feature_lengths'):
@@ -61,6 +64,8 @@ class Run:
           f'the gin files say no {name.upper()}; give it by --gin.NAME=VALUE, '
           'or add a file of gin/meshes/.'
         )
+    if self.max_tokens is not None and self.max_tokens < 1:
+      raise ValueError(f'max_tokens must be at least 1, not {self.max_tokens}.')
 
   @property
   def remat(self) -> str:
@@ -76,16 +81,42 @@ class Run:
       self.task_ids,
     )
 
-  def useful_flops(self) -> int:
+  def lengths(self, what: str) -> dict[str, int]:
+    """Of a sequence; in decoding of a question and of its answer.
+
+    Where there are only targets, a question is as long.
+    """
+    if what != 'decode':
+      return dict(self.feature_lengths)
+    targets = self.feature_lengths['targets']
+    return {
+      'inputs': self.feature_lengths.get('inputs', targets),
+      'targets': self.max_tokens or targets,
+    }
+
+  def questions(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of a batch that `infer` answers."""
+    length, none = self.lengths('decode')['inputs'], np.zeros(0, np.int32)
+    row = prompts.features(self.model.converter, none, length)
+    return {
+      name: jax.ShapeDtypeStruct((self.batch_size, *x.shape), x.dtype)
+      for name, x in row.items()
+    }
+
+  def useful_flops(self, what: str) -> int:
     """Of a step on all chips: no padding, nothing computed twice."""
-    facts = ledger.ledger(self.model, self.feature_lengths)
-    return facts['train_flops_per_sequence'] * self.batch_size
+    lengths = self.lengths(what)
+    if what == 'decode':
+      flops = ledger.decode_flops(self.model, **lengths)
+    else:
+      flops = ledger.ledger(self.model, lengths)['train_flops_per_sequence']
+    return flops * self.batch_size
 
 
-STEPS = ('train', 'gradients')
+STEPS = ('train', 'gradients', 'decode')
 
 
-def check(run: Run, num_devices: int) -> None:
+def check(run: Run, num_devices: int, what: str = 'train') -> None:
   """Raises ValueError where a run's mesh is not legal on so many devices."""
   mesh = AbstractMesh(
     tuple(sharding.axis_sizes(num_devices, **run.mesh)),
@@ -93,7 +124,7 @@ def check(run: Run, num_devices: int) -> None:
     axis_types=(AxisType.Auto,) * 3,
   )
   with sharding.use_rules(run.rules), jax.sharding.use_abstract_mesh(mesh):
-    _step(run, mesh, 'train')
+    _step(run, mesh, what)
 
 
 def precompile(
@@ -106,7 +137,9 @@ def precompile(
     topology_name: such as 'v5p:8x16x16', see `chips.parse_topology`.
     slices: so many of it, joined by the data centre's network.
     what: 'train', the step that `train` runs; 'gradients', the same without
-      the optimizer.
+      the optimizer; 'decode', the program by which `infer` answers a batch:
+      a pass over the questions, which fills the cache, and a loop over the
+      tokens of the answers, greedy, of which none ends before its last one.
 
   Returns:
     `topology`, `chips` and what `measure` does.
@@ -118,7 +151,7 @@ def precompile(
     raise ValueError(f'step must be one of {", ".join(STEPS)}, not {what!r}.')
   chip, num_devices = chips.parse_topology(topology_name)
   num_devices *= slices
-  check(run, num_devices)
+  check(run, num_devices, what)
   devices = topology.devices(topology_name, slices)
   return {
     'topology': topology_name,
@@ -133,12 +166,13 @@ def measure(
   """What a run's step takes on devices, as if each were `chip`.
 
   Returns:
-    fits (in memory), mesh, batch_size, lengths, optimizer, remat; of one
-    device: hbm_bytes (parameters, optimizer, peak, limit); flops (executed,
-    useful); bytes_accessed; collectives (list of kind, count, bytes of
-    results); optimal_seconds, XLA's estimate, None where it gives none;
-    roofline, seconds that compute, hbm and ici each need at least. Loops count
-    as often as they turn. And compile_seconds, host_peak_bytes of this process.
+    fits (in memory), mesh, batch_size, lengths (see `Run.lengths`), optimizer
+    and remat (None without); of one device: hbm_bytes (parameters, optimizer,
+    peak, limit); flops (executed, useful); bytes_accessed; collectives (list of
+    kind, count, bytes of results); optimal_seconds, XLA's estimate, None where
+    it gives none; roofline, seconds that compute, hbm and ici each need at
+    least. Loops count as often as they turn. And compile_seconds,
+    host_peak_bytes of this process.
   """
   mesh = sharding.make_mesh(**run.mesh, devices=devices)
   start = time.perf_counter()
@@ -153,7 +187,14 @@ def measure(
       fits, needed, text = False, error.needed_bytes, error.text
       optimal = None
   compile_seconds = time.perf_counter() - start
-  program = hlo.Program(text)
+  lengths = run.lengths(what)
+  # The first token of an answer is of the pass over the question; without a
+  # capacity every device of `expert` has room for all rows.
+  program = hlo.Program(
+    text,
+    turns={'jit(decode)/while': lengths['targets'] - 1},
+    filled=1 / mesh.shape['expert'] if what == 'decode' else 1.0,
+  )
   flops, bytes_accessed = program.total
   collectives = [
     {'kind': kind, **entry} for kind, entry in program.collectives().items()
@@ -164,9 +205,9 @@ def measure(
     'fits': fits,
     'mesh': dict(mesh.shape),
     'batch_size': run.batch_size,
-    'lengths': dict(run.feature_lengths),
-    'optimizer': run.optimizer.__name__,
-    'remat': run.remat,
+    'lengths': lengths,
+    'optimizer': run.optimizer.__name__ if what == 'train' else None,
+    'remat': None if what == 'decode' else run.remat,
     'hbm_bytes': {
       'parameters': _bytes(train_state.params),
       'optimizer': _bytes(train_state.opt_state),
@@ -175,7 +216,7 @@ def measure(
     },
     'flops': {
       'executed': flops,
-      'useful': run.useful_flops() / mesh.size,
+      'useful': run.useful_flops(what) / mesh.size,
     },
     'bytes_accessed': bytes_accessed,
     'collectives': collectives,
@@ -200,16 +241,27 @@ def _step(run: Run, mesh: Mesh | AbstractMesh, what: str):
     shapes,
     functools.partial(run.optimizer, learning_rate=run.learning_rate),
   )
+  if what != 'train':
+    boxed = boxed.replace(opt_state=())
   placed = state.shardings(boxed, mesh, run.optimizer_rules)
-  jitted = step.jit_train_step(
-    run.model,
-    optimizer,
-    mesh,
-    placed,
-    batch_size=run.batch_size,
-    seed=run.seed,
-    microbatches=run.microbatches,
-  )
+  if what == 'decode':
+    shapes = run.questions()
+    max_tokens = run.lengths('decode')['targets']
+
+    def decode(given, batch):  # As `training.answers.Answers` has it.
+      return run.model.decode(given.params, batch, max_tokens=max_tokens)
+
+    jitted = jax.jit(decode, out_shardings=sharding.replicated(mesh))
+  else:
+    jitted = step.jit_train_step(
+      run.model,
+      optimizer,
+      mesh,
+      placed,
+      batch_size=run.batch_size,
+      seed=run.seed,
+      microbatches=run.microbatches,
+    )
   if what == 'gradients':
     jitted = jax.jit(
       functools.partial(

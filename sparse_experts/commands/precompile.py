@@ -1,4 +1,4 @@
-"""precompile: compile a training step for TPU chips that are not here."""
+"""precompile: compile a step for TPU chips that are not here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--step',
     default='train',
     metavar='WHAT',
-    help="'train', or 'gradients': without the optimizer",
+    help="'train'; 'gradients', without the optimizer; or 'decode', which "
+    'answers a batch',
   )
 
 
@@ -40,14 +41,14 @@ def run(args: argparse.Namespace) -> None:
   mesh_file = parse(args)
   described = config.bound(precompile.Run)()
   if not args.json:
-    print(_settings(described, mesh_file), flush=True)
+    print(_settings(described, mesh_file, args.step), flush=True)
   facts = precompile.precompile(
     described, args.topology, slices=args.slices, what=args.step
   )
   if args.json:
     printing.as_json(facts)
   else:
-    print(_text(facts))
+    print(_text(facts, args.step))
 
 
 def parse(args: argparse.Namespace) -> str | None:
@@ -82,28 +83,31 @@ def mesh_file_of(recipe: str, topology: str) -> str:
   return f'gin/meshes/{path.parent.name}/{name}'
 
 
-def _settings(described, mesh_file: str | None) -> str:
+def _settings(described, mesh_file: str | None, what: str) -> str:
   lengths = ', '.join(
-    f'{n} {kind}' for kind, n in described.feature_lengths.items()
+    f'{n} {kind}' for kind, n in described.lengths(what).items()
   )
   mesh = ', '.join(f'{axis} {size}' for axis, size in described.mesh.items())
   lines = {
     'from': mesh_file or 'the recipe and the gin files given',
     'mesh': mesh,
-    'batch': f'{described.batch_size} sequences of {lengths}, in '
-    f'{described.microbatches} microbatches',
-    'optimizer': described.optimizer.__name__,
-    'remat': described.remat,
+    'batch': f'{described.batch_size} sequences of {lengths}',
   }
+  if what != 'decode':
+    lines['batch'] += f', in {described.microbatches} microbatches'
+    lines['remat'] = described.remat
+  if what == 'train':
+    lines['optimizer'] = described.optimizer.__name__
   for name in ('rules', 'optimizer_rules'):
     if getattr(described, name):
       lines[name.replace('_', ' ')] = str(getattr(described, name))
   return '\n'.join(f'{name:18}{text}' for name, text in lines.items())
 
 
-def _text(facts) -> str:
+def _text(facts, what: str) -> str:
   hbm, flops = facts['hbm_bytes'], facts['flops']
-  activations = hbm['peak'] - hbm['parameters'] - hbm['optimizer']
+  rest = hbm['peak'] - hbm['parameters'] - hbm['optimizer']
+  kept = 'cache' if what == 'decode' else 'gradients'
   size = lambda name, n: f'  {name:16}{n / 2**30:10.2f} GiB'
   roofline = facts['roofline']
   bound = max(roofline, key=roofline.get)
@@ -116,7 +120,7 @@ def _text(facts) -> str:
       'memory',
       size('parameters', hbm['parameters']),
       size('optimizer', hbm['optimizer']),
-      size('the rest', activations) + '  activations, gradients, program',
+      size('the rest', rest) + f'  activations, {kept}, program',
       size('peak', hbm['peak']),
       size('limit', hbm['limit'])
       + f'  {"fits" if facts["fits"] else "does not fit"}',
