@@ -234,7 +234,7 @@ def test_extreme_logits_and_nan_padding_stay_finite():
       logits, logits, temperature=0.5, mask_GxS=mask
     )
     total = assignment.gate_GxSxK.sum() + aux.losses['load_balance']
-    return total, (assignment, aux)
+    return total, (assignment, aux.replace(logits=None))  # Those were given.
 
   results = jax.grad(everything, has_aux=True)(logits)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))

@@ -166,4 +166,4 @@ def test_a_sentence_router_refuses_groups_that_are_no_sequences():
     group_size=4,
   )
   with pytest.raises(ValueError, match='whole sequences: set group_size=None'):
-    layer.apply({}, jnp.ones((2, 8, 3)))
+    layer.apply({}, jnp.ones((2, 8, 3)), capacity_factor=1.0)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from etils import epath
+from flax import linen as nn
 
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
@@ -92,13 +93,20 @@ def train(
     max_skipped_in_a_row=max_skipped_in_a_row,
   )
   built_mesh = sharding.make_mesh(**(mesh or {}))
+  # Outside the mesh, so that what does not divide over it is found by name.
+  boxed, built_optimizer = state.abstract(
+    model,
+    dataset.shapes(model.converter),
+    functools.partial(optimizer, learning_rate=learning_rate),
+  )
   with sharding.use_mesh(built_mesh, rules):
     run = _begin(
       model,
       model_dir,
       dataset,
       built_mesh,
-      functools.partial(optimizer, learning_rate=learning_rate),
+      boxed,
+      built_optimizer,
       optimizer_rules,
       initial_checkpoint,
       microbatches,
@@ -191,7 +199,8 @@ def _begin(
   model_dir: str,
   dataset: Dataset,
   mesh: jax.sharding.Mesh,
-  make_optimizer: Callable[..., optax.GradientTransformation],
+  boxed: state.TrainState,
+  optimizer: optax.GradientTransformation,
   optimizer_rules: Mapping[str, sharding.MeshAxes] | None,
   initial_checkpoint: str | None,
   microbatches: int,
@@ -200,7 +209,6 @@ def _begin(
 ) -> _Run:
   """Creates or restores the state on the mesh, with its step and data."""
   shapes = dataset.shapes(model.converter)
-  boxed, optimizer = state.abstract(model, shapes, make_optimizer)
   placed = state.shardings(boxed, mesh, optimizer_rules)
   take_step = step.jit_train_step(
     model,
@@ -211,6 +219,7 @@ def _begin(
     seed=seed,
     microbatches=microbatches,
   )
+  take_step.eval_shape(nn.unbox(boxed), shapes)  # Mistakes show in tracing.
   dataset.check_vocabulary(model.module.embed.vocab_size)
   feed = _Feed(model, dataset, mesh)
   saver = checkpoints.Checkpoints(model_dir, keep_checkpoints)
