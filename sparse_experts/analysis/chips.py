@@ -27,8 +27,8 @@ class Chip:
     devices_per_chip: 1, or 2.
     source: where all of these but hbm_bytes are published; the links of v4 in
       Jouppi et al. 2023, https://arxiv.org/abs/2304.01433, Table 4.
-    watts: of a chip in use: the mean that was measured (v4: Jouppi et al. 2023,
-      https://arxiv.org/abs/2304.01433, table 4), of a GPU its limit; None: not
+    watts: of a chip in use: of v4 the mean of Jouppi et al. 2023 (table 4, from
+      memory, not checked; its maximum is 192), of a GPU its limit; None: not
       published.
   """
 
@@ -44,7 +44,7 @@ class Chip:
 
 
 _DOCS = 'https://cloud.google.com/tpu/docs/'
-_GPU_DOCS = 'https://www.nvidia.com/en-us/data-center/'
+_GPUS = 'https://glennklockwood.com/garden/processors/'
 
 
 def _chip(name, gib, tflops, hbm_gb, ici_gb, dims, devices=1, watts=None):
@@ -57,7 +57,7 @@ def _chip(name, gib, tflops, hbm_gb, ici_gb, dims, devices=1, watts=None):
     ici_bytes_per_s=ici_gb * 1e9 / devices,
     dims=dims,
     devices_per_chip=devices,
-    source=(_DOCS if dims else _GPU_DOCS) + name,
+    source=(_DOCS if dims else _GPUS) + name,
     watts=watts,
   )
 
@@ -70,10 +70,10 @@ CHIPS = {
     _chip('v5p', 95.73, 459, 2765, 600, 3),
     _chip('v6e', 31.24, 918, 1638, 400, 2),
     _chip('tpu7x', 94.74, 2307, 7380, 600, 3, devices=2),
-    # Dense bfloat16, the SXM module's NVLink one way, and its power limit; of
-    # the 80 GB what JAX takes at most of an otherwise empty one.
-    _chip('a100', 74.0, 312, 2039, 300, 0, watts=400),
-    _chip('h100', 74.0, 989, 3350, 450, 0, watts=700),
+    # The SXM modules: dense bfloat16, NVLink one way, the power limit, and all
+    # of the 80 GB that are built in: what a program may use was not measured.
+    _chip('a100', 74.5, 312, 2039, 300, 0, watts=400),
+    _chip('h100', 74.5, 989, 3350, 450, 0, watts=700),
   )
 }
 

@@ -85,7 +85,10 @@ class Writer:
 
 
 class _Declare(ocp.type_handlers.TypeHandler):
-  """Lets orbax write down which arrays there are, and no array."""
+  """Lets orbax write down which arrays there are, and no array.
+
+  It is never asked to read: `training.checkpoints` does that.
+  """
 
   def typestr(self) -> str:
     return 'np.ndarray'
