@@ -24,6 +24,8 @@ SMALL = {
   'EMBED_DIM': 64,
   'MLP_DIM': 128,
   'HEAD_DIM': 16,
+  'SPARSE_LAYERS': 2,
+  'initializers.normal.stddev': 0.02,  # Of routers.
   'TASK_FEATURE_LENGTHS': {'inputs': 128, 'targets': 29},
 }
 NONE = {'LOSS_WEIGHTS': {}}
