@@ -1,10 +1,9 @@
 """Fine-tunes a small Switch and its dense twin on the embedded tasks.
 
-Pre-trains gin/quickstart.gin and gin/quickstart_dense.gin (or takes their runs
-from --pretrained), fine-tunes each on docs_domain and docs_summary, evaluates
-all checkpoints, and writes docs/results/finetune_docs.{md,json} with two
-baselines: the most frequent package of the training split, and the first 25
-words of the input.
+Pre-trains gin/quickstart.gin and gin/quickstart_dense.gin, fine-tunes each on
+docs_domain and docs_summary, evaluates all checkpoints, and writes
+docs/results/finetune_docs.{md,json} with two baselines: the most frequent
+package of the training split, and the first 25 words of the input.
 
   python scripts/finetune_docs.py --seeds=1   # 15 minutes at most on two cores
 
@@ -12,12 +11,13 @@ Runs that are complete are not run again; delete --runs to start anew.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
+import resource
 import statistics
 import subprocess
 import sys
-import time
 
 from sparse_experts.data import corpus, metrics, tasks
 
@@ -28,17 +28,21 @@ MODELS = {
   'dense twin': 'gin/quickstart_dense.gin',
 }
 BATCH_SIZE = 16  # Of gin/finetune/docs.gin.
-# Task: what else evaluation is told, and what is shown of it.
+# Of each task how it is answered: what evaluation is told, and what is shown.
 TASKS = {
-  'docs_domain': (['--gin.RANK_OPTIONS=True'], ('accuracy',)),
-  'docs_summary': ([], ('rouge1', 'rouge2', 'rougeL')),
+  'docs_domain': {
+    'ranked': (['--gin.RANK_OPTIONS=True'], ('accuracy',)),
+    'written': ([], ('accuracy',)),
+  },
+  'docs_summary': {'written': ([], ('rouge1', 'rouge2', 'rougeL'))},
 }
 
 
-def side_by_side(command, folders, *gin_files, **bindings):
+def side_by_side(args, command, folders, *gin_files, **bindings):
   """Results by model of a command; both run at a time, one a core.
 
   Args:
+    args: of this script.
     command: and its flags.
     folders: by model, the bindings of its folders.
     gin_files, bindings: of both.
@@ -56,14 +60,17 @@ def side_by_side(command, folders, *gin_files, **bindings):
       stdout=subprocess.PIPE,
       text=True,
     )
+  before = core_seconds(args) - _children()
   outputs = {name: run.communicate()[0] for name, run in running.items()}
+  spent = pathlib.Path(args.runs) / 'core_seconds'
+  spent.write_text(f'{before + _children()}\n')
   if any(run.returncode for run in running.values()):
     sys.exit('error: a run failed; its message is above.')
   return {name: json.loads(output) for name, output in outputs.items()}
 
 
 def one_seed(seed, args):
-  """Results by task and model, and held-out losses of pre-training."""
+  """Results by task, way and model, and losses of pre-training."""
   runs = pathlib.Path(args.runs).absolute()
 
   def folders(task, **also):
@@ -82,9 +89,11 @@ def one_seed(seed, args):
     'TRAIN_STEPS': args.pretrain_steps,
     'DECAY_STEPS': args.pretrain_steps,
   }
-  side_by_side(['train'], pretrained, **steps)
+  side_by_side(args, ['train'], pretrained, **steps)
   for split in ('validation', 'out_of_domain'):
-    results = side_by_side(['evaluate'], pretrained, **steps, EVAL_SPLIT=split)
+    results = side_by_side(
+      args, ['evaluate'], pretrained, **steps, EVAL_SPLIT=split
+    )
     found[split] = {
       name: result['metrics']['loss'] for name, result in results.items()
     }
@@ -92,16 +101,30 @@ def one_seed(seed, args):
     'SEED': seed,
     'TRAIN_STEPS': args.steps,
     'DECAY_STEPS': args.steps,
-    'CHECKPOINT_PERIOD': max(1, args.steps // 4),
+    'CHECKPOINT_PERIOD': max(1, args.steps // 2),
     'EVAL_BATCHES': args.eval_batches,
   }
-  for task, (flags, _) in TASKS.items():
+  for task, ways in TASKS.items():
     files = (f'gin/tasks/{task}.gin', 'gin/finetune/docs.gin')
     there = folders(task, INITIAL_CHECKPOINT='pretrained')
-    side_by_side(['train'], there, *files, **steps)
-    every = ['evaluate', '--all_checkpoints', *flags]
-    found[task] = side_by_side(every, there, *files, **steps)
+    side_by_side(args, ['train'], there, *files, **steps)
+    for way, (flags, _) in ways.items():
+      every = ['evaluate', '--all_checkpoints', *flags]
+      found[f'{task}, {way}'] = side_by_side(
+        args, every, there, *files, **steps
+      )
   return found
+
+
+def core_seconds(args):
+  """Processor time of all commands in the folder of runs, to this day."""
+  file = pathlib.Path(args.runs) / 'core_seconds'
+  return float(file.read_text()) if file.exists() else 0.0
+
+
+def _children():
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return used.ru_utime + used.ru_stime
 
 
 def baselines(examples):
@@ -139,21 +162,26 @@ def spread(values):
 def table(seeds, base):
   """Rows of the page: each metric at the peak and at the last step."""
   lines = []
-  for task, (_, names) in TASKS.items():
-    for metric in names:
-      for when in ('peak', 'last'):
+  for task, ways in TASKS.items():
+    for way, (_, names) in ways.items():
+      for metric, when in itertools.product(names, ('peak', 'last')):
         cells = [
-          spread([s[task][model][when]['task_metrics'][metric] for s in seeds])
+          spread(
+            [
+              s[f'{task}, {way}'][model][when]['task_metrics'][metric]
+              for s in seeds
+            ]
+          )
           for model in MODELS
         ]
         lines.append(
-          f'| {task} | {metric} | {when} | {" | ".join(cells)} | '
+          f'| {task}, {way} | {metric} | {when} | {" | ".join(cells)} | '
           f'{base[task][metric]:.2f} |'
         )
   return lines
 
 
-def page(seeds, base, args, seconds):
+def page(seeds, base, args):
   losses = '\n'.join(
     f'| {split} | '
     + ' | '.join(spread([s[split][model] for s in seeds]) for model in MODELS)
@@ -165,7 +193,9 @@ def page(seeds, base, args, seconds):
     + ' | '.join(
       spread(
         [
-          s['docs_domain'][model]['last']['calibration']['docs_domain'][number]
+          s['docs_domain, ranked'][model]['last']['calibration']['docs_domain'][
+            number
+          ]
           for s in seeds
         ]
       )
@@ -182,15 +212,17 @@ def page(seeds, base, args, seconds):
 
 `python scripts/finetune_docs.py --seeds={args.seeds} \
 --pretrain_steps={args.pretrain_steps} --steps={args.steps} \
---eval_batches={args.eval_batches}`: {seconds / 60:.0f} minutes for \
-{args.seeds} seed(s).
+--eval_batches={args.eval_batches}`, \
+{core_seconds(args) / args.seeds / 60:.0f} minutes of one core for a seed.
 
 Pre-trained by span corruption, then fine-tuned by `gin/finetune/docs.gin`; mean
-over seeds, standard deviation in brackets. `docs_domain` is the likeliest of 24
-packages, in percent; its baseline is the most frequent package. `docs_summary`
-is written greedily; its baseline is the first 25 words of the input. The peak
-is the best of the checkpoints evaluated, as papers report it, on the validation
-split that it is chosen by; the last is the last.
+over seeds, standard deviation in brackets. `docs_domain` is the package that a
+text is from, the likeliest of 24 or what is written greedily; its baseline is
+the most frequent package. `docs_summary` is written greedily; its baseline is
+the first 25 words of the input. The peak is the best of the checkpoints
+evaluated, as papers report it, on the validation split that it is chosen by;
+the last is the last. All are in percent, of the first \
+{args.eval_batches * BATCH_SIZE} of the split.
 
 | task | metric | | Switch, 8 experts | dense twin | baseline |
 |---|---|---|---|---|---|
@@ -220,10 +252,9 @@ def main():
   parser.add_argument('--runs', default='runs/finetune_docs')
   parser.add_argument('--results', default=str(RESULTS))
   args = parser.parse_args()
-  begun = time.monotonic()
   seeds = [one_seed(seed, args) for seed in range(args.seeds)]
   base = baselines(args.eval_batches * BATCH_SIZE)
-  text = page(seeds, base, args, time.monotonic() - begun)
+  text = page(seeds, base, args)
   results = pathlib.Path(args.results)
   results.mkdir(parents=True, exist_ok=True)
   (results / 'finetune_docs.md').write_text(text)

@@ -103,7 +103,6 @@ def text(row, **fields):
   data = tf.data.Dataset.from_tensors(
     {k: tf.nest.map_structure(tensor, v) for k, v in fields.items()}
   )
-  data = row.prepare(data) if row.prepare else data
   examples = benchmark.as_text(data, row).as_numpy_iterator()
   return [
     {

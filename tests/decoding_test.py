@@ -11,6 +11,7 @@ import scipy.stats
 import tiny_models
 
 from sparse_experts import sharding
+from sparse_experts.models import decoding
 from sparse_experts.models.decoding import BeamSearch, Sampling
 from sparse_experts.models.language_model import answered
 from sparse_experts.moe import grouped_matmul
@@ -218,71 +219,138 @@ def test_a_mesh_changes_nothing(kind, strategy):
 
 V, T = 4, 3
 TABLE_TxVxV = np.random.default_rng(3).normal(size=(T, V, V)) * 2
-LOG_P_TxVxV = TABLE_TxVxV - np.log(np.exp(TABLE_TxVxV).sum(-1, keepdims=True))
+ENDLESS_TxVxV = TABLE_TxVxV.copy()
+ENDLESS_TxVxV[:, :, EOS] = -np.inf
 
 
-def table_step(cache, token_B):
-  """The next logits; every row counts its own positions."""
-  logits_BxV = jnp.asarray(TABLE_TxVxV, jnp.float32)[cache, token_B]
-  return jnp.minimum(cache + 1, T - 1), logits_BxV
-
-
-def search(width, alpha, rows=2):
+def search(width, alpha, logits_TxVxV=TABLE_TxVxV):
   """Tokens [N, T] and scores [N] of the table's start."""
-  logits_BxV = jnp.broadcast_to(TABLE_TxVxV[0, 0], (rows, V))
+
+  def step(cache, token_B):  # Every row counts its own positions.
+    logits_BxV = jnp.asarray(logits_TxVxV, jnp.float32)[cache, token_B]
+    return jnp.minimum(cache + 1, len(logits_TxVxV) - 1), logits_BxV
+
+  logits_2xV = jnp.broadcast_to(logits_TxVxV[0, 0], (2, V))
   tokens, scores = jax.jit(
-    lambda logits_BxV: BeamSearch(width, alpha)(
-      logits_BxV, table_step, jnp.ones(rows, jnp.int32), max_tokens=T
+    lambda logits_2xV: BeamSearch(width, alpha)(
+      logits_2xV, step, jnp.ones(2, jnp.int32), max_tokens=len(logits_TxVxV)
     )
-  )(logits_BxV)
+  )(logits_2xV)
   np.testing.assert_array_equal(tokens[0], tokens[1])
   return np.asarray(tokens[0]), np.asarray(scores[0])
 
 
-def score(answer, alpha):
-  """By hand: log p / ((5 + length) / 6)^alpha."""
+def log_prob(answer, logits_TxVxV):
   last, total = 0, 0.0
   for t, token in enumerate(answer):
-    total += LOG_P_TxVxV[t, last, token]
+    logits_V = logits_TxVxV[t, last]
+    total += logits_V[token] - np.log(np.exp(logits_V).sum())
     last = token
-  return total / ((5 + len(answer)) / 6) ** alpha
+  return total
 
 
-def padded(answer):
-  return [*answer, *[0] * (T - len(answer))]
+def score(answer, alpha, logits_TxVxV):
+  """By hand: log p / ((5 + length) / 6)^alpha."""
+  penalty = ((5 + len(answer)) / 6) ** alpha
+  return log_prob(answer, logits_TxVxV) / penalty
 
 
-@pytest.mark.parametrize('alpha', [0.0, 0.6, 3.0])
-def test_a_wide_beam_is_brute_force(alpha):
-  words = range(1, V)
-  whole = {
+def check(found, answers, alpha, logits_TxVxV):
+  """That these were found, the best first, and nothing else."""
+  tokens, scores = found
+  padded = [[*answer, *[0] * (T - len(answer))] for answer in answers]
+  assert tokens[: len(answers)].tolist() == padded
+  expected = [score(answer, alpha, logits_TxVxV) for answer in answers]
+  np.testing.assert_allclose(scores[: len(answers)], expected, rtol=1e-5)
+  assert (scores[len(answers) :] == -np.inf).all()
+  assert not tokens[len(answers) :].any()
+
+
+@pytest.mark.parametrize(
+  'alpha, endless', [(0.0, False), (3.0, False), (0.6, True)]
+)
+def test_a_wide_beam_is_brute_force(alpha, endless):
+  logits_TxVxV = ENDLESS_TxVxV if endless else TABLE_TxVxV
+  all_of_them = {
     answer[: answer.index(EOS) + 1] if EOS in answer else answer
-    for answer in itertools.product(words, repeat=T)
+    for answer in itertools.product(range(1, V), repeat=T)
   }
-  assert len(whole) == 1 + 2 + 4 + 8  # EOS first, second, third, or not at all.
-  best = sorted(whole, key=lambda answer: -score(answer, alpha))
-  tokens, scores = search(16, alpha)
-  assert tokens[:15].tolist() == [padded(answer) for answer in best]
-  expected = [score(answer, alpha) for answer in best]
-  np.testing.assert_allclose(scores[:15], expected, rtol=1e-5)
-  assert scores[15] == -np.inf and not tokens[15].any()
+  # EOS first, second, third; or, where nothing ends, three of two words.
+  whole = [a for a in all_of_them if (EOS in a) != endless]
+  assert len(whole) == (8 if endless else 1 + 2 + 4)
+  whole.sort(key=lambda answer: -score(answer, alpha, logits_TxVxV))
+  check(search(16, alpha, logits_TxVxV), whole, alpha, logits_TxVxV)
 
 
-@pytest.mark.parametrize('width, alpha', [(1, 0.6), (2, 0.0), (3, 0.6)])
+@pytest.mark.parametrize('width, alpha', [(2, 0.0), (3, 0.6), (2, 9.0)])
 def test_a_narrow_beam_is_its_definition(width, alpha):
-  beam = [()]
-  for _ in range(T):
-    candidates = [
-      (*answer, word)
-      for answer in beam
-      if EOS not in answer
-      for word in range(1, V)
-    ] + [answer for answer in beam if EOS in answer]
-    beam = sorted(candidates, key=lambda answer: -score(answer, alpha))[:width]
-  tokens, scores = search(width, alpha)
-  assert tokens.tolist() == [padded(answer) for answer in beam]
-  expected = [score(answer, alpha) for answer in beam]
-  np.testing.assert_allclose(scores, expected, rtol=1e-5)
+  live, ended = [()], []
+  for _ in range(T):  # T5's, without its early stop.
+    candidates = [(*answer, word) for answer in live for word in range(1, V)]
+    candidates.sort(key=lambda answer: -log_prob(answer, TABLE_TxVxV))
+    best = candidates[: 2 * width]
+    live = [answer for answer in best if answer[-1] != EOS][:width]
+    ended += [answer for answer in best if answer[-1] == EOS]
+    ended.sort(key=lambda answer: -score(answer, alpha, TABLE_TxVxV))
+    ended = ended[:width]
+  check(search(width, alpha), ended, alpha, TABLE_TxVxV)
+
+
+@pytest.mark.parametrize('size, k', [(9, 9), (128, 3), (1000, 6), (2560, 4)])
+def test_the_best_of_many_is_numpy(size, k):
+  x_BxM = np.random.default_rng(0).normal(size=(3, size)).astype(np.float32)
+  x_BxM[1, 5:] = -np.inf
+  x_BxM[2] = np.sort(x_BxM[2])  # All of the best are neighbours.
+  values_BxK, index_BxK = decoding._best(jnp.asarray(x_BxM), k)
+  expected_BxK = np.sort(x_BxM)[:, ::-1][:, :k]
+  np.testing.assert_array_equal(values_BxK, expected_BxK)
+  for b in (0, 2):
+    order = np.argsort(-x_BxM[b])
+    np.testing.assert_array_equal(index_BxK[b], order[:k])
+
+
+def test_an_end_is_not_lost_to_hypotheses_that_go_on():
+  # Padding, EOS, a, b. At first a and b are likelier than the end, which one
+  # list of the two best would drop; but a then ends with .45 x .4 = .18, b with
+  # .35 x .4 = .14, and nothing is likelier than the end at once, .2.
+  first = [1e-9, 0.2, 0.45, 0.35]
+  then = [1e-9, 0.4, 0.3, 0.3]
+  tokens, scores = search(2, 0.0, np.log([[first] * 4, [then] * 4]))
+  assert tokens.tolist() == [[EOS, 0], [2, EOS]]
+  np.testing.assert_allclose(np.exp(scores), [0.2, 0.18], rtol=1e-5)
+
+
+def test_an_end_that_many_continuations_beat_does_not_count():
+  # Width 2: of four continuations. The end at once, .2, is the third; then a-a
+  # .205, b-a .195, a-b .164 and b-b .156 are likelier than a's end, .041.
+  first = [1e-9, 0.2, 0.41, 0.39]
+  then = [1e-9, 0.1, 0.5, 0.4]
+  tokens, scores = search(2, 0.0, np.log([[first] * 4, [then] * 4]))
+  assert tokens.tolist() == [[EOS, 0], [0, 0]]
+  np.testing.assert_allclose(np.exp(scores), [0.2, 0.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize('alpha, turns', [(0.0, 1), (3.0, 6)])
+def test_it_stops_when_no_hypothesis_can_still_win(alpha, turns):
+  # An end is .9, a .06, b .04, everywhere. After two tokens the ends are .9 and
+  # .06 x .9 = .054, and the best that goes on is a-a, .0036: that is less. With
+  # alpha 3 the worst end scores log .054 / (7/6)^3 = -1.84, and of 8 tokens
+  # k a could become k log .06 / (13/6)^3: -1.66 of six, -1.94 of seven.
+  called = []
+
+  def step(cache, token_B):
+    jax.debug.callback(lambda: called.append(1))
+    return cache, jnp.broadcast_to(LOGITS, (len(token_B), V))
+
+  LOGITS = jnp.log(jnp.array([1e-9, 0.9, 0.06, 0.04]))
+  tokens, scores = jax.jit(
+    lambda: BeamSearch(2, alpha)(LOGITS[None], step, {}, max_tokens=8)
+  )()
+  jax.effects_barrier()
+  assert len(called) == turns
+  if alpha == 0:
+    assert tokens[0].tolist() == [[1, *[0] * 7], [2, 1, *[0] * 6]]
+    np.testing.assert_allclose(np.exp(scores[0]), [0.9, 0.054], rtol=1e-5)
 
 
 def test_it_stops_when_all_are_done():

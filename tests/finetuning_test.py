@@ -290,7 +290,7 @@ def test_a_checkpoint_that_is_deleted_before_its_turn(
 
 
 def test_a_mixture_and_its_options(finetuned, tmp_path):
-  """Twenty sums of two tasks: one is written, the other chosen from 19."""
+  """Twenty sums of two tasks: one is written by beams, one chosen from 19."""
   shutil.copytree(finetuned / 'checkpoints' / '3', tmp_path / 'checkpoints/3')
   image = tmp_path / 'diagram.png'
   results = json.loads(
@@ -299,6 +299,8 @@ def test_a_mixture_and_its_options(finetuned, tmp_path):
       '--gin.MIXTURE_OR_TASK_NAME=tiny_mixture',
       '--gin.RANK_OPTIONS=True',
       '--gin.EVAL_BATCHES=None',
+      '--gin.STRATEGY=@decoding.BeamSearch()',
+      '--gin.BEAMS=2',
       f'--reliability={image}',
       '--json',
     )
@@ -309,6 +311,9 @@ def test_a_mixture_and_its_options(finetuned, tmp_path):
   )
   assert results['task_metrics']['average'] == (written + chosen) / 2
   assert results['score'] == results['task_metrics']['average']
+  file = tmp_path / 'evaluation' / 'tiny_mixture-validation-ranked-3.json'
+  settings = json.loads(file.read_text())['settings']
+  assert settings['strategy'] == 'BeamSearch(width=2, alpha=0.6)'
   (calibrated,) = results['calibration'].values()
   assert 100 * calibrated['accuracy'] == pytest.approx(chosen)
   assert sum(b['count'] for b in calibrated['bins']) == 20
@@ -373,8 +378,12 @@ def test_tasks_of_glam(name):
   config.parse(
     ['gin/models/glam/0.1b.gin', 'gin/runs/default.gin',
      f'gin/tasks/glam/{name}.gin'],
-    ['MODEL_DIR=x', 'TRAIN_STEPS=1', 'BATCH_SIZE=1'],
+    ['MODEL_DIR=x', 'TRAIN_STEPS=1', 'BATCH_SIZE=1', 'SHOTS=few'],
     [],
   )  # fmt: skip
   config.bound(evaluate.evaluate_all)
   assert config.value('RANK_OPTIONS') == (name != 'nlg')
+  assert config.value('STRATEGY').width == 4
+  part = 'glam' if name == 'all' else f'glam_{name}'
+  mixture = config.value('MIXTURE_OR_TASK_NAME')
+  assert mixture == f'{part}_few_shot_seed_0'

@@ -89,25 +89,3 @@ def test_any_number_of_options_in_batches_of_one_shape(asked, by_hand):
       np.testing.assert_allclose(scores, expected, rtol=1e-5)
     with pytest.raises(ValueError, match='has 8 tokens, but there is room for'):
       score(params, rows[:1], [[[2] * 8]])
-
-
-def test_shots_are_a_function_of_seed_and_index():
-  draw = functools.partial(scoring.draw_shots, 10, 4)
-  first = draw(seed=0, index=0)
-  np.testing.assert_array_equal(draw(seed=0, index=0), first)
-  assert len(set(first.tolist())) == 4
-  others = [draw(seed=0, index=1), draw(seed=1, index=0)]
-  assert not any(np.array_equal(first, other) for other in others)
-  seen = {
-    i for index in range(60) for i in draw(seed=0, index=index, exclude=3)
-  }
-  assert seen == set(range(10)) - {3}
-  with pytest.raises(ValueError, match='cannot show 4 examples: there are 3'):
-    scoring.draw_shots(4, 4, seed=0, index=0, exclude=0)
-
-
-def test_a_prompt_with_examples():
-  assert scoring.few_shot('Q: c', [('Q: a', 'A'), ('Q: b', 'B')]) == (
-    'Q: a A\n\nQ: b B\n\nQ: c'
-  )
-  assert scoring.few_shot('Q: c', []) == 'Q: c'

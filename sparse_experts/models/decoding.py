@@ -1,13 +1,14 @@
 """Writing tokens one by one: greedy, sampled, or by beam search.
 
 A strategy is a value, `Sampling` or `BeamSearch`, that says which tokens the
-hypotheses go on with; the loop is the same for both. Token 0 is padding, which
+answers go on with; the loop is the same for both. Token 0 is padding, which
 is never written, and 1 (EOS) ends an answer.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,47 +26,37 @@ MapRows = Callable[[Callable[[Array], Array], Any], Any]
 
 
 @flax.struct.dataclass
-class Hypotheses:
-  """Answers so far, one a row.
+class Answers:
+  """What sampling has written, one answer a row.
 
   Attributes:
     tokens_BxT: int32, 0 where nothing is written.
     log_prob_B: float32, of the tokens written, under the model.
-    length_B: int32, how many those are, EOS included.
     done_B: EOS is written.
   """
 
   tokens_BxT: Array
   log_prob_B: Array
-  length_B: Array
   done_B: Array
 
-  @classmethod
-  def empty(cls, rows: int, max_tokens: int) -> Hypotheses:
-    return cls(
-      jnp.zeros((rows, max_tokens), jnp.int32),
-      jnp.zeros(rows, jnp.float32),
-      jnp.zeros(rows, jnp.int32),
-      jnp.zeros(rows, bool),
-    )
 
-  def write(self, t: Array, token_B: Array, log_probs_BxV: Array) -> Hypotheses:
-    """With one more token each, at position t; those that are done stay."""
-    token_B = jnp.where(self.done_B, PAD, token_B)
-    log_prob_B = jnp.take_along_axis(log_probs_BxV, token_B[:, None], 1)[:, 0]
-    return Hypotheses(
-      tokens_BxT=self.tokens_BxT.at[:, t].set(token_B),
-      log_prob_B=self.log_prob_B + jnp.where(self.done_B, 0, log_prob_B),
-      length_B=self.length_B + ~self.done_B,
-      done_B=self.done_B | (token_B == EOS),
-    )
+@flax.struct.dataclass
+class Beams:
+  """The hypotheses of a beam search, the best first.
 
-  def without(self, dead_B: Array) -> Hypotheses:
-    """With no hypothesis in some rows: done, with log-probability -inf."""
-    return self.replace(
-      log_prob_B=jnp.where(dead_B, -jnp.inf, self.log_prob_B),
-      done_B=self.done_B | dead_B,
-    )
+  Attributes:
+    live_BxNxT: int32, those that go on.
+    log_prob_BxN: float32, theirs; -inf where there is none.
+    ended_BxNxT: int32, the best of those that wrote EOS, 0 after it.
+    score_BxN: float32, theirs; -inf where there is none.
+    done_B: no live one can still become one of the N best.
+  """
+
+  live_BxNxT: Array
+  log_prob_BxN: Array
+  ended_BxNxT: Array
+  score_BxN: Array
+  done_B: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +125,24 @@ class Sampling:
     """
     del map_rows
 
-    def choose(t, hypotheses, log_probs_BxV):
-      return hypotheses, None, self.draw(keys_B, t, log_probs_BxV)
+    def advance(t, answers, log_probs_BxV):
+      token_B = self.draw(keys_B, t, log_probs_BxV)
+      token_B = jnp.where(answers.done_B, PAD, token_B)
+      log_prob_B = jnp.take_along_axis(log_probs_BxV, token_B[:, None], 1)[:, 0]
+      answers = Answers(
+        answers.tokens_BxT.at[:, t].set(token_B),
+        answers.log_prob_B + jnp.where(answers.done_B, 0, log_prob_B),
+        answers.done_B | (token_B == EOS),
+      )
+      return answers, token_B, None
 
-    start = Hypotheses.empty(logits_BxV.shape[0], max_tokens)
-    end = _write(choose, start, logits_BxV, step, cache, max_tokens)
+    B = logits_BxV.shape[0]
+    start = Answers(
+      jnp.zeros((B, max_tokens), jnp.int32),
+      jnp.zeros(B, jnp.float32),
+      jnp.zeros(B, bool),
+    )
+    end = _write(advance, start, logits_BxV, step, cache, max_tokens)
     return end.tokens_BxT, end.log_prob_B
 
   def draw(
@@ -178,16 +182,17 @@ GREEDY = Sampling()
 
 @dataclasses.dataclass(frozen=True)
 class BeamSearch:
-  """Keeps the N best hypotheses of each sequence, and returns them all.
+  """Finds the N best answers of each sequence, as T5's beam search does.
 
       score = log p(answer) / ((5 + length) / 6)^alpha
 
   with EOS in the length (Wu et al. 2016, https://arxiv.org/abs/1609.08144,
-  equation 14, without coverage; T5's beam search). Hypotheses that are done
-  stay in the beam as long as fewer than N others score higher, a search ends
-  when all of a beam are done (as Meister et al. 2020 define beam search,
-  https://arxiv.org/abs/2010.02650, section 2). So width 1 is greedy. T5's code
-  keeps done ones apart and lets N others go on.
+  equation 14, without coverage). At each step the N most probable continuations
+  that do not end go on, and an end counts if fewer than 2N continuations are
+  more probable: the N best ends of all steps are kept, apart from those that go
+  on, which they do until none can still score as much as the worst of N ends.
+  The answers are the ends; where a sequence has none after T tokens, those that
+  went on. Width 1 is greedy.
 
   Attributes:
     width: N.
@@ -229,97 +234,152 @@ class BeamSearch:
 
     Returns:
       tokens [B, N, T], the best first, 0 after EOS; their scores, float32
-      [B, N]. Where there are fewer than N answers at all, the rest score -inf.
+      [B, N]. Where fewer than N were found, the rest are 0 and score -inf.
     """
     del keys_B
-    (B, V), N = logits_BxV.shape, self.width
+    if self.width == 1:
+      tokens_BxT, log_prob_B = GREEDY(
+        logits_BxV, step, cache, None, max_tokens=max_tokens
+      )
+      score_B = self.score(log_prob_B, (tokens_BxT != PAD).sum(1))
+      return tokens_BxT[:, None], score_B[:, None]
+    B, N = logits_BxV.shape[0], self.width
 
     def repeat(x_Bx___):
       return jnp.repeat(x_Bx___, N, axis=0)
 
-    def choose(t, hypotheses, log_probs_BNxV):
-      # Those that are done go on in one way, which changes nothing.
-      nothing_1xV = jnp.where(jnp.arange(V)[None] == PAD, 0, -jnp.inf)
-      total_BNxV = hypotheses.log_prob_B[:, None] + jnp.where(
-        hypotheses.done_B[:, None], nothing_1xV, log_probs_BNxV
-      )
-      length_BN = hypotheses.length_B + ~hypotheses.done_B
-      score_BNxV = self.score(total_BNxV, length_BN[:, None])
-      score_BxNV = score_BNxV.reshape(B, N * V)
-      best_BxN = largest(score_BxNV[None], N)[0]  # The best first.
-
-      def rows(x_BNx___):
-        x_BxNx___ = x_BNx___.reshape(B, N, *x_BNx___.shape[1:])
-        picked = jax.vmap(lambda x, n: x[n])(x_BxNx___, best_BxN // V)
-        return picked.reshape(x_BNx___.shape)
-
-      dead_BxN = jnp.take_along_axis(score_BxNV, best_BxN, 1) == -jnp.inf
-      hypotheses = jax.tree.map(rows, hypotheses).without(dead_BxN.reshape(-1))
-      return hypotheses, rows, (best_BxN % V).reshape(-1)
-
-    start = Hypotheses.empty(B * N, max_tokens)
+    none_BxN = jnp.full((B, N), -jnp.inf, jnp.float32)
+    empty_BxNxT = jnp.zeros((B, N, max_tokens), jnp.int32)
+    start = Beams(
+      live_BxNxT=empty_BxNxT,
+      log_prob_BxN=none_BxN.at[:, 0].set(0),  # All N would be the same.
+      ended_BxNxT=empty_BxNxT,
+      score_BxN=none_BxN,
+      done_B=jnp.zeros(B, bool),
+    )
     end = _write(
-      choose,
-      start.without(jnp.arange(B * N) % N > 0),  # They all are the same.
+      functools.partial(self._advance, max_tokens),
+      start,
       repeat(logits_BxV),
       step,
       map_rows(repeat, cache),
       max_tokens,
       map_rows,
     )
-    score_BN = self.score(end.log_prob_B, end.length_B)
-    exists_BNx1 = jnp.isfinite(score_BN)[:, None]
-    tokens_BNxT = jnp.where(exists_BNx1, end.tokens_BxT, PAD)
-    return tokens_BNxT.reshape(B, N, -1), score_BN.reshape(B, N)
+    endless_Bx1 = jnp.isneginf(end.score_BxN).all(1, keepdims=True)
+    score_BxN = jnp.where(
+      endless_Bx1, self.score(end.log_prob_BxN, max_tokens), end.score_BxN
+    )
+    tokens_BxNxT = jnp.where(
+      endless_Bx1[..., None], end.live_BxNxT, end.ended_BxNxT
+    )
+    exists_BxN = score_BxN > -jnp.inf
+    return jnp.where(exists_BxN[..., None], tokens_BxNxT, PAD), score_BxN
 
-  def score(self, log_prob: Array, length: Array) -> Array:
+  def score(self, log_prob: Array, length: Array | int) -> Array:
     """Log-probabilities over the length penalty."""
     return log_prob / ((5 + length) / 6) ** self.alpha
 
+  def _advance(self, max_tokens, t, beams, log_probs_BNxV):
+    """The hypotheses with token t; see `_write`."""
+    (B, N), V = beams.log_prob_BxN.shape, log_probs_BNxV.shape[-1]
+    total_BxNxV = beams.log_prob_BxN[..., None] + jnp.where(
+      beams.done_B[:, None, None], -jnp.inf, log_probs_BNxV.reshape(B, N, V)
+    )
+    # Of 2N at least N do not end, as each hypothesis has one end.
+    total_Bx2N, best_Bx2N = _best(total_BxNxV.reshape(B, N * V), 2 * N)
+    from_Bx2N, token_Bx2N = best_Bx2N // V, best_Bx2N % V
+    tokens_Bx2NxT = _take(beams.live_BxNxT, from_Bx2N)
+    tokens_Bx2NxT = tokens_Bx2NxT.at[..., t].set(token_Bx2N)
+    ends_Bx2N = token_Bx2N == EOS
+    log_prob_BxN, live_BxN = _best(
+      jnp.where(ends_Bx2N, -jnp.inf, total_Bx2N), N
+    )
+    score_Bx2N = jnp.where(ends_Bx2N, self.score(total_Bx2N, t + 1), -jnp.inf)
+    score_BxN, ended_BxN = _best(
+      jnp.concatenate([beams.score_BxN, score_Bx2N], 1), N
+    )
+    ended_Bx3NxT = jnp.concatenate([beams.ended_BxNxT, tokens_Bx2NxT], 1)
+    # What goes on becomes less probable, and no longer than this.
+    possible_B = self.score(log_prob_BxN[:, 0], max_tokens)
+    done_B = score_BxN[:, -1] >= possible_B
+    from_BxN = _take(from_Bx2N, live_BxN)
+    token_BxN = _take(token_Bx2N, live_BxN)
+
+    def rows(x_BNx___):
+      x_BxNx___ = x_BNx___.reshape(B, N, *x_BNx___.shape[1:])
+      return _take(x_BxNx___, from_BxN).reshape(x_BNx___.shape)
+
+    beams = Beams(
+      live_BxNxT=_take(tokens_Bx2NxT, live_BxN),
+      log_prob_BxN=log_prob_BxN,
+      ended_BxNxT=_take(ended_Bx3NxT, ended_BxN),
+      score_BxN=score_BxN,
+      done_B=done_B,
+    )
+    token_BxN = jnp.where(done_B[:, None], PAD, token_BxN)
+    return beams, token_BxN.reshape(-1), rows
+
+
+def _take(x_BxMx___: Array, index_BxN: Array) -> Array:
+  """For each b, those of the M at N indices."""
+  return jax.vmap(lambda x, n: x[n])(x_BxMx___, index_BxN)
+
+
+def _best(x_BxM: Array, k: int, chunk: int = 128) -> tuple[Array, Array]:
+  """The k largest of each row, the largest first, and their indices.
+
+  They are in the k chunks of the largest maxima, so all are read only once.
+  """
+  B, M = x_BxM.shape
+  x_BxM = jnp.pad(x_BxM, ((0, 0), (0, -M % chunk)), constant_values=-jnp.inf)
+  x_BxCxW = x_BxM.reshape(B, -1, chunk)
+  C = x_BxCxW.shape[1]
+  chunk_BxK = largest(x_BxCxW.max(2)[None], min(k, C))[0]
+  near_BxKW = _take(x_BxCxW, chunk_BxK).reshape(B, -1)
+  index_BxK = largest(near_BxKW[None], k)[0]
+  chunk_BxK = _take(chunk_BxK, index_BxK // chunk)
+  return _take(near_BxKW, index_BxK), chunk_BxK * chunk + index_BxK % chunk
+
 
 def _write(
-  choose: Callable[[Array, Hypotheses, Array], tuple],
-  start: Hypotheses,
+  advance: Callable[[Array, Any, Array], tuple],
+  state: Any,
   logits_BxV: Array,
   step: Step,
   cache: Any,
   max_tokens: int,
   map_rows: MapRows = jax.tree.map,
-) -> Hypotheses:
-  """The hypotheses when all are done or have `max_tokens` tokens.
+) -> Any:
+  """The state when all rows are done or `max_tokens` tokens are written.
 
   Args:
-    choose: (t, hypotheses, log_probs_BxV) -> (the hypotheses that go on, how
-      their rows were taken from the rows before or None, token_B of each).
-      Padding has log-probability -inf.
+    advance: (t, state, log_probs_BxV) -> (the state with token t, the token_B
+      that each row wrote, how rows were taken from the rows before or None).
+      Padding has log-probability -inf; it is the token of rows that are done.
+    state: at the start; its done_B says which rows are done.
   """
   if max_tokens < 1:
     raise ValueError(f'max_tokens must be at least 1, not {max_tokens}.')
 
-  def extend(t, hypotheses, logits_BxV):
+  def extend(t, state, logits_BxV):
     log_probs_BxV = jax.nn.log_softmax(logits_BxV.astype(jnp.float32))
-    log_probs_BxV = log_probs_BxV.at[:, PAD].set(-jnp.inf)
-    hypotheses, rows, token_B = choose(t, hypotheses, log_probs_BxV)
-    if rows is not None:
-      log_probs_BxV = rows(log_probs_BxV)
-    return hypotheses.write(t, token_B, log_probs_BxV), rows
+    is_text_V = jnp.arange(log_probs_BxV.shape[1]) != PAD
+    return advance(t, state, jnp.where(is_text_V, log_probs_BxV, -jnp.inf))
 
   def proceed(carry):
-    t, hypotheses, _ = carry
-    return (t < max_tokens) & ~hypotheses.done_B.all()
+    t, state, *_ = carry
+    return (t < max_tokens) & ~state.done_B.all()
 
   def turn(carry):
-    t, hypotheses, cache = carry
-    last_B = jax.lax.dynamic_index_in_dim(
-      hypotheses.tokens_BxT, t - 1, 1, keepdims=False
-    )
-    cache, logits_BxV = step(cache, last_B)
-    hypotheses, rows = extend(t, hypotheses, logits_BxV)
+    t, state, token_B, cache = carry
+    cache, logits_BxV = step(cache, token_B)
+    state, token_B, rows = extend(t, state, logits_BxV)
     if rows is not None:
       cache = map_rows(rows, cache)
-    return t + 1, hypotheses, cache
+    return t + 1, state, token_B, cache
 
   # Rows that go on from the start all have the cache of the start.
-  hypotheses, _ = extend(jnp.int32(0), start, logits_BxV)
-  carry = jnp.int32(1), hypotheses, cache
+  state, token_B, _ = extend(jnp.int32(0), state, logits_BxV)
+  carry = jnp.int32(1), state, token_B, cache
   return jax.lax.while_loop(proceed, turn, carry)[1]

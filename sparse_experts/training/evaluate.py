@@ -11,6 +11,7 @@ import jax
 
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
+from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
 from sparse_experts.models.model import Model
 from sparse_experts.training import checkpoints, task_metrics
 from sparse_experts.training.report import scalars
@@ -30,14 +31,16 @@ def evaluate(
   rules: Mapping[str, sharding.MeshAxes] | None = None,
   max_tokens: int | None = None,
   rank_options: bool = False,
+  strategy: Sampling | BeamSearch = GREEDY,
 ) -> dict[str, Any]:
   """Evaluates the latest checkpoint in `model_dir` on a dataset's split.
 
   The loss is taken at the model's evaluation capacity factor. If the task has
-  metrics of its own, answers are decoded greedily (without capacity) and given
-  to `seqio.Evaluator`; a mixture's tasks each have theirs. Results go to
+  metrics of its own, answers are decoded (without capacity) and given to
+  `seqio.Evaluator`; a mixture's tasks each have theirs. Results go to
   TensorBoard, metrics.jsonl and
-  MODEL_DIR/evaluation/<task>-<split>-<step>.json.
+  MODEL_DIR/evaluation/<task>-<split>-<step>.json, `-ranked` before the step if
+  options are ranked.
 
   Args:
     model, dataset: what to evaluate on what.
@@ -46,6 +49,7 @@ def evaluate(
     max_tokens: tokens of an answer, at most; None: the length of targets.
     rank_options: where examples list options, the answer is the most probable
       of them, and results say how well calibrated the model is.
+    strategy: how the tokens of other answers are chosen; greedy by default.
 
   Returns:
     'step', 'capacity_factor', 'metrics' (see `models.model.summary`),
@@ -53,7 +57,7 @@ def evaluate(
     mean of the task's metrics, or minus the loss if it has none.
   """
   return Evaluation(
-    model, model_dir, dataset, mesh, rules, max_tokens, rank_options
+    model, model_dir, dataset, mesh, rules, max_tokens, rank_options, strategy
   )(model_dir)
 
 
@@ -66,6 +70,7 @@ def evaluate_all(
   rules: Mapping[str, sharding.MeshAxes] | None = None,
   max_tokens: int | None = None,
   rank_options: bool = False,
+  strategy: Sampling | BeamSearch = GREEDY,
   until: int | None = None,
   on_results: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def evaluate_all(
     FileNotFoundError: no checkpoint, and none to wait for.
   """
   evaluation = Evaluation(
-    model, model_dir, dataset, mesh, rules, max_tokens, rank_options
+    model, model_dir, dataset, mesh, rules, max_tokens, rank_options, strategy
   )
   found = []
   try:
@@ -143,15 +148,25 @@ class Evaluation:
   """A model on a dataset; data is read and programs are compiled once."""
 
   def __init__(
-    self, model, model_dir, dataset, mesh, rules, max_tokens, rank_options
+    self,
+    model,
+    model_dir,
+    dataset,
+    mesh,
+    rules,
+    max_tokens,
+    rank_options,
+    strategy,
   ):
     self._model, self._dataset, self._rules = model, dataset, rules
     self._mesh = sharding.make_mesh(**(mesh or {}))
     self._root = checkpoints.root_of(model_dir)
     self._name = f'{dataset.mixture_or_task_name}-{dataset.split}'
+    if rank_options:
+      self._name += '-ranked'
     self._loss = LossEvaluation(model, dataset, self._mesh)
     self._tasks = task_metrics.TaskMetrics(
-      model, dataset, self._mesh, max_tokens, rank_options
+      model, dataset, self._mesh, max_tokens, rank_options, strategy
     )
     self._settings = {
       'feature_lengths': dict(dataset.feature_lengths),
@@ -161,6 +176,7 @@ class Evaluation:
       'capacity_factor': model.capacity_factor_eval,
       'max_tokens': max_tokens,
       'rank_options': rank_options,
+      'strategy': repr(strategy),
     }
 
   def __call__(self, path) -> dict[str, Any]:

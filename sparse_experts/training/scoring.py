@@ -1,4 +1,4 @@
-"""Choosing among options by their probability, and prompts with examples.
+"""Choosing among options by their probability.
 
 The answer to a multiple-choice question is the option with the largest
 log-likelihood after the question, in total or per token (Brown et al. 2020,
@@ -141,44 +141,3 @@ class OptionScores:
         f'{self._length}: raise the length.'
       )
     return np.pad(np.int32(option), (0, self._length - len(option)))
-
-
-def draw_shots(
-  pool: int, k: int, *, seed: int, index: int, exclude: int | None = None
-) -> np.ndarray:
-  """Which k of a pool of examples are shown before example `index`, int [k].
-
-  A function of its arguments alone: not of batches, order or processes.
-
-  Args:
-    pool: how many examples there are to draw from, without replacement.
-    k: how many to show.
-    seed: of the whole evaluation.
-    index: of the example that is asked.
-    exclude: an index of the pool not to draw, such as the example itself.
-
-  Raises:
-    ValueError: there are not so many.
-
-  >>> sorted(draw_shots(3, 2, seed=0, index=5, exclude=1).tolist())
-  [0, 2]
-  """
-  others = np.delete(np.arange(pool), [] if exclude is None else [exclude])
-  if not 0 <= k <= len(others):
-    raise ValueError(
-      f'cannot show {k} examples: there are {len(others)} to draw from.'
-    )
-  random = np.random.default_rng([seed, index])
-  return random.choice(others, k, replace=False)
-
-
-def few_shot(
-  inputs: str, shots: Sequence[tuple[str, str]], separator: str = '\n\n'
-) -> str:
-  """A question after examples of questions with their answers.
-
-  >>> few_shot('3+4=', [('1+1=', '2')], separator=' ')
-  '1+1= 2 3+4='
-  """
-  shown = [f'{question} {answer}' for question, answer in shots]
-  return separator.join([*shown, inputs])

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from sparse_experts.data.dataset import Dataset
+from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
 from sparse_experts.models.model import Model
 from sparse_experts.training import calibration, scoring
 from sparse_experts.training.answers import Answers
@@ -26,6 +27,7 @@ class TaskMetrics:
     mesh: jax.sharding.Mesh,
     max_tokens: int | None,
     rank_options: bool,
+    strategy: Sampling | BeamSearch = GREEDY,
   ):
     """Finds the tasks that have metrics; `evaluate` has the arguments.
 
@@ -38,7 +40,7 @@ class TaskMetrics:
       if rank_options and _has_options(task, part):
         judge = _Ranked(task, model, part, mesh)
       else:
-        judge = _Written(task, model, part, mesh, max_tokens)
+        judge = _Written(task, model, part, mesh, max_tokens, strategy)
       self._judges.append(judge)
     if rank_options and not any(isinstance(j, _Ranked) for j in self._judges):
       raise ValueError(
@@ -85,9 +87,9 @@ def score(metrics: Metrics, loss: float) -> float:
 
 
 class _Written:
-  """The model writes an answer, token by token, and always the likeliest."""
+  """The model writes an answer, token by token."""
 
-  def __init__(self, task, model, dataset, mesh, max_tokens):
+  def __init__(self, task, model, dataset, mesh, max_tokens, strategy):
     import seqio
 
     from sparse_experts.data import converters
@@ -109,6 +111,7 @@ class _Written:
       mesh,
       dataset.batch_size,
       max_tokens=max_tokens or dataset.feature_lengths['targets'],
+      strategy=strategy,
     )
 
   def __call__(self, params):
@@ -116,7 +119,8 @@ class _Written:
 
     def predict(examples):
       indices, features = zip(*examples.as_numpy_iterator())
-      tokens_NxT, _ = self._answers(features, list(indices))
+      tokens, _ = self._answers(features, list(indices))
+      tokens_NxT = tokens if tokens.ndim == 2 else tokens[:, 0]  # Of beams.
       return list(zip(indices, tokens_NxT.tolist()))
 
     results, *_ = self._evaluator.evaluate(

@@ -45,6 +45,7 @@ class Benchmark:
     read: (prediction, example) -> text that metrics compare.
     normalise: options are ranked by log-probability per token, not in total;
       an example says so.
+    shots: examples in a prompt of the few-shot setting, see `data.few_shot`.
     splits: of the source; or their names there, by ours.
   """
 
@@ -60,6 +61,7 @@ class Benchmark:
   prepare: Callable[[tf.data.Dataset], tf.data.Dataset] | None = None
   read: Callable[[str, Mapping], str] | None = None
   normalise: bool = True
+  shots: int = 0
   splits: Sequence[str] | Mapping[str, str] = ('train', 'validation', 'test')
 
 
@@ -84,7 +86,14 @@ class Source(seqio.TfdsDataSource):
       ) from error
 
 
-def add(benchmark: Benchmark, vocabulary: seqio.Vocabulary) -> seqio.Task:
+ROWS: dict[str, Benchmark] = {}  # Of registered tasks, by name.
+
+
+def add(
+  benchmark: Benchmark,
+  vocabulary: seqio.Vocabulary,
+  ask: Callable[..., tf.data.Dataset] | None = None,
+) -> seqio.Task:
   """Registers a benchmark as a task.
 
   Its examples have the features 'inputs' and 'targets', their texts, and where
@@ -94,14 +103,15 @@ def add(benchmark: Benchmark, vocabulary: seqio.Vocabulary) -> seqio.Task:
   Args:
     benchmark: the row. `dataclasses.replace` makes another of it.
     vocabulary: of inputs and targets.
+    ask: a further preprocessor, of the texts.
   """
-  prepare = [benchmark.prepare] if benchmark.prepare else []
+  ROWS[benchmark.name] = benchmark
   return seqio.TaskRegistry.add(
     benchmark.name,
     source=Source(benchmark.source, splits=benchmark.splits),
     preprocessors=[
-      *prepare,
       functools.partial(as_text, benchmark=benchmark),
+      *([ask] if ask else []),
       functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=True),
       seqio.preprocessors.append_eos_after_trim,
     ],
@@ -113,8 +123,15 @@ def add(benchmark: Benchmark, vocabulary: seqio.Vocabulary) -> seqio.Task:
   )
 
 
+def texts(benchmark: Benchmark, split: str) -> tf.data.Dataset:
+  """The texts of a split, in order."""
+  source = Source(benchmark.source, splits=benchmark.splits)
+  return as_text(source.get_dataset(split, shuffle=False), benchmark)
+
+
 def as_text(dataset: tf.data.Dataset, benchmark: Benchmark) -> tf.data.Dataset:
   """Examples of text by the row's templates."""
+  dataset = benchmark.prepare(dataset) if benchmark.prepare else dataset
 
   def texts(example):
     result = {'inputs': fill(benchmark.inputs, example)}

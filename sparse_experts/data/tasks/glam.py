@@ -4,7 +4,9 @@
   glam_nlg, glam_nlu, glam  mixtures of them
 
 All have a split 'validation', which stands for the test split where a source
-has no other that is labelled.
+has no other that is labelled, and where the paper asks it. `shots` are GPT-3's,
+which GLaM's are (appendix H, table H.1; StoryCloze's 70 is read in its text,
+the others have not been checked).
 
 GLaM ranks options by log-probability over number of tokens; ReCoRD's and COPA's
 by log-probability. The prompts are this project's, in the manner of GPT-3's
@@ -19,7 +21,7 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
-from sparse_experts.data import metrics, mixing, vocabularies
+from sparse_experts.data import few_shot, metrics, mixing, vocabularies
 from sparse_experts.data.tasks import finetuning, glue
 from sparse_experts.data.tasks.benchmark import Benchmark, add
 
@@ -173,10 +175,11 @@ _NLI = '{premise}\nquestion: {hypothesis} true, false or neither?\nanswer:'
 _TRAIN_VALIDATION = ('train', 'validation')
 _DEV = {'train': 'train', 'validation': 'dev'}
 _TEST = {'train': 'train', 'validation': 'test'}
+_DEV_SHOTS = {'shots': 'validation', 'validation': 'test'}
 
 
 def _nlu(name, source, inputs, options, splits=None, **more):
-  more = {'metrics': _ACCURACY, **more}
+  more = {'metrics': _ACCURACY, 'shots': 32, **more}
   if splits:
     more['splits'] = splits
   return Benchmark(name, source, inputs, options=options, **more)
@@ -185,81 +188,81 @@ def _nlu(name, source, inputs, options, splits=None, **more):
 def _arc(name, config):
   return _nlu(
     name, f'ai2_arc/{config}:1.0.0', 'Question: {question}\nAnswer:',
-    'choices/text', prepare=finetuning.listed_choices,
+    'choices/text', prepare=finetuning.listed_choices, shots=50,
   )  # fmt: skip
 
 
 def _race(name, config):
   return _nlu(
     name, f'race/{config}:2.0.0', '{article}\n' + _QA, 'options',
-    {**_DEV, 'test': 'test'}, prepare=questions,
+    {**_DEV, 'test': 'test'}, prepare=questions, shots=10,
   )  # fmt: skip
 
 
 NLG = (
   Benchmark(
     'glam_triviaqa', 'trivia_qa/unfiltered.nocontext:1.1.0', _QA,
-    answers='answer/aliases', metrics=_only(metrics.trivia_qa, 'em'),
+    answers='answer/aliases', metrics=_only(metrics.trivia_qa, 'em'), shots=64,
   ),
   Benchmark(
     'glam_nq', 'natural_questions_open:1.0.0', _QA, answers='answer',
-    metrics=_EM, splits=_TRAIN_VALIDATION,
+    metrics=_EM, splits=_TRAIN_VALIDATION, shots=64,
   ),
   Benchmark(
     'glam_webqs', 'web_questions:1.0.0', _QA, answers='answers', metrics=_EM,
-    splits=_TEST,
+    splits=_TEST, shots=64,
   ),
   Benchmark(
     'glam_squadv2', 'squad/v2.0:3.0.0', '{title}\n{context}\n' + _QA,
     answers='answers', metrics=_F1, prepare=answer_or_none,
-    splits=_TRAIN_VALIDATION,
+    splits=_TRAIN_VALIDATION, shots=16,
   ),
   Benchmark(
     'glam_lambada', 'lambada:1.0.0', '{passage}', '{word}', metrics=_ACCURACY,
-    prepare=last_word, splits=_TEST,
+    prepare=last_word, splits=_DEV_SHOTS, shots=15,
   ),
   Benchmark(
     'glam_drop', 'drop:2.0.0', '{passage}\n' + _QA, answers='answers',
-    metrics=_F1, prepare=all_answers, splits=_DEV,
+    metrics=_F1, prepare=all_answers, splits=_DEV, shots=20,
   ),
   Benchmark(
     'glam_quac', 'quac:1.0.0', '{title}: {section_title}\n{context}\n' + _QA,
-    answers='answers/text', metrics=_F1, splits=_TRAIN_VALIDATION,
+    answers='answers/text', metrics=_F1, splits=_TRAIN_VALIDATION, shots=5,
   ),
   Benchmark(
     'glam_coqa', 'coqa:1.0.0', '{text}', answers='answers', metrics=_F1,
-    prepare=turns, splits=_TEST,
+    prepare=turns, splits=_TEST, shots=5,
   ),
 )  # fmt: skip
 
 NLU = (
   _nlu(
     'glam_hellaswag', 'hellaswag:1.1.0', '{activity_label}: {context}',
-    'endings',
+    'endings', shots=20,
   ),
   _nlu(
     'glam_storycloze', 'story_cloze/2016:1.0.0', '{context}', 'endings',
-    ('validation', 'test'), prepare=from_zero,
+    _DEV_SHOTS, prepare=from_zero, shots=70,
   ),
   _nlu(
     'glam_winograd', 'wsc273:1.0.0', '{before}', 'options',
-    {'validation': 'test'}, prepare=schema,
+    {'validation': 'test'}, prepare=schema, shots=7,
   ),
   _nlu(
     'glam_winogrande', 'winogrande:1.2.0', '{before}', 'options',
     {'train': 'train_xl', 'validation': 'validation', 'test': 'test'},
-    prepare=blank,
+    prepare=blank, shots=50,
   ),
   _nlu(
     'glam_piqa', 'piqa:1.0.0', 'Question: {goal}\nAnswer:',
-    ('{sol1}', '{sol2}'), _TRAIN_VALIDATION,
+    ('{sol1}', '{sol2}'), _TRAIN_VALIDATION, shots=50,
   ),
   _arc('glam_arc_e', 'ARC-Easy'),
   _arc('glam_arc_c', 'ARC-Challenge'),
   _nlu(
     'glam_openbookqa', 'openbookqa:0.1.0', '{question/stem}',
     tuple(f'{{question/choice_{letter}}}' for letter in 'ABCD'),
-    label='answerKey',
+    label='answerKey', shots=100,
   ),
   _nlu(
     'glam_boolq', 'super_glue/boolq:1.0.2',
@@ -302,6 +305,7 @@ NLU = (
     _nlu(
       f'glam_anli_r{i}', f'anli/r{i}:0.1.0',
       _NLI.replace('premise', 'context'), ('true', 'neither', 'false'),
+      shots=50,
     )
     for i in (1, 2, 3)
   ),
@@ -316,9 +320,10 @@ def averages(
   """The paper's averages: unweighted means over tasks of NLG, NLU and all 29.
 
   Args:
-    scores: metrics of each task by its name; a group of which one is missing
-      has no average.
+    scores: metrics of each task by its name, with shots or without; a group of
+      which one is missing has no average.
   """
+  scores = {few_shot.asked(name): found for name, found in scores.items()}
   groups = {'nlg': NLG, 'nlu': NLU, 'all': (*NLG, *NLU)}
   return {
     group: metrics.average({row.name: scores[row.name] for row in rows})
