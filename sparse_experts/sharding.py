@@ -53,6 +53,7 @@ RULES: Mapping[str, MeshAxes] = {
   'expert': 'expert',
   'layers': None,
   'router': None,  # E of a router's kernel: whole on every device.
+  'router_width': None,  # What else a router has: tasks, groups, bits.
   'slots': None,  # Slots of an expert, where a router has parameters of them.
   'relpos_buckets': None,
 }

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import tensorstore as ts
-from flax import linen as nn
+from flax import serialization
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -107,6 +107,14 @@ def test_to_native_and_back_to_t5x(name, t5x_folder, tmp_path):
     for path in arrays:
       ours, theirs = (read_zarr(p) for p in (path, written / path.name))
       np.testing.assert_array_equal(ours, theirs, err_msg=path.name)
+    ours, theirs = (
+      serialization.msgpack_restore((folder / 'checkpoint').read_bytes())
+      for folder in (written, t5x_folder / T5X[name])
+    )
+    ours, theirs = (
+      tree['optimizer']['state']['step'] for tree in (ours, theirs)
+    )
+    assert ours.dtype == theirs.dtype and ours == theirs == 40
 
 
 def read_zarr(path):
@@ -269,28 +277,34 @@ def test_any_small_model_survives_hugging_face(tmp_path_factory, recipe, seed):
   )
   convert(folder / 'hf', folder / 'again')
   assert_same(params_of(folder / 'native'), params_of(folder / 'again'))
+  before, after = (
+    config.model_of((folder / name / 'config.gin').read_text())
+    for name in ('native', 'again')
+  )
+  assert differences(before, after) == {}
 
 
 def test_restores_onto_any_mesh(tmp_path):
   convert(DATA / 'hf_mixtral_tiny', tmp_path / 'native')
+  saved = params_of(tmp_path / 'native')
   model = load(tmp_path / 'native')[0]
-  mesh = sharding.make_mesh(data=2, expert=4)
   tokens = jax.ShapeDtypeStruct((8, 2), np.int32)
   names = ('decoder_input_tokens', 'decoder_target_tokens')
-  with sharding.use_mesh(mesh):
-    boxed = jax.eval_shape(
-      lambda: model.init(jax.random.key(0), dict.fromkeys(names, tokens))
-    )
-    placed = sharding.shardings(boxed, mesh)
-    params, step = checkpoints.load_params(tmp_path / 'native', boxed, placed)
-  wi = params['decoder']['layers_0']['moe']['expert']['wi_0']['kernel']
-  assert step == 0 and wi.sharding.spec[0] == 'expert'
-  assert wi.addressable_shards[0].data.shape[0] == 1  # Of 4 experts.
-  assert_same(
-    checkpoints.flatten(jax.tree.map(np.asarray, params)),
-    params_of(tmp_path / 'native'),
-  )
-  assert nn.unbox(boxed).keys() == params.keys()
+  for data, expert, columns in [(2, 4, 1), (2, 2, 2), (8, 1, 1)]:
+    mesh = sharding.make_mesh(data, expert, columns)
+    with sharding.use_mesh(mesh):
+      boxed = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), dict.fromkeys(names, tokens))
+      )
+      placed = sharding.shardings(boxed, mesh)
+      params, step = checkpoints.load_params(tmp_path / 'native', boxed, placed)
+    assert step == 0
+    wi = params['decoder']['layers_0']['moe']['expert']['wi_0']['kernel']
+    # 4 experts of 32 x 64, the last axis over `model`.
+    part = wi.addressable_shards[0].data
+    assert part.shape == (4 // expert, 32, 64 // columns)
+    on_host = jax.tree.map(np.asarray, params)
+    assert_same(checkpoints.flatten(on_host), saved)
 
 
 @pytest.mark.parametrize(

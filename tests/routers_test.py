@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from sparse_experts import config
+from sparse_experts import config, sharding
 from sparse_experts.layers.mlp import Mlp
 from sparse_experts.moe import CapacityRule, MoE, einsum, gather
 from sparse_experts.moe.assignment import Assignment
@@ -56,6 +56,7 @@ class Routed:
         {'params': KEY, 'dropout': KEY}, self.x, **self.given, **self.static
       )
     )
+    self.names = sharding.names_of(shapes.get('params', {}))
     # All different, those too that start at zero.
     self.params = jax.tree.map(
       lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
@@ -235,6 +236,34 @@ def test_a_causal_router_does_not_look_ahead(name, train):
     before, _ = router(train=train)
     after, _ = router(other, train=train, given=given)
     assert_same(of_tokens(before, slice(first)), of_tokens(after, slice(first)))
+
+
+def test_exchangeable_experts_are_known_by_their_parameters(name):
+  router = routed(name)
+  if not router.router.exchangeable:
+    pytest.skip('says that they are not')
+  order = np.random.default_rng(4).permutation(E)
+
+  def renumbered(leaf, names):
+    for axis, axis_name in enumerate(names):
+      if axis_name == 'router':
+        leaf = leaf.take(order, axis)
+    return leaf
+
+  def weights(params):
+    """Of every token, for every expert: [G, S, E, ...]."""
+    assignment, _ = router._call(
+      params, router.x, padded(), router.given, KEY, train=False
+    )
+    if not isinstance(assignment, Assignment):
+      return np.asarray(assignment.combine_GxSxExC)
+    onehot_GxSxKxE = jax.nn.one_hot(assignment.expert_GxSxK, E)
+    return np.einsum('GSK,GSKE->GSE', assignment.gate_GxSxK, onehot_GxSxKxE)
+
+  before = weights(router.params)
+  after = weights(jax.tree.map(renumbered, router.params, router.names))
+  np.testing.assert_allclose(after, before[:, :, order], atol=1e-6)
+  assert (after != before).any() or name == 'thor'  # A mean over all.
 
 
 def test_what_does_not_drop_does_not(name):

@@ -23,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--output', metavar='PATH', required=True, help='a new folder'
   )
+  parser.add_argument(
+    '--experts',
+    type=_indices,
+    metavar='J,J,...',
+    help='experts of the input, by index, that the output has',
+  )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     gin_files=args.gin_file,
     bindings=args.bindings,
     search_paths=[path for path in args.gin_search_paths.split(',') if path],
+    experts=args.experts,
     dry_run=args.dry_run,
   )
   if args.json:
@@ -44,3 +51,12 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(fact, list):
       fact = ', '.join(fact) or 'nothing'
     print(f'{name + ":":12}{fact}')
+
+
+def _indices(text: str) -> list[int]:
+  try:
+    return [int(index) for index in text.split(',')] if text else []
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(
+      f'indices such as 0,2,5, not {text!r}'
+    ) from error

@@ -21,6 +21,7 @@ from flax import traverse_util
 from sparse_experts.convert import native, places
 from sparse_experts.convert.formats import FORMATS, Checkpoint, look
 from sparse_experts.convert.places import Places
+from sparse_experts.convert.selection import select
 
 _JOURNAL = 'journal.jsonl'
 
@@ -64,6 +65,7 @@ def convert(
   gin_files: Sequence[str] = (),
   bindings: Sequence[str] = (),
   search_paths: Sequence[str] = (),
+  experts: Sequence[int] | None = None,
   dry_run: bool = False,
 ) -> dict[str, Any]:
   """Writes the checkpoint at `path` into a new folder, in another format.
@@ -78,6 +80,8 @@ def convert(
     source: its format; None: what it looks like.
     target: the format to write.
     gin_files, bindings, search_paths: see `formats.look`.
+    experts: of the input, those of the output; then `gin_files` and the rest
+      are the output's model, see `selection.select`. None: all, as they are.
     dry_run: check, and write nothing.
 
   Returns:
@@ -95,13 +99,15 @@ def convert(
   output = pathlib.Path(output).absolute()
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise ValueError(f'{output} is there already; give another --output.')
-  checkpoint = look(
-    path,
-    source,
-    gin_files=gin_files,
-    bindings=bindings,
-    search_paths=search_paths,
-  )
+  given = {
+    'gin_files': gin_files,
+    'bindings': bindings,
+    'search_paths': search_paths,
+  }
+  if experts is None:
+    checkpoint = look(path, source, **given)
+  else:
+    checkpoint = select(look(path, source), experts, **given)
   where = FORMATS[target].target_places(checkpoint.model, checkpoint.shapes)
   shapes = places.expected(checkpoint.shapes, where)
   parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
@@ -213,6 +219,7 @@ def _fingerprint(checkpoint: Checkpoint, target: str) -> str:
     'path': str(checkpoint.path),
     'target': target,
     'gin': checkpoint.gin,
+    'experts': checkpoint.experts,
     'tensors': {
       name: [list(tensor.shape), str(tensor.dtype)]
       for name, tensor in checkpoint.tensors.items()

@@ -38,6 +38,7 @@ class Checkpoint:
     tensors: of the checkpoint.
     step: of training; 0 where the format does not say.
     unused: what else it holds, which is not converted.
+    experts: those of the input that it has; None: all, as they were.
   """
 
   path: pathlib.Path
@@ -48,6 +49,7 @@ class Checkpoint:
   tensors: Tensors
   step: int
   unused: list[str]
+  experts: list[int] | None = None
 
 
 def look(
@@ -85,11 +87,7 @@ def look(
     described = found.gin()
     own = config.model_of(described)
     model = config.model_of(described, bindings) if bindings else own
-    for argument, (theirs, ours) in differences(own, model).items():
-      raise ValueError(
-        f'{path} is of a model whose {argument or "kind"} is {theirs!r}, not '
-        f'{ours!r}; converting changes no model: leave that binding out.'
-      )
+    check_same(path, own, model)
   gin = config.text()
   shapes = places.plain_shapes(model)
   where = module.source_places(model, shapes, found.tensors)
@@ -97,6 +95,30 @@ def look(
   return Checkpoint(
     path, gin, model, shapes, where, found.tensors, found.step, found.unused
   )
+
+
+def check_same(
+  path: pathlib.Path, own: Model, model: Model, but: str = ''
+) -> None:
+  """Raises ValueError where `model` says anything else than `own`.
+
+  Args:
+    path: of the checkpoint.
+    own: its model.
+    model: another.
+    but: the name of an argument that may differ.
+  """
+  for argument, (theirs, ours) in differences(own, model).items():
+    name = argument.rpartition('.')[2]
+    if name == but:
+      continue
+    remedy = 'leave that binding out'
+    if name == 'num_experts':
+      remedy += ', or say by --experts which to take'
+    raise ValueError(
+      f'{path} is of a model whose {argument or "kind"} is {theirs!r}, not '
+      f'{ours!r}; converting changes no model: {remedy}.'
+    )
 
 
 def _guess(path: pathlib.Path) -> str:

@@ -30,7 +30,8 @@ def read(path: pathlib.Path) -> Found:
     file = pathlib.Path(checkpoints.root_of(path)) / CONFIG
     if not file.is_file():
       raise FileNotFoundError(
-        f'no {file}, so the model is unknown; give --gin_file=MODEL.'
+        f'no {file}, so the model is unknown; put it there, or give '
+        '--gin_file=MODEL.'
       )
     return file.read_text()
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from sparse_experts import sharding
 from sparse_experts.convert import axes
 from sparse_experts.convert.arguments import arguments
 from sparse_experts.convert.tables import Row
@@ -143,6 +144,11 @@ def parts(shapes: Shapes, places: Places) -> dict[str, Shape]:
 
 def plain_shapes(model: Model) -> dict[str, Shape]:
   """Shapes of a model's parameters in plain form."""
+  return {name: shape for name, (shape, _) in plain(model).items()}
+
+
+def plain(model: Model) -> dict[str, tuple[Shape, tuple[str, ...]]]:
+  """Shape and axis names of each of a model's parameters in plain form."""
   sizes = [
     size
     for path, size in arguments(model).items()
@@ -156,18 +162,22 @@ def plain_shapes(model: Model) -> dict[str, Shape]:
   boxed = jax.eval_shape(
     lambda: model.init(jax.random.key(0), dict.fromkeys(names, tokens))
   )
-  shapes = {}
-  for name, leaf in checkpoints.flatten(nn.unbox(boxed)).items():
+  leaves = checkpoints.flatten(nn.unbox(boxed)).items()
+  labels = jax.tree.leaves(
+    sharding.names_of(boxed), is_leaf=lambda node: isinstance(node, tuple)
+  )
+  found = {}
+  for (name, leaf), label in zip(leaves, labels, strict=True):
     scanned = re.fullmatch(r'(\w+)/period/layers_(\d+)/(.*)', name)
     if not scanned:
-      shapes[name] = leaf.shape
+      found[name] = leaf.shape, label
       continue
     stack, j, rest = scanned.groups()
     prefix, period, repeats = split_period(_kinds(model, stack))
     for r in range(repeats):
-      plain = f'{stack}/layers_{prefix + r * period + int(j)}/{rest}'
-      shapes[plain] = leaf.shape[1:]
-  return {name: shapes[name] for name in sorted(shapes, key=_natural)}
+      name = f'{stack}/layers_{prefix + r * period + int(j)}/{rest}'
+      found[name] = leaf.shape[1:], label[1:]
+  return {name: found[name] for name in sorted(found, key=_natural)}
 
 
 def ours(

@@ -7,6 +7,7 @@ import pathlib
 import re
 from collections.abc import Iterable
 
+import numpy as np
 from flax import serialization, traverse_util
 
 from sparse_experts import config
@@ -193,7 +194,7 @@ class Writer:
       'version': 3,
       'optimizer': {
         'target': traverse_util.unflatten_dict(specs, sep='/'),
-        'state': {'step': self._step},
+        'state': {'step': np.asarray(self._step, np.int32)},
       },
     }
     (self.folder / 'checkpoint').write_bytes(

@@ -79,7 +79,8 @@ def check(tensors: Tensors, expected: Shapes, where: object) -> None:
     if tuple(tensor.shape) != tuple(expected[name]):
       raise ValueError(
         f'{where}: {name} has shape {tuple(tensor.shape)}, and this model '
-        f'{tuple(expected[name])}; give the configuration it was made with.'
+        f'{tuple(expected[name])}; give the configuration it was made with '
+        '(--experts changes the number of experts).'
       )
   dtypes = collections.Counter(str(tensor.dtype) for tensor in tensors.values())
   usual = dtypes.most_common(1)[0][0]

@@ -36,6 +36,9 @@ class Router(nn.Module):
     is_causal: no token's fate depends on a later token of its group.
     drops: its lines can be longer than S * k / E, so that tokens are left out
       at a capacity factor of 1.
+    exchangeable: an expert's index is only its name: renumbered experts, and
+      the axes `router` of all parameters with them, are chosen as before. Then
+      any of them can be taken out or copied.
   """
 
   num_experts: int
@@ -44,6 +47,7 @@ class Router(nn.Module):
   needs: ClassVar[tuple[str, ...]] = ()
   is_causal: ClassVar[bool] = True
   drops: ClassVar[bool] = True
+  exchangeable: ClassVar[bool] = True
 
   def check_k(self) -> None:
     """Raises ValueError unless 1 <= k <= num_experts."""
@@ -67,14 +71,16 @@ class Router(nn.Module):
 
     Args:
       x_GxSxD: tokens, of any float dtype.
-      width: columns of W; None: E.
+      width: columns of W; None: E, one for each expert.
       kernel_init: initialiser of W, [D, width].
       jitter: x is multiplied by uniform(1 - jitter, 1 + jitter).
       name: of the parameter W.
     """
     kernel_DxE = self.param(
       name,
-      sharding.named(kernel_init, 'embed', 'router'),
+      sharding.named(
+        kernel_init, 'embed', 'router' if width is None else 'router_width'
+      ),
       (x_GxSxD.shape[-1], width or self.num_experts),
       jnp.float32,
     )

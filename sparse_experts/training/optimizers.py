@@ -33,6 +33,7 @@ ROLES: Mapping[str, str] = {
   'expert': 'batch',
   'layers': 'batch',
   'router': 'whole',
+  'router_width': 'whole',
   'slots': 'whole',
   'relpos_buckets': 'whole',
 }

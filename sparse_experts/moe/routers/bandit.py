@@ -55,7 +55,7 @@ class Bandit(Router):
     if not 0 <= self.epsilon <= 1:
       raise ValueError(f'epsilon must be from 0 to 1, got {self.epsilon}.')
     E = self.num_experts
-    value_GxSxE = predict_reward(self, x_GxSxD, mask_GxS, E)
+    value_GxSxE = predict_reward(self, x_GxSxD, mask_GxS)
     expert_GxSx1 = largest(value_GxSxE, 1)
     if not deterministic:
       explores, which = jax.random.split(self.make_rng('dropout'))

@@ -75,6 +75,11 @@ class DeepSeek(Router):
     """No token's fate depends on a later token of its group."""
     return is_causal(self.priority, self.k)
 
+  @property
+  def exchangeable(self) -> bool:
+    """Groups are runs of neighbours."""
+    return self.expert_groups == 1
+
   @nn.compact
   def __call__(
     self,

@@ -56,6 +56,8 @@ class DSelectK(Router):
   static: bool = False
   gamma: float = 1.0
 
+  exchangeable = False  # A code is an expert's index.
+
   @nn.compact
   def __call__(
     self,
@@ -78,7 +80,10 @@ class DSelectK(Router):
     def values(name, width, init):
       """Of every token, [G, S, width]."""
       bias = self.param(
-        f'{name}_bias', sharding.named(init, 'router'), (width,), jnp.float32
+        f'{name}_bias',
+        sharding.named(init, 'router_width'),
+        (width,),
+        jnp.float32,
       )
       if self.static:
         return jnp.broadcast_to(bias, (G, S, width))

@@ -40,6 +40,7 @@ class Given(Router):
   table: Sequence[int | Sequence[int]] | None = None
 
   needs = ('task_ids',)
+  exchangeable = False  # The table names experts.
 
   @nn.compact
   def __call__(

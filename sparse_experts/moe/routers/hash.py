@@ -217,6 +217,7 @@ class Hash(Router):
   table: Callable[[int, int, int], np.ndarray] = RandomTable()
 
   needs = ('token_ids',)
+  exchangeable = False  # The table names experts.
 
   @nn.compact
   def __call__(

@@ -63,6 +63,7 @@ class Hierarchical(Router):
   kernel_init: nn.initializers.Initializer = nn.initializers.zeros
 
   needs = ('rng',)
+  exchangeable = False  # Neighbours are a group.
 
   @property
   def is_causal(self) -> bool:
@@ -79,7 +80,7 @@ class Hierarchical(Router):
   ) -> tuple[Assignment, Aux]:
     """Routes tokens x [G, S, D]; masked tokens get no expert."""
     width = self.expert_groups or _squarest(self.num_experts)
-    levels = {'primary_': width, '': self.num_experts}
+    levels = {'primary_': width, '': None}
     given = {}
     for level, columns in levels.items():
       logits, noise = (

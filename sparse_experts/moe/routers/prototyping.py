@@ -43,6 +43,8 @@ class Prototyping(Router):
   jitter: float = 0.0
   kernel_init: nn.initializers.Initializer = KERNEL_INIT
 
+  exchangeable = False  # Neighbours are a prototype.
+
   @property
   def needs(self) -> tuple[str, ...]:
     return ('rng',) if self.jitter else ()

@@ -63,6 +63,11 @@ class Random(Router):
       *(('token_ids',) if self.evaluation == 'token_ids' else ()),
     )
 
+  @property
+  def exchangeable(self) -> bool:
+    """A table would name experts."""
+    return self.evaluation == 'mean'
+
   @nn.compact
   def __call__(
     self,

@@ -135,9 +135,12 @@ def entropy(logits_GxSxE: Array) -> Array:
 
 
 def predict_reward(
-  router: Router, x_GxSxD: Array, mask_GxS: Array | None, width: int
+  router: Router,
+  x_GxSxD: Array,
+  mask_GxS: Array | None,
+  width: int | None = None,
 ) -> Array:
-  """x V + b, float32 [G, S, width]; call it inside a compact method.
+  """x V + b, float32 [G, S, width or E]; call it inside a compact method.
 
   It starts at 0, and no gradient reaches x: what predicts the reward is not to
   shape what earns it.
@@ -150,8 +153,10 @@ def predict_reward(
   )
   bias = router.param(
     'value_bias',
-    sharding.named(nn.initializers.zeros, 'router'),
-    (width,),
+    sharding.named(
+      nn.initializers.zeros, 'router' if width is None else 'router_width'
+    ),
+    (width or router.num_experts,),
     jnp.float32,
   )
   values += bias[None, None]

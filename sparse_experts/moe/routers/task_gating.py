@@ -72,7 +72,7 @@ class TaskGating(Router):
     G, S, D = x_GxSxD.shape
     embedding_TxD = self.param(
       'embedding',
-      sharding.named(self.embedding_init, 'router', 'embed'),
+      sharding.named(self.embedding_init, 'router_width', 'embed'),
       (self.num_tasks, D),
       jnp.float32,
     )
