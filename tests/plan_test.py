@@ -34,16 +34,16 @@ CHIP = Chip('toy', 2**20, 1e3, 1e2, 1e1, 2, 1, 'a test')
 TOY = Workload(
   blocks={
     ('decoder', 'period', 'layers_0'): Block(
-      layers=2, stream=100, width=200, heads=300, mlp=400, attention=50,
-      flops=1000, attention_flops=100,
+      layers=2, stream=100, float32_inputs=2, width=200, heads=300, mlp=400,
+      attention=50, biased=50, flops=1000, attention_flops=100,
     ),
     ('decoder', 'period', 'layers_1'): Block(
-      layers=2, stream=100, width=100, heads=300, attention=50, slots=120,
-      hidden=240, flops=500, expert_flops=600, attention_flops=100,
-      group=(8, 8),
+      layers=2, stream=100, float32_inputs=3, routed=60, width=100, heads=300,
+      attention=50, biased=50, slots=120, hidden=240, flops=500,
+      expert_flops=600, attention_flops=100, group=(8, 8),
     ),
   },
-  logits=1000, logits_flops=700, itemsize=2, num_experts=8,
+  logits=1000, logits_flops=700, itemsize=2, is_relu=False, num_experts=8,
 )  # fmt: skip
 ALONE = {'data': 1, 'expert': 1, 'model': 1}
 
@@ -75,7 +75,7 @@ def test_workload_by_hand(run, traced):
   assert (dense.stream, dense.width) == (tokens * D, 2 * tokens * D)
   # 2 heads of 8: queries, keys, values.
   assert (dense.heads, dense.mlp) == (3 * tokens * 16, tokens * F)
-  assert dense.attention == B * 2 * L * L
+  assert dense.attention == dense.biased == B * 2 * L * L
   assert dense.attention_flops == 2 * 2 * B * 2 * L * L * 8
   assert dense.flops == 2 * tokens * (4 * D * 16 + 2 * D * F)
   # 1.25 * 8 / 8 slots are 2, but the least is 4; router D x E.
@@ -84,6 +84,9 @@ def test_workload_by_hand(run, traced):
   assert sparse.expert_flops == 2 * rows * E * 2 * D * F
   assert sparse.flops == 2 * tokens * (4 * D * 16 + D * E)
   assert (sparse.group, dense.group) == ((L, L), None)
+  # Two norms; and a router.
+  assert (dense.float32_inputs, sparse.float32_inputs) == (2, 3)
+  assert (dense.routed, sparse.routed, work.is_relu) == (0, tokens * E, True)
   assert (work.logits, work.itemsize) == (tokens * V, 2)
   facts = ledger.ledger(run.model, {'targets': L})
   executed = facts['executed_forward_flops_per_sequence']
@@ -155,7 +158,23 @@ def test_memory_by_hand():
   dots = memory(TOY, stacks, ALONE, remat='dots', microbatches=1)
   assert dots.peak - full.peak == 2 * (1800 + 800)
   none = memory(TOY, stacks, ALONE, remat='none', microbatches=1)
-  assert none.peak > dots.peak
+  # Input, norms, Q K V, attention, hidden; and logits, slots where it routes.
+  dense = 200 + 12 * 200 + 600 + 300 + 4 * 2 * 400
+  sparse = 200 + 12 * (300 + 60) + 600 + 300 + 4 * 2 * 240 + 4 * 120
+  kept = 2 * (dense + sparse)
+  assert none.peak == 4100 + 11 + 100 + 2000 + kept + 10 * 1000
+  # Without a bias of positions half as much of attention is worked on.
+  blocks = {
+    path: dataclasses.replace(block, biased=0)
+    for path, block in TOY.blocks.items()
+  }
+  plain = dataclasses.replace(TOY, blocks=blocks, logits=0)
+  backward = 4100 + 2000 + 800 + 300 + 4 * 700
+  found = memory(plain, stacks, ALONE, remat='full', microbatches=1)
+  assert found.peak == 4100 + 11 + backward
+  relu = dataclasses.replace(TOY, is_relu=True)
+  less = memory(relu, stacks, ALONE, remat='none', microbatches=1)
+  assert none.peak - less.peak == 2.5 * 2 * 2 * (400 + 240)
 
 
 def test_the_last_stack_is_freed_before_the_first():
@@ -328,7 +347,7 @@ def test_command_says_what_is_wrong(arguments, words):
 
 
 def table_rows() -> list[tuple[str, ...]]:
-  """Recipe, topology, bindings, predicted and compiled GiB of each row."""
+  """Recipe, topology, settings, predicted and compiled GiB of each row."""
   pattern = (
     r'^\| `([\w/.]+)` \| `([\w:]+)` \| `(.*)` \| (?:yes|no) '
     r'\| ([\d.]+) \| ([\d.]+) \| '
@@ -340,19 +359,24 @@ def test_predictions_are_near_what_the_compiler_says():
   rows = table_rows()
   errors = [float(row[3]) / float(row[4]) - 1 for row in rows]
   assert sum(abs(error) < 0.15 for error in errors) >= 10
-  # The one that the page explains.
+  # Those that the page explains.
   far = [row[0] for row, error in zip(rows, errors) if abs(error) >= 0.15]
-  assert far == ['switch/c']
+  assert far == ['switch/base', 'deepseek_moe/16b']
+  # All files of gin/meshes/ are rows, by name or by what they say.
+  for file in ROOT.glob('gin/meshes/*/*.gin'):
+    size, kind, sizes = file.stem.rsplit('_', 2)
+    recipe = f'{file.parent.name}/{size}'
+    assert any(row[:2] == (recipe, f'{kind}:{sizes}') for row in rows)
 
 
 @pytest.mark.slow
 def test_the_page_has_what_is_predicted_now():
-  for recipe, topology, bindings, predicted, _ in table_rows():
-    config.parse(
-      ['gin/runs/precompile.gin', f'gin/models/{recipe}.gin'],
-      bindings.split(),
-      [],
-    )
+  for recipe, topology, settings, predicted, _ in table_rows():
+    files = ['gin/runs/precompile.gin', f'gin/models/{recipe}.gin']
+    bindings = settings.split()
+    if settings.endswith('.gin'):
+      files, bindings = [*files, settings], []
+    config.parse(files, bindings, [])
     found = plan.predict(
       config.bound(precompile.Run)(), *chips.parse_topology(topology)
     )

@@ -21,13 +21,17 @@ bytes each:
     saved, per block   full   a BLD
                        dots   a BLD and a for each output of a product with one
                               parameter
-                       none   (4 NORMS + a) BLD + a HA + 6 BHLM + 2 a (slots)
-                              + ACTIVATION a (hidden elements of FFN, experts)
-    working            12 BHLM (6 under 'none') + 2 a (HA, hidden elements,
-                       slots), of the largest block
+                       none   a BLD + 12 (BLD of each norm and router + GSE)
+                              + a HA + 6 BHLM + 2 a (slots)
+                              + (ACTIVATION or RELU) a (hidden elements)
+    working            6 BHLM + 2 a (HA, hidden elements, slots), and under
+                       'full' and 'dots' 6 more for each BHLM with a bias of
+                       positions, in float32 then; of the largest block
 
-The constants are those of XLA's programs for TPU; docs/results/pods_memory.md
-has predictions beside what the compiler says.
+Hidden elements are those of FFNs and of experts' slots. Norms and routers
+compute in float32 and keep three arrays each of what they read; a router three
+more of its logits, G S E. The constants are those of XLA's programs for TPU;
+docs/results/pods_memory.md has predictions beside what the compiler says.
 """
 
 from __future__ import annotations
@@ -53,8 +57,9 @@ from sparse_experts.models.model import Model
 from sparse_experts.models.transformer import REMAT_POLICIES
 from sparse_experts.training import state
 
-NORMS = 4  # Of a block's input, its norms and residual sums, in float32.
-ACTIVATION = 5  # Of hidden elements, before, in and after the activation.
+FLOAT32 = 3 * 4  # Kept of an element that is read in float32.
+ACTIVATION = 4  # Of hidden elements, before, in and after the activation.
+RELU = 1.5  # If that is ReLU: its result, and a byte that says where it is 0.
 LOGITS = 10  # Bytes: float32 logits, their gradient, its cast.
 TABLES = 4  # Gathered: for look-up, logits and both gradients.
 
@@ -165,7 +170,7 @@ def memory(
   saved = dict.fromkeys(order, 0.0)
   working = dict.fromkeys(order, 0.0)
   for path, block in workload.blocks.items():
-    kept, at_work = _block(block, workload.itemsize, remat, model)
+    kept, at_work = _block(workload, block, remat, model)
     saved[path[0]] += block.layers * kept / shards
     working[path[0]] = max(working[path[0]], at_work / shards)
   copies = 2 if microbatches > 1 else 1
@@ -227,17 +232,18 @@ def activations_per_token(
 
 
 def _block(
-  block: Block, itemsize: int, remat: str, model: int
+  workload: Workload, block: Block, remat: str, model: int
 ) -> tuple[float, float]:
   """What a block keeps, and what its backward pass works on; all shards'."""
-  a, attention = itemsize, block.attention / model
+  a, attention = workload.itemsize, block.attention / model
   heads, mlp = block.heads / model, block.mlp / model
   hidden = mlp + block.hidden / model
   kept = a * block.stream
   if remat == 'dots':
     kept += a * (block.width + heads + mlp)
   elif remat == 'none':
-    kept += (NORMS * 4 + a) * block.stream + a * heads + 6 * attention
-    kept += ACTIVATION * a * hidden + 2 * a * block.slots
-  working = (6 if remat == 'none' else 12) * attention
+    kept += FLOAT32 * (block.float32_inputs * block.stream + block.routed)
+    kept += a * heads + 6 * attention + 2 * a * block.slots
+    kept += (RELU if workload.is_relu else ACTIVATION) * a * hidden
+  working = 6 * attention + (0 if remat == 'none' else 6 * block.biased / model)
   return kept, working + 2 * a * (heads + hidden + block.slots)

@@ -17,6 +17,7 @@ from flax import linen as nn
 from sparse_experts import sharding
 from sparse_experts.layers.attention import Attention
 from sparse_experts.layers.linear import Linear
+from sparse_experts.layers.mlp import Mlp
 from sparse_experts.models.model import Model
 
 
@@ -27,9 +28,12 @@ class Block:
   Attributes:
     layers: how many.
     stream: elements of its input, B L D.
+    float32_inputs: how many norms and routers read as many in float32.
+    routed: elements of its routers' logits, G S E.
     width, heads, mlp: elements of its products with parameters, by the axis
       that they have at the end (D; H A; F).
     attention: B H L M, summed over its attentions.
+    biased: of these, logits that get a bias of positions.
     slots, hidden: outputs of its experts' products, D and F wide, of every slot
       of every expert, full or empty, at training's capacity.
     flops, expert_flops, attention_flops: two for each multiply-add of products
@@ -40,10 +44,13 @@ class Block:
 
   layers: int = 1
   stream: int = 0
+  float32_inputs: int = 0
+  routed: int = 0
   width: int = 0
   heads: int = 0
   mlp: int = 0
   attention: int = 0
+  biased: int = 0
   slots: float = 0
   hidden: float = 0
   flops: float = 0
@@ -60,6 +67,7 @@ class Workload:
     blocks: by path, as ('decoder', 'period', 'layers_1').
     logits: elements B L V. logits_flops: of their product.
     itemsize: bytes of an activation.
+    is_relu: the FFNs' activation is that.
     num_experts: most of any layer; 1 for a dense model.
   """
 
@@ -67,6 +75,7 @@ class Workload:
   logits: int
   logits_flops: float
   itemsize: int
+  is_relu: bool
   num_experts: int
 
   def total(self, field: str) -> float:
@@ -89,6 +98,7 @@ def trace(model: Model, init: Callable[[], Any]) -> tuple[Any, Workload]:
     init: traces the model on the shapes of a batch.
   """
   rows, attentions, routers = {}, {}, {}
+  activations = set()
 
   def record(call, args, kwargs, context):
     result = call(*args, **kwargs)
@@ -99,8 +109,11 @@ def trace(model: Model, init: Callable[[], Any]) -> tuple[Any, Workload]:
       return result
     elif isinstance(module, Linear):
       rows[module.path] = math.prod(args[0].shape[: -module.num_inputs])
+    elif isinstance(module, Mlp):
+      activations.add(module.activation)
     elif isinstance(module, Attention):
-      attentions[module.path] = (module, *(x.shape for x in args[:2]))
+      bias = kwargs.get('bias_1xHxLxM') is not None or module.relative
+      attentions[module.path] = (module, bias, *(x.shape for x in args[:2]))
     elif module.name == 'router':
       tokens = math.prod(args[0].shape[:2])
       S = module.parent.group_size or args[0].shape[1]  # Here: a sequence.
@@ -108,6 +121,7 @@ def trace(model: Model, init: Callable[[], Any]) -> tuple[Any, Workload]:
       routers[module.parent.path] = (
         S,
         _rows_per_expert(model, module, tokens, S),
+        tokens * module.num_experts,
       )
     return result
 
@@ -122,16 +136,19 @@ def trace(model: Model, init: Callable[[], Any]) -> tuple[Any, Workload]:
     if path[:-1] in rows and not at:  # Logits, or the table that makes them.
       logits = rows[path[:-1]] * shape[axes.index('vocab')]
       logits_flops = 2 * rows[path[:-1]] * size
-    if not at or path[-1] != 'kernel':
+    if not at or path[-1] not in ('kernel', 'scale'):
       continue
     block = blocks.setdefault(at, Block())
+    if path[-1] == 'scale':
+      block.float32_inputs += 1
+      continue
     if 'layers' in axes:
       block.layers = shape[axes.index('layers')]
     size //= block.layers
     if 'expert' in axes:
       E = shape[axes.index('expert')]
       num_experts = max(num_experts, E)
-      _, per_expert = routers[path[: path.index('expert')]]
+      _, per_expert, _ = routers[path[: path.index('expert')]]
       block.expert_flops += 2 * per_expert * size
       outputs = per_expert * E * shape[-1]
       if axes[-1] == 'embed':
@@ -149,19 +166,28 @@ def trace(model: Model, init: Callable[[], Any]) -> tuple[Any, Workload]:
     elif axes[-1] == 'mlp':
       block.mlp += rows[path[:-1]] * shape[-1]
   lengths = {}
-  for path, (module, (B, L, D), (_, M, _)) in attentions.items():
+  for path, (module, bias, (B, L, D), (_, M, _)) in attentions.items():
     block = blocks[block_of(path)]
     elements = B * module.num_heads * L * M
     block.attention += elements
+    block.biased += elements * bias
     products = 3 if module.relative else 2
     block.attention_flops += 2 * products * elements * module.head_width
     block.stream = B * L * D
     lengths[block_of(path)] = L
-  for path, (S, _) in routers.items():
-    blocks[block_of(path)].group = (S, lengths[block_of(path)])
+  for path, (S, _, logits_of_router) in routers.items():
+    block = blocks[block_of(path)]
+    block.group = (S, lengths[block_of(path)])
+    block.float32_inputs += 1
+    block.routed += logits_of_router
   dtype = jax.dtypes.canonicalize_dtype(model.module.embed.dtype)
   return boxed, Workload(
-    blocks, logits, logits_flops, dtype.itemsize, num_experts
+    blocks,
+    logits,
+    logits_flops,
+    dtype.itemsize,
+    activations == {'relu'},
+    num_experts,
   )
 
 
