@@ -9,7 +9,7 @@ TINY = [
   f'--gin.{setting}'
   for setting in (
     'EXPERTS=(4,32)',
-    'BATCH_SIZES=(1,4)',
+    'BATCH_SIZES=(2,)',
     'NUM_EMBEDDINGS=64',
     'EMBED_DIM=64',
     'NUM_HEADS=2',
@@ -30,9 +30,7 @@ def rows():
 
 def test_rows_have_what_the_page_shows(rows):
   assert [(row['model'], row['batch']) for row in rows] == [
-    (model, batch)
-    for batch in (1, 4)
-    for model in ('dense', '4 experts', '32 experts')
+    (model, 2) for model in ('dense', '4 experts', '32 experts')
   ]
   for row in rows:
     low, high = row['ratio_iqr']
@@ -43,7 +41,7 @@ def test_rows_have_what_the_page_shows(rows):
 
 
 def test_work_does_not_grow_with_experts(rows):
-  dense, few, many = (row['flops_per_token'] for row in rows[:3])
+  dense, few, many = (row['flops_per_token'] for row in rows)
   # An FFN: 2 products x 2 x 64 x 512. Routers: 2 x 64 x E, and some for each
   # expert; were every expert to compute, 28 FFNs would lie between them.
   assert dense > 2 * 2 * 64 * 512
