@@ -4,9 +4,8 @@
   glam_nlg, glam_nlu, glam  mixtures of them
 
 All have a split 'validation', which stands for the test split where a source
-has no other that is labelled, and where the paper asks it. `shots` are GPT-3's,
-which GLaM's are (appendix H, table H.1; StoryCloze's 70 is read in its text,
-the others have not been checked).
+has no other that is labelled, and where the paper asks it. `shots` are GPT-3's
+(Brown et al. 2020, appendix H, table H.1, column K), which GLaM's are.
 
 GLaM ranks options by log-probability over number of tokens; ReCoRD's and COPA's
 by log-probability. The prompts are this project's, in the manner of GPT-3's
