@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -63,7 +64,9 @@ def start(*arguments: str, devices: int = 8, **options) -> subprocess.Popen:
   environment = {
     **os.environ,
     'PYTHONPATH': os.pathsep.join(map(str, (TESTS.parent, TESTS))),
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': re.sub(
+      r'(device_count)=\d+', rf'\1={devices}', os.environ['XLA_FLAGS']
+    ),
   }
   process = subprocess.Popen(
     [sys.executable, *arguments],

@@ -348,7 +348,7 @@ def test_ctrl_c_ends_with_what_is_done(evaluated, tmp_path):
     if results['step'] == 2:
       raise KeyboardInterrupt
 
-  summary = config.bound(evaluate.evaluate_all)(until=9, on_results=stop)
+  summary = config.bound(evaluate.Evaluation)().all(until=9, on_results=stop)
   assert [results['step'] for results in summary['steps']] == [1, 2]
 
 
@@ -381,7 +381,7 @@ def test_tasks_of_glam(name):
     ['MODEL_DIR=x', 'TRAIN_STEPS=1', 'BATCH_SIZE=1', 'SHOTS=few'],
     [],
   )  # fmt: skip
-  config.bound(evaluate.evaluate_all)
+  config.bound(evaluate.Evaluation)
   assert config.value('RANK_OPTIONS') == (name != 'nlg')
   assert config.value('STRATEGY').width == 4
   part = 'glam' if name == 'all' else f'glam_{name}'

@@ -31,19 +31,20 @@ def run(args: argparse.Namespace) -> None:
   from sparse_experts.training import evaluate
 
   settings.parse(args)
-  every = args.all_checkpoints or args.continuous
-  run = config.bound(evaluate.evaluate_all if every else evaluate.evaluate)
+  make_evaluation = config.bound(evaluate.Evaluation)
   if args.dry_run:
     return printing.ledger(args)
   if args.reliability and not config.value('RANK_OPTIONS'):
     raise ValueError('--reliability needs --gin.RANK_OPTIONS=True.')
+  every = args.all_checkpoints or args.continuous
+  evaluation = make_evaluation()
   if every:
     until = config.value('TRAIN_STEPS') if args.continuous else None
     show = (lambda results: None) if args.json else _step_printer()
-    results = run(until=until, on_results=show)
+    results = evaluation.all(until=until, on_results=show)
     last = results['last']
   else:
-    results = last = run()
+    results = last = evaluation.latest()
   if args.reliability:
     _draw(last, args.reliability)
   if args.json:

@@ -22,18 +22,8 @@ from sparse_experts.training.writers import Writers
 POLL_SECONDS = 5.0
 
 
-def evaluate(
-  model: Model,
-  model_dir: str,
-  dataset: Dataset,
-  *,
-  mesh: Mapping[str, int] | None = None,
-  rules: Mapping[str, sharding.MeshAxes] | None = None,
-  max_tokens: int | None = None,
-  rank_options: bool = False,
-  strategy: Sampling | BeamSearch = GREEDY,
-) -> dict[str, Any]:
-  """Evaluates the latest checkpoint in `model_dir` on a dataset's split.
+class Evaluation:
+  """A model on a dataset's split; data is read and programs compiled once.
 
   The loss is taken at the model's evaluation capacity factor. If the task has
   metrics of its own, answers are decoded (without capacity) and given to
@@ -42,123 +32,37 @@ def evaluate(
   MODEL_DIR/evaluation/<task>-<split>-<step>.json, `-ranked` before the step if
   options are ranked.
 
-  Args:
-    model, dataset: what to evaluate on what.
-    model_dir: a run's directory, or one checkpoints/<step> of it.
-    mesh, rules: as in `train.train`; any mesh reads any checkpoint.
-    max_tokens: tokens of an answer, at most; None: the length of targets.
-    rank_options: where examples list options, the answer is the most probable
-      of them, and results say how well calibrated the model is.
-    strategy: how the tokens of other answers are chosen; greedy by default.
-
-  Returns:
-    'step', 'capacity_factor', 'metrics' (see `models.model.summary`),
-    'task_metrics', 'calibration' (see `training.calibration`) and 'score', the
-    mean of the task's metrics, or minus the loss if it has none.
+  Results of a checkpoint are 'step', 'capacity_factor', 'metrics' (see
+  `models.model.summary`), 'task_metrics', 'calibration' (see
+  `training.calibration`) and 'score', the mean of the task's metrics, or minus
+  the loss if it has none.
   """
-  return Evaluation(
-    model, model_dir, dataset, mesh, rules, max_tokens, rank_options, strategy
-  )(model_dir)
-
-
-def evaluate_all(
-  model: Model,
-  model_dir: str,
-  dataset: Dataset,
-  *,
-  mesh: Mapping[str, int] | None = None,
-  rules: Mapping[str, sharding.MeshAxes] | None = None,
-  max_tokens: int | None = None,
-  rank_options: bool = False,
-  strategy: Sampling | BeamSearch = GREEDY,
-  until: int | None = None,
-  on_results: Callable[[dict[str, Any]], None] = lambda results: None,
-) -> dict[str, Any]:
-  """Evaluates every checkpoint of a run; `evaluate` has the other arguments.
-
-  Each is evaluated once: what an earlier call with the same settings has
-  finished is read from its file, so a call may be stopped at any time and made
-  again; Ctrl-C ends it with what is done. A checkpoint that training deletes
-  before its turn is left out.
-
-  Args:
-    until: go on, as checkpoints appear, to the one of this step; None: those
-      that are there.
-    on_results: called with the results of each step, in order.
-
-  Returns:
-    'steps' (results of each), 'peak' and 'last', which are two of them: the
-    peak has the highest score, of equal ones the first. Also in
-    MODEL_DIR/evaluation/<task>-<split>.json.
-
-  Raises:
-    FileNotFoundError: no checkpoint, and none to wait for.
-  """
-  evaluation = Evaluation(
-    model, model_dir, dataset, mesh, rules, max_tokens, rank_options, strategy
-  )
-  found = []
-  try:
-    for results in _each(evaluation, model_dir, until):
-      found.append(results)
-      on_results(results)
-  except KeyboardInterrupt:
-    if not found:
-      raise
-  if not found:
-    raise FileNotFoundError(
-      f'no complete checkpoint in {model_dir}; give a MODEL_DIR that was '
-      'trained in, or --continuous to wait for it.'
-    )
-  summary = {
-    'steps': found,
-    'peak': max(found, key=lambda results: results['score']),
-    'last': found[-1],
-  }
-  evaluation.write('', summary)
-  return summary
-
-
-def _each(
-  evaluation: Evaluation, model_dir: str, until: int | None
-) -> Iterator[dict[str, Any]]:
-  """Results of each checkpoint, on file or new, in the order of steps."""
-  done = -1
-  while True:
-    for step in checkpoints.steps(model_dir):
-      if step <= done:
-        continue
-      done = step
-      results = evaluation.finished(step)
-      if results is None:
-        path = checkpoints.directory_of(model_dir) / str(step)
-        try:
-          results = evaluation(path)
-        except (ValueError, FileNotFoundError):
-          if path.exists():
-            raise
-          continue  # Training has deleted it.
-      yield _plain(results)
-    if until is None or done >= until:
-      return
-    time.sleep(POLL_SECONDS)
-
-
-class Evaluation:
-  """A model on a dataset; data is read and programs are compiled once."""
 
   def __init__(
     self,
-    model,
-    model_dir,
-    dataset,
-    mesh,
-    rules,
-    max_tokens,
-    rank_options,
-    strategy,
+    model: Model,
+    model_dir: str,
+    dataset: Dataset,
+    *,
+    mesh: Mapping[str, int] | None = None,
+    rules: Mapping[str, sharding.MeshAxes] | None = None,
+    max_tokens: int | None = None,
+    rank_options: bool = False,
+    strategy: Sampling | BeamSearch = GREEDY,
   ):
+    """Reads the split, not yet a checkpoint.
+
+    Args:
+      model, dataset: what to evaluate on what.
+      model_dir: a run's directory, or one checkpoints/<step> of it.
+      mesh, rules: as in `train.train`; any mesh reads any checkpoint.
+      max_tokens: tokens of an answer, at most; None: the length of targets.
+      rank_options: where examples list options, the answer is the most probable
+        of them, and results say how well calibrated the model is.
+      strategy: how the tokens of other answers are chosen; greedy by default.
+    """
     self._model, self._dataset, self._rules = model, dataset, rules
+    self._model_dir = model_dir
     self._mesh = sharding.make_mesh(**(mesh or {}))
     self._root = checkpoints.root_of(model_dir)
     self._name = f'{dataset.mixture_or_task_name}-{dataset.split}'
@@ -179,7 +83,80 @@ class Evaluation:
       'strategy': repr(strategy),
     }
 
-  def __call__(self, path) -> dict[str, Any]:
+  def latest(self) -> dict[str, Any]:
+    """Results of the latest checkpoint, or of the one that model_dir names."""
+    return self._evaluate(self._model_dir)
+
+  def all(
+    self,
+    *,
+    until: int | None = None,
+    on_results: Callable[[dict[str, Any]], None] = lambda results: None,
+  ) -> dict[str, Any]:
+    """Results of every checkpoint of the run.
+
+    Each is evaluated once: what an earlier call with the same settings has
+    finished is read from its file, so a call may be stopped at any time and
+    made again; Ctrl-C ends it with what is done. A checkpoint that training
+    deletes before its turn is left out.
+
+    Args:
+      until: go on, as checkpoints appear, to the one of this step; None: those
+        that are there.
+      on_results: called with the results of each step, in order.
+
+    Returns:
+      'steps' (results of each), 'peak' and 'last', which are two of them: the
+      peak has the highest score, of equal ones the first. Also in
+      MODEL_DIR/evaluation/<task>-<split>.json.
+
+    Raises:
+      FileNotFoundError: no checkpoint, and none to wait for.
+    """
+    found = []
+    try:
+      for results in self._each(until):
+        found.append(results)
+        on_results(results)
+    except KeyboardInterrupt:
+      if not found:
+        raise
+    if not found:
+      raise FileNotFoundError(
+        f'no complete checkpoint in {self._model_dir}; give a MODEL_DIR that '
+        'was trained in, or --continuous to wait for it.'
+      )
+    summary = {
+      'steps': found,
+      'peak': max(found, key=lambda results: results['score']),
+      'last': found[-1],
+    }
+    self._write('', summary)
+    return summary
+
+  def _each(self, until: int | None) -> Iterator[dict[str, Any]]:
+    """Results of each checkpoint, on file or new, in the order of steps."""
+    done = -1
+    while True:
+      for step in checkpoints.steps(self._model_dir):
+        if step <= done:
+          continue
+        done = step
+        results = self._finished(step)
+        if results is None:
+          path = checkpoints.directory_of(self._model_dir) / str(step)
+          try:
+            results = self._evaluate(path)
+          except (ValueError, FileNotFoundError):
+            if path.exists():
+              raise
+            continue  # Training has deleted it.
+        yield _plain(results)
+      if until is None or done >= until:
+        return
+      time.sleep(POLL_SECONDS)
+
+  def _evaluate(self, path) -> dict[str, Any]:
     """Evaluates the checkpoint at `path` and writes its results."""
     with sharding.use_mesh(self._mesh, self._rules):
       params, step = restore_params(
@@ -205,10 +182,10 @@ class Evaluation:
       {**metrics, 'task': results['task_metrics'], 'calibration': numbers},
     )
     writers.close()
-    self.write(f'-{step}', {**_plain(results), 'settings': self._settings})
+    self._write(f'-{step}', {**_plain(results), 'settings': self._settings})
     return results
 
-  def finished(self, step: int) -> dict[str, Any] | None:
+  def _finished(self, step: int) -> dict[str, Any] | None:
     """The results on file, if they are of these settings."""
     file = self._root / 'evaluation' / f'{self._name}-{step}.json'
     if not file.exists():
@@ -217,7 +194,7 @@ class Evaluation:
     same = results.pop('settings', None) == self._settings
     return results if same else None
 
-  def write(self, suffix: str, results: Mapping[str, Any]) -> None:
+  def _write(self, suffix: str, results: Mapping[str, Any]) -> None:
     """Writes MODEL_DIR/evaluation/<task>-<split><suffix>.json, or nothing."""
     if jax.process_index() != 0:
       return
