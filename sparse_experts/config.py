@@ -13,7 +13,7 @@ import inspect
 import os
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import gin
@@ -62,7 +62,9 @@ def parse(
     _one_line(gin.parse_config_file, file)
   for binding in bindings:
     name, _, text = binding.partition('=')
-    if '.' not in name:
+    if '.' in name:
+      _check_argument(name)
+    else:
       _check_macro(name)
     _override(name, text)
   missing = _required_macros() - _macros()
@@ -243,12 +245,53 @@ def _check_macro(name: str) -> None:
   """Raises where `name` is a macro that no file defines or requires."""
   known = _macros() | _required_macros()
   if name not in known:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f'did you mean {near[0]}? ' if near else ''
     raise ValueError(
-      f'--gin.{name}: no gin file defines or requires a macro {name}; {hint}'
-      f'Known: {", ".join(sorted(known))}.'
+      f'--gin.{name}: no gin file defines or requires a macro {name}; '
+      f'{_nearest(name, known)}Known: {", ".join(sorted(known))}.'
     )
+
+
+def _check_argument(name: str) -> None:
+  """Raises where scope/module.function.argument is of none that a file has."""
+  scope, _, path = name.rpartition('/')
+  function, _, argument = path.rpartition('.')
+  registry = gin.config._REGISTRY
+  matches = registry.matching_selectors(function)
+  if not matches:
+    near = _nearest(
+      function, ('.'.join(s.split('.')[-2:]) for s, _ in registry.items())
+    )
+    raise ValueError(
+      f'--gin.{name}: No configurable matching {function!r}; {near}no '
+      'gin file names it.'
+    )
+  of_match = inspect.signature(registry[matches[0]].wrapped).parameters
+  takes_any = any(p.kind is p.VAR_KEYWORD for p in of_match.values())
+  if argument not in of_match and not takes_any:
+    raise ValueError(
+      f"--gin.{name}: {function!r} doesn't have a parameter named "
+      f'{argument!r}; {_nearest(argument, of_match)}It has: '
+      f'{", ".join(of_match)}.'
+    )
+  known = {
+    scope
+    for scope, selector in gin.config._CONFIG
+    if scope and selector != 'gin.macro'
+  } | {
+    '/'.join(reference.scopes)
+    for reference in gin.config.iterate_references(gin.config._CONFIG)
+    if reference.scopes and reference.configurable.selector != 'gin.macro'
+  }
+  if scope and scope not in known:
+    raise ValueError(
+      f'--gin.{name}: no gin file has the scope {scope}; '
+      f'{_nearest(scope, known)}Known: {", ".join(sorted(known))}.'
+    )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+  near = difflib.get_close_matches(name, list(known), n=1)
+  return f'did you mean {near[0]}? ' if near else ''
 
 
 def _override(name: str, text: str) -> None:

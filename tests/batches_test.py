@@ -132,7 +132,7 @@ print(hashlib.sha256(b''.join(tokens)).hexdigest())
   assert printed == digest(stream) + '\n'
 
 
-def test_mixtures_resume_too(tmp_path):
+def test_mixtures_resume_too(tmp_path, forget_new_tasks):
   seqio.MixtureRegistry.add(
     'docs_mixture', [('docs_domain', 1.0), ('docs_summary', 2.0)]
   )
@@ -153,7 +153,6 @@ def test_mixtures_resume_too(tmp_path):
   _assert_equal(_take(stream, 30), _take(resumed, 30))
   identity = json.loads((tmp_path / 'batches.json').read_text())
   assert set(identity['corpus']) == {'docs_domain', 'docs_summary'}
-  seqio.MixtureRegistry.remove('docs_mixture')
 
 
 @pytest.mark.parametrize('num_shards', [1, 2])
@@ -307,7 +306,7 @@ def test_arguments_that_make_no_stream_are_refused(change, message):
     _span_batches(**change)
 
 
-def test_more_streams_than_files_are_refused(tmp_path):
+def test_more_streams_than_files_are_refused(tmp_path, forget_new_tasks):
   path = str(tmp_path / 'one.tfrecord')
   with tf.io.TFRecordWriter(path) as writer:
     example = tf.train.Example()
@@ -326,7 +325,6 @@ def test_more_streams_than_files_are_refused(tmp_path):
     batches.Batches(
       'one_file', 'train', {'targets': 4}, 2, 'decoder', seed=0, num_shards=2
     )
-  seqio.TaskRegistry.remove('one_file')
 
 
 def test_eval_batches_are_the_split_once_in_order_and_padded():

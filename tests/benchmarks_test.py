@@ -2,21 +2,31 @@
 
 import collections
 import dataclasses
+import json
 import math
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from sparse_experts import sharding
 from sparse_experts.data import (
+  bigbench,
   converters,
   mixing,
   tasks,
   vocabularies,
 )
+from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.tasks import benchmark, finetuning, glam, glue, mc4
+from sparse_experts.training import task_metrics
+
+pytestmark = pytest.mark.usefixtures('forget_new_tasks')
 
 ROWS = {
   row.name: row
@@ -26,16 +36,6 @@ ROWS = {
 # One of each kind; the others take another minute.
 QUICK = ('glue_stsb', 'super_glue_record', 'squad', 'glam_coqa', 'glam_race_m')
 LENGTHS = {'inputs': 48, 'targets': 16}
-
-
-@pytest.fixture(autouse=True)
-def forget_new_tasks():
-  """Leaves the registries as they were."""
-  before = set(tasks.names())
-  yield
-  for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
-    for name in set(registry.names()) - before:
-      registry.remove(name)
 
 
 def in_bytes(row):
@@ -182,6 +182,12 @@ def text(row, **fields):
     ),
     ('glam_lambada', {'passage': 'one two three '}, 'one two', 'three'),
     (
+      'glam_triviaqa',
+      {'question': 'Who?', 'answer': {'aliases': ['b', 'a'], 'value': 'a'}},
+      'Q: Who?\nA:',
+      'a',
+    ),
+    (
       'glam_winograd',
       {
         'text': 'Zoë sees it here.',
@@ -306,6 +312,100 @@ def test_glam_is_29_benchmarks_with_one_number_each():
     'glam_copa',
     'glam_record',
   }
+
+
+# Texts that a decoder continues.
+
+
+@pytest.fixture
+def boolq(tmp_path):
+  """BoolQ is one example, of label 0."""
+  example = {'passage': 'P', 'question': 'Q', 'label': 0}
+
+  def read(self, *args, **kwargs):
+    return tf.data.Dataset.from_tensors(example)
+
+  with tfds.testing.mock_data(as_dataset_fn=read, data_dir=str(tmp_path)):
+    yield
+
+
+@pytest.mark.parametrize(
+  'name,inputs,targets',
+  [
+    # The last 10 of 'P\nquestion: Q?\nanswer:', and 'no'.
+    ('glam_boolq', 'Q?\nanswer:', 'no'),
+    # 9 of 'boolq passage: P question: Q' and EOS; 3 of 'False' and EOS.
+    ('super_glue_boolq', 'boolq pas\1', 'Fal\1'),
+  ],
+)
+def test_a_decoder_continues_the_end_of_the_question(
+  name, inputs, targets, boolq
+):
+  lengths = {'inputs': 10, 'targets': 4}
+  data = in_bytes(ROWS[name]).get_dataset(
+    lengths, split='validation', try_in_mem_cache=False
+  )
+  rows = converters.make('decoder', pack=False)(data, lengths)
+  (row,) = rows.as_numpy_iterator()
+  # Byte b is token b + 3, and EOS is 1.
+  expected = [1 if c == '\1' else ord(c) + 3 for c in inputs + targets]
+  expected += [0] * (14 - len(expected))
+  assert row['decoder_target_tokens'].tolist() == expected
+
+
+@pytest.mark.parametrize('ends,accuracy', [(False, 100.0), (True, 0.0)])
+def test_what_options_end_with_is_ranked(ends, accuracy, boolq):
+  """log p is -1 of 'a', -2 of 'b' and -6 of EOS, whatever is before them.
+
+  Per token 'a' has -1 and 'bbb' -2; with EOS -7 / 2 and -12 / 4.
+  """
+  log_p = np.zeros(vocabularies.byte().vocab_size, np.float32)
+  log_p[[ord('a') + 3, ord('b') + 3, 1]] = -1, -2, -6
+
+  def score(params, batch):
+    log_p_BxL = params[batch['decoder_target_tokens']]
+    return (log_p_BxL * batch['decoder_loss_weights']).sum(1)
+
+  row = dataclasses.replace(ROWS['glam_boolq'], options=('a', 'bbb'), ends=ends)
+  dataset = Dataset(in_bytes(row).name, LENGTHS, 2, split='validation')
+  model = types.SimpleNamespace(converter='decoder', score=score)
+  mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
+  with sharding.use_mesh(mesh):
+    judge = task_metrics.TaskMetrics(model, dataset, mesh, None, True)
+    found, _ = judge(jnp.asarray(log_p))
+  assert found == {'bytes_glam_boolq': {'accuracy': accuracy}}
+
+
+@pytest.mark.parametrize(
+  'name,wrote,target',
+  [
+    ('glam_webqs', 'Paris Q: Who wrote Emma? A: Jane Austen', ['Paris']),
+    ('glam_squadv2', ' FAQ: Emma\n\nTitle', ['FAQ: Emma']),
+    ('glam_lambada', "don't. Then", "don't"),
+    ('glam_lambada', '...', ''),
+  ],
+)
+def test_what_is_read_of_what_goes_on(name, wrote, target):
+  task = in_bytes(ROWS[name])
+  (metric,) = task.metric_fns
+  text = task.postprocess_fn(wrote, example={}, is_target=False)
+  assert list(metric([target], [text]).values()) == [100]
+
+
+def test_bigbench_asks_a_decoder(tmp_path):
+  file = tmp_path / 'task.json'
+  example = {'input': '1 + 1 =', 'target_scores': {'3': 0, '2': 1}}
+  file.write_text(json.dumps({'examples': [example]}))
+  name = bigbench.task(file, vocabularies.byte(), ends=False)
+  lengths = {'inputs': 6, 'targets': 4}
+  (example,) = (
+    tasks.find(name).get_dataset(lengths, split='test').as_numpy_iterator()
+  )
+  decode = vocabularies.byte().decode
+  assert decode(example['inputs'].tolist()) == ' =\nA: '
+  assert example['targets'].tolist() == [ord('2') + 3]
+  with pytest.raises(ValueError, match='ends=False; rename'):
+    bigbench.task(file, vocabularies.byte())
 
 
 def test_averages_of_glam():

@@ -42,3 +42,17 @@ os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 def key():
   """A random key."""
   return jax.random.key(0)
+
+
+@pytest.fixture
+def forget_new_tasks():
+  """Leaves seqio's registries as they were."""
+  import seqio  # Takes seconds, which few tests need.
+
+  from sparse_experts.data import tasks
+
+  before = set(tasks.names())
+  yield
+  for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
+    for name in set(registry.names()) - before:
+      registry.remove(name)

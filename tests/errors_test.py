@@ -55,11 +55,18 @@ MISTAKES = {
   ),
   'binding': (
     _train('--gin.train.train.train_stepz=3'),
-    ["'train.train' doesn't have a parameter named 'train_stepz'"],
+    [
+      "'train.train' doesn't have a parameter named 'train_stepz'",
+      'did you mean train_steps?',
+    ],
+  ),
+  'scope': (
+    _train('--gin.evl/dataset.Dataset.num_batches=1'),
+    ['no gin file has the scope evl', 'did you mean eval?'],
   ),
   'function': (
     _train('--gin.trian.train.train_steps=3'),
-    ["No configurable matching 'trian.train'"],
+    ["No configurable matching 'trian.train'", 'did you mean train.train?'],
   ),
   'reference': (
     _train('--gin.OPTIMIZER=@optimizers.adamm'),
@@ -89,6 +96,10 @@ MISTAKES = {
   'half a step': (
     _train('--gin.TRAIN_STEPS=1.5'),
     ['train_steps must be a whole number, at least 1, got 1.5'],
+  ),
+  'no checkpoint kept': (
+    _train('--gin.KEEP_CHECKPOINTS=0'),
+    ['keep_checkpoints must be a whole number, at least 1, got 0'],
   ),
   'NaN learning rate': (
     _train('--gin.BASE_LEARNING_RATE=nan'),

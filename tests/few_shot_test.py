@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import numpy as np
 import pytest
@@ -13,20 +12,12 @@ import tensorflow_datasets as tfds
 from sparse_experts.data import few_shot, tasks, vocabularies
 from sparse_experts.data.tasks import benchmark, glam
 
+pytestmark = pytest.mark.usefixtures('forget_new_tasks')
+
 SUMS = [('1+1', '2'), ('2+2', '4'), ('3+3', '6'), ('4+4', '8'), ('2+3', '5')]
 
 
-@pytest.fixture(autouse=True)
-def forget_new_tasks():
-  """Leaves the registries as they were."""
-  before = set(tasks.names())
-  yield
-  for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
-    for name in set(registry.names()) - before:
-      registry.remove(name)
-
-
-def asked(k, seed=0, length=100, questions=SUMS):
+def asked(k, seed=0, length=100, questions=SUMS, ends=True):
   """The prompts of questions, of examples drawn from SUMS."""
   inputs, targets = map(list, zip(*questions))
   data = tf.data.Dataset.from_tensor_slices(
@@ -35,7 +26,7 @@ def asked(k, seed=0, length=100, questions=SUMS):
   found = few_shot._prompts(
     data,
     {'inputs': length},
-    {'inputs': types.SimpleNamespace(vocabulary=vocabularies.byte())},
+    {'inputs': seqio.Feature(vocabularies.byte(), add_eos=ends)},
     pool=lambda: SUMS,
     k=k,
     seed=seed,
@@ -67,6 +58,12 @@ def test_whole_examples_are_left_out_until_the_question_fits(length, shown):
   (text,) = asked(3, length=length, questions=[('9+9', '18')])
   *examples, question = text.split('\n\n')
   assert question == '9+9' and len(examples) == shown
+
+
+def test_without_eos_there_is_room_for_one_token_more():
+  arguments = {'questions': [('9+9', '18')], 'ends': False}
+  texts = [asked(3, length=n, **arguments)[0] for n in (24, 23)]
+  assert [text.count('\n\n') for text in texts] == [3, 2]
 
 
 def test_shots_are_a_function_of_seed_and_index():
@@ -126,7 +123,25 @@ def test_a_benchmark_of_tfds(name, split, tmp_path):
   assert question == zero['inputs'].decode()
   assert len(shown) == 2 and set(shown) <= pool
   assert example['options'].tolist() == zero['options'].tolist()
-  assert example['inputs'][-1] == 1
+  assert example['inputs'].tolist() == vocabularies.byte().encode(
+    example['inputs_pretokenized'].decode()
+  )
+
+
+def test_a_question_that_does_not_fit_keeps_its_end(tmp_path):
+  row = dataclasses.replace(benchmark.ROWS['glam_copa'], name='bytes_copa')
+  benchmark.add(row, vocabularies.byte())
+  task = tasks.find(few_shot.mixture('bytes_copa', shots=2))
+  with tfds.testing.mock_data(num_examples=4, data_dir=str(tmp_path)):
+    examples = task.get_dataset(
+      {'inputs': 3, 'targets': 8}, split='validation', try_in_mem_cache=False
+    )
+    # COPA's premises end with ' because' or ' so'.
+    ends = {
+      vocabularies.byte().decode(e['inputs'].tolist())
+      for e in examples.as_numpy_iterator()
+    }
+  assert ends and ends <= {'use', ' so'}
 
 
 def test_of_a_mixture():

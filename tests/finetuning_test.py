@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -249,6 +250,11 @@ def test_what_is_finished_is_not_done_again(evaluated, tmp_path):
   run_evaluation(tmp_path, '--all_checkpoints')
   after = {step: file.stat().st_ino for step, file in files.items()}
   assert {s for s in files if before[s] != after[s]} == {2, 3}
+  # Step 1 of another run, in the place of this one's.
+  os.utime(tmp_path / 'checkpoints/1/params/_METADATA')
+  run_evaluation(tmp_path, '--all_checkpoints')
+  last = {step: file.stat().st_ino for step, file in files.items()}
+  assert {s for s in files if after[s] != last[s]} == {1}
   assert not list(folder.glob('*.unfinished'))
 
 

@@ -91,6 +91,20 @@ def test_other_settings_continue_nothing(trained, answers):
   assert output.read_bytes() == before
 
 
+def test_another_run_continues_nothing(trained, answers, tmp_path):
+  """Also of the same step."""
+  output = trained / 'questions.txt.answers.jsonl'
+  before = output.read_bytes()
+  command.train(tmp_path, '--gin.TRAIN_STEPS=2', '--gin.SEED=1')
+  outcome = command.run(
+    *('infer', command.TINY, f'--gin.MODEL_DIR={tmp_path}'),
+    *(f'--input={trained / "questions.txt"}', f'--output={output}'),
+  )
+  assert outcome.code == 2
+  assert 'was made with saved_at' in outcome.stderr
+  assert output.read_bytes() == before
+
+
 def test_scores_and_routing(trained):
   questions = [
     {'inputs': '8+1', 'targets': '9'},

@@ -457,3 +457,17 @@ def test_embedding_and_its_logits():
   low = TokenEmbed(V, D, dtype=jnp.bfloat16)
   assert low.apply(params, tokens).dtype == jnp.bfloat16
   assert low.init(KEY, tokens)['params']['embedding'].value.dtype == jnp.float32
+
+
+def test_the_gradient_of_a_frequent_token_counts_all_its_places():
+  # In bfloat16, 256 + 1 is 256.
+  embed = TokenEmbed(4, 2, dtype=jnp.bfloat16)
+  tokens = jnp.full((2, 2048), 2)
+
+  def total(params):
+    return embed.apply(params, tokens).sum(dtype=jnp.float32)
+
+  grads = jax.grad(total)({'params': {'embedding': jnp.ones((4, 2))}})
+  expected = np.zeros((4, 2))
+  expected[2] = 4096
+  np.testing.assert_array_equal(grads['params']['embedding'], expected)

@@ -3,11 +3,14 @@
 import functools
 import json
 import math
+import os
+import signal
 
 import command
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sparse_experts import config, sharding
@@ -145,13 +148,19 @@ def test_a_bad_batch_is_skipped_and_counted(microbatches, model, start, batch):
   after, sums = take(start, {**batch, 'decoder_loss_weights': weights})
   assert (int(after.step), int(after.skipped)) == (1, 1)
   assert int(sums['skipped']) == 1
+  assert step.summary(sums, microbatches) == {'skipped': 1}
   _assert_equal(after.params, start.params)
   _assert_equal(after.opt_state, start.opt_state)
+  bad = sums
 
   # Good ones go on as though the bad one had passed without a trace.
   after, sums = take(after, batch)
   assert (int(after.step), int(after.skipped)) == (2, 1)
   assert int(sums['skipped']) == 0
+  alone = step.summary(sums, microbatches)
+  together = step.summary(train._add(bad, sums), microbatches)
+  assert alone.pop('skipped') == 0 and together.pop('skipped') == 1
+  _assert_equal(together, alone)
   expected, _ = take(start.replace(step=jnp.int32(1)), batch)
   _assert_equal(after.params, expected.params)
   _assert_equal(after.opt_state, expected.opt_state)
@@ -161,8 +170,10 @@ def test_a_bad_batch_is_skipped_and_counted(microbatches, model, start, batch):
 
 def test_an_update_that_is_not_finite_is_skipped(model, start, batch):
   """Loss and gradient are, the rate times the update overflows."""
+  grads, sums = step.gradients(start, batch, model=model, seed=0)
+  assert np.isfinite(sums['objective'])
+  assert np.isfinite(optax.tree.norm(grads))
   after, sums = _step(model, learning_rate=3e38)(start, batch)
-  assert np.isfinite(sums['objective']) and np.isfinite(sums['gradient_norm'])
   assert int(sums['skipped']) == int(after.skipped) == 1
   _assert_equal(after.params, start.params)
 
@@ -188,6 +199,7 @@ def test_skipped_steps_in_a_row_stop_the_run(tmp_path):
   assert all(np.isfinite(array).all() for array in first.values())
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(line)['skipped'] for line in lines] == [1, 1, 1]
+  assert 'step 1/20  no loss  1 skipped' in outcome.stderr
 
 
 def test_only_skipped_steps_in_a_row_count():
@@ -197,3 +209,39 @@ def test_only_skipped_steps_in_a_row_count():
   guard.check(6, None)
   with pytest.raises(FloatingPointError, match='2 steps in a row up to step 7'):
     guard.check(7, 1)
+
+
+# What a run that ends early has to say.
+
+
+def _run(model_dir, **arguments):
+  config.parse([command.TINY.partition('=')[2]], [f'MODEL_DIR={model_dir}'], [])
+  return config.bound(train.train)(**arguments)
+
+
+def test_sigterm_leaves_the_latest_evaluation_with_its_step(tmp_path):
+  def rate(step):
+    if isinstance(step, int) and step == 2:  # For the log.
+      os.kill(os.getpid(), signal.SIGTERM)
+    return 0.1
+
+  results = _run(tmp_path, learning_rate=rate, log_period=1, eval_period=2)
+  assert results['preempted'] and results['step'] == 3
+  assert results['eval_step'] == 2
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  evaluated = [r for r in map(json.loads, lines) if r['name'] == 'eval']
+  assert [record['step'] for record in evaluated] == [0, 2]
+  assert results['eval']['loss'] == evaluated[1]['loss']
+
+
+@pytest.mark.slow
+def test_a_trace_of_steps_that_are_partly_there(tmp_path):
+  """A rate may be a number."""
+  common = {'eval_dataset': None, 'learning_rate': 0.1}
+  traces = tmp_path / 'profile'
+  _run(tmp_path, train_steps=2, profile=(1, 9), **common)
+  assert len(list(traces.rglob('*.xplane.pb'))) == 1
+  _run(tmp_path, train_steps=4, profile=(0, 3), **common)
+  assert len(list(traces.rglob('*.xplane.pb'))) == 2
+  _run(tmp_path, train_steps=5, profile=(0, 3), **common)
+  assert len(list(traces.rglob('*.xplane.pb'))) == 2

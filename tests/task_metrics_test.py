@@ -1,10 +1,23 @@
 """Metrics of tasks, against numbers derived by hand."""
 
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import seqio
+import tensorflow as tf
+import tensorflow_datasets as tfds
+import tiny_tasks  # noqa: F401 (registers its tasks)
 
-from sparse_experts.data import metrics
+from sparse_experts import sharding
+from sparse_experts.data import metrics, vocabularies
+from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.metrics import Member
+from sparse_experts.data.tasks import benchmark, finetuning, glue
+from sparse_experts.training import task_metrics
 
 
 def test_accuracy():
@@ -20,6 +33,8 @@ def test_accuracy():
     (['y', 'y', 'n'], ['y', 'n', 'y'], 100 * 2 / 4),
     # An illegal answer is a miss.
     (['y', 'y', 'n'], ['y', '', 'n'], 100 * 2 / 3),
+    # Or it is named in vain: 1 found, 1 wanted, 4 named.
+    (['y', 'n', 'n', 'n'], ['y', 'y .', '', 'maybe'], 100 * 2 / 5),
     (['n', 'n'], ['n', 'n'], 0),
     (['y'], ['y'], 100),
   ],
@@ -35,6 +50,11 @@ def test_macro_f1():
     ['a', 'a', 'b'], ['a', 'b', 'b'], classes=['a', 'b', 'c']
   )
   assert found == {'macro_f1': pytest.approx(100 * (2 / 3 + 2 / 3) / 3)}
+  # What is no class is a miss of its target's, and no other's: 2 x 1 / 3 each.
+  found = metrics.macro_f1(
+    ['a', 'a', 'b', 'b'], ['a', '', 'b', 'maybe'], classes=['a', 'b']
+  )
+  assert found == {'macro_f1': pytest.approx(100 * 2 / 3)}
 
 
 @pytest.mark.parametrize(
@@ -45,10 +65,18 @@ def test_macro_f1():
     ('yynn', 'yynn', 1),
     ('yynn', 'nnyy', -1),
     ('yynn', 'yyyy', 0),
+    # All that is illegal is one more class. Of 4, 2 are right; y, n and it are
+    # wanted 2, 2, 0 times and said 1, 1, 2 times:
+    # (4 x 2 - 2 - 2) / sqrt((16 - 4 - 4) (16 - 1 - 1 - 4)).
+    ('yynn', 'yxzn', 4 / 80**0.5),
   ],
 )
 def test_matthews(targets, predictions, expected):
-  """(tp tn - fp fn) / sqrt((tp + fp) (tp + fn) (tn + fp) (tn + fn))."""
+  """(tp tn - fp fn) / sqrt((tp + fp) (tp + fn) (tn + fp) (tn + fn)).
+
+  Of classes wanted t and said p times, with c of s right:
+  (s c - sum t p) / sqrt((s^2 - sum p^2) (s^2 - sum t^2)).
+  """
   found = metrics.matthews(list(targets), list(predictions))
   assert found == {'matthews': pytest.approx(100 * expected)}
 
@@ -152,6 +180,20 @@ def test_multirc():
   }
 
 
+def test_illegal_answers_of_multirc():
+  """Of 1 True 1 is found, and 2 are said: what is not False is True."""
+  targets = [Member('1', 'True'), Member('1', 'False'), Member('2', 'False')]
+  assert metrics.multirc(targets, ['True', 'False', 'Yes']) == {
+    'f1a': pytest.approx(100 * 2 * 1 / 3),
+    'em': 50,
+  }
+  # Two are said in vain.
+  assert metrics.multirc(targets, ['True', '', 'Yes']) == {
+    'f1a': pytest.approx(100 * 2 * 1 / 4),
+    'em': 0,
+  }
+
+
 def test_record_counts_a_question_once():
   """Of three examples two are the same question, answered right and wrong."""
   both = Member('1', ['Ann', 'Bob'])
@@ -198,6 +240,20 @@ def test_average_is_of_tasks():
   assert metrics.average(scores) == 75
 
 
+@pytest.mark.parametrize('shots', ['', '_1_shot_seed_0'])
+def test_mnli_is_one_task_of_two_test_sets(shots):
+  scores = {
+    f'glue_{name}{shots}': {'accuracy': 80.0}
+    for name in ('cola', 'sst2', 'mrpc', 'qqp', 'stsb', 'qnli', 'rte')
+  }
+  scores[f'glue_mnli{shots}'] = {'accuracy': 88.0}
+  scores[f'glue_mnli_mismatched{shots}'] = {'accuracy': 92.0}
+  # (7 x 80 + (88 + 92) / 2) / 8; 82.22 if they were two.
+  assert metrics.average(scores) == 81.25
+  assert task_metrics.flat(scores)['average'] == 81.25
+  assert task_metrics.score(scores, loss=1.0) == 81.25
+
+
 @pytest.mark.parametrize(
   'metric',
   [metrics.accuracy, metrics.matthews, metrics.squad, metrics.rouge,
@@ -211,3 +267,67 @@ def test_nothing_to_judge(metric):
 def test_lengths_must_agree():
   with pytest.raises(ValueError):
     metrics.accuracy(['a', 'b'], ['a'])
+
+
+# Tasks.
+
+
+def test_the_target_of_trivia_qa_is_its_answer_and_aliases_are_right():
+  (row,) = [r for r in finetuning.BENCHMARKS if r.name.endswith('trivia_qa')]
+  row = dataclasses.replace(row, name='bytes_trivia_qa')
+  answer = {'value': 'Sunset Boulevard', 'aliases': ['Sunset Blvd', 'Sunset']}
+  data = tf.data.Dataset.from_tensors({'question': 'Q?', 'answer': answer})
+  (example,) = benchmark.as_text(data, row).as_numpy_iterator()
+  assert example['targets'] == b'Sunset Boulevard'
+  assert example['answers'].tolist() == [b'Sunset Blvd', b'Sunset']
+
+
+def validation(task):
+  return Dataset(
+    task.name, {'inputs': 64, 'targets': 8}, 4, 'validation', num_batches=1
+  )
+
+
+@pytest.mark.usefixtures('forget_new_tasks')
+def test_options_begin_with_the_sentinel_that_targets_begin_with():
+  """The model knows sums, if it may write the sentinel, 358, before."""
+  seqio.experimental.add_task_with_sentinels('tiny_choices')
+  task = seqio.TaskRegistry.get('tiny_choices_1_sentinel')
+
+  def score(params, batch):
+    inputs_BxL = batch['encoder_input_tokens'] - 51  # The byte '0'.
+    first_B, *digits = batch['decoder_target_tokens'][:, :3].T
+    tens_B, ones_B = (digit_B - 51 for digit_B in digits)
+    value_B = jnp.where(ones_B < 0, tens_B, 10 * tens_B + ones_B)
+    is_sum = value_B == inputs_BxL[:, 0] + inputs_BxL[:, 2]
+    return jnp.where((first_B == 358) & is_sum, -1.0, -2.0)
+
+  model = types.SimpleNamespace(converter='encoder_decoder', score=score)
+  mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
+  with sharding.use_mesh(mesh):
+    judge = task_metrics.TaskMetrics(
+      model, validation(task), mesh, max_tokens=None, rank_options=True
+    )
+    found, _ = judge({})
+  # Else all options are equal, and the first is 0: right nowhere.
+  assert found == {task.name: {'accuracy': 100}}
+
+
+@pytest.mark.usefixtures('forget_new_tasks')
+def test_nouns_of_wsc_are_written_and_not_ranked(tmp_path):
+  expected = {
+    'bytes_super_glue_wsc_eval': False,
+    'bytes_super_glue_wsc_1_sentinel_eval': False,
+    'bytes_super_glue_boolq': True,
+    'bytes_super_glue_boolq_1_sentinel': True,
+  }
+  for row in glue.SUPER_GLUE:
+    name = f'bytes_{row.name}'
+    if name in expected:
+      row = dataclasses.replace(row, name=name)
+      benchmark.add(row, vocabularies.byte())
+      seqio.experimental.add_task_with_sentinels(name)
+  with tfds.testing.mock_data(num_examples=1, data_dir=str(tmp_path)):
+    for name, has_options in expected.items():
+      task = seqio.TaskRegistry.get(name)
+      assert task_metrics._has_options(task, validation(task)) == has_options

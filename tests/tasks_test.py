@@ -23,15 +23,6 @@ LENGTHS = {
 }
 
 
-@pytest.fixture
-def forget_new_tasks():
-  """Leaves the registry as it was."""
-  before = set(tasks.names())
-  yield
-  for name in set(seqio.TaskRegistry.names()) - before:
-    seqio.TaskRegistry.remove(name)
-
-
 def _texts(name, split='test', batch_size=8):
   """Decoded inputs (or '') and targets of the first rows of a task."""
   lengths = LENGTHS[name]
@@ -159,7 +150,9 @@ def test_find_names_the_nearest_task():
     tasks.find('#')
 
 
-def test_find_imports_the_modules_of_the_user(tmp_path, monkeypatch):
+def test_find_imports_the_modules_of_the_user(
+  tmp_path, monkeypatch, forget_new_tasks
+):
   (tmp_path / 'my_tasks.py').write_text(
     'import seqio\n'
     "seqio.MixtureRegistry.add('my_mixture', [('docs_domain', 1.0)])\n"
@@ -168,7 +161,6 @@ def test_find_imports_the_modules_of_the_user(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match='unknown task'):
     tasks.find('my_mixture')
   assert tasks.find('my_mixture', ['my_tasks']).name == 'my_mixture'
-  seqio.MixtureRegistry.remove('my_mixture')
 
 
 def test_docs_tasks_take_any_vocabulary(forget_new_tasks):

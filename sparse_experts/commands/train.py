@@ -50,7 +50,7 @@ def _print(results: Mapping, model_dir: str) -> None:
   if after is not None:
     print(
       f'held-out loss: {before["loss"]:.3f} nats at the start of this run, '
-      f'{after["loss"]:.3f} at step {results["step"]}'
+      f'{after["loss"]:.3f} at step {results["eval_step"]}'
     )
     if after['layers']:
       print('\n' + report.expert_load(after['layers']))

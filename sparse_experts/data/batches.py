@@ -161,7 +161,7 @@ class Batches(Iterator[Batch]):
       'task_ids': task_ids,
       'shuffle': shuffle,
       'num_shards': num_shards,
-      'corpus': _digests(task),
+      'corpus': digests(task_name, modules),
     }
     size = batch_size // num_shards
     start, stop, _ = rows.indices(batch_size)
@@ -389,6 +389,19 @@ def token_pieces(
   return {int(i): piece(int(i)) for i in ids}
 
 
+def digests(task_name: str, modules: Sequence[str] = ()) -> dict[str, str]:
+  """Digests of the data of those tasks whose source declares one."""
+  task = tasks.find(task_name, modules)
+  import seqio
+
+  return {
+    subtask.name: subtask.source.digest
+    for subtask in seqio.get_subtasks(task)
+    # `seqio.DataSource` has none: a source that can tell declares one.
+    if hasattr(type(subtask.source), 'digest')
+  }
+
+
 def task_names(task_name: str, modules: Sequence[str] = ()) -> tuple[str, ...]:
   """What the task ids of a task's tokens mean; empty where it has none.
 
@@ -469,15 +482,3 @@ def _check_converter(converter: str, feature_lengths: Mapping[str, int]):
       f'converter {converter!r} takes lengths of {allowed}, not of '
       f'{sorted(feature_lengths)}'
     )
-
-
-def _digests(task) -> dict[str, str]:
-  """Digests of the data of those tasks whose source declares one."""
-  import seqio
-
-  return {
-    subtask.name: subtask.source.digest
-    for subtask in seqio.get_subtasks(task)
-    # `seqio.DataSource` has none: a source that can tell declares one.
-    if hasattr(type(subtask.source), 'digest')
-  }

@@ -74,7 +74,9 @@ def read(file: epath.PathLike) -> list[Question]:
 
 
 def task(
-  file: epath.PathLike, vocabulary: seqio.Vocabulary | None = None
+  file: epath.PathLike,
+  vocabulary: seqio.Vocabulary | None = None,
+  ends: bool = True,
 ) -> str:
   """Registers a file as a task with split 'test', and returns its name.
 
@@ -83,18 +85,21 @@ def task(
   Args:
     file: see `read`.
     vocabulary: T5's unless given.
+    ends: see `tasks.benchmark`; False for decoders that continue a text.
 
   Raises:
-    As `read`; ValueError where another file is the task of that name.
+    As `read`; ValueError where another is the task of that name.
   """
   tf = host_tensorflow.load()
   import seqio
+
+  from sparse_experts.data.tasks import benchmark
 
   questions = read(file)
   path = epath.Path(file)
   stem = path.parent.name if path.stem == 'task' else path.stem
   name = 'bigbench_' + ''.join(c if c.isalnum() else '_' for c in stem)
-  where = str(path.absolute())
+  where = f'{path.absolute()} with ends={ends}'
   if name in seqio.TaskRegistry.names():
     if _FILES.get(name) != where:
       raise ValueError(
@@ -136,9 +141,11 @@ def task(
     ),
     preprocessors=[
       seqio.preprocessors.tokenize,
-      seqio.preprocessors.append_eos_after_trim,
+      seqio.preprocessors.append_eos_after_trim if ends else benchmark.keep_end,
     ],
-    output_features={f: seqio.Feature(vocabulary) for f in features},
+    output_features={
+      f: seqio.Feature(vocabulary, add_eos=ends) for f in features
+    },
     metric_fns=[metrics.accuracy],
   )
   return name

@@ -89,6 +89,10 @@ class Dataset:
       self.mixture_or_task_name, embeddings, self.modules
     )
 
+  def corpus(self) -> dict[str, str]:
+    """Digests of the embedded corpora it reads, by task."""
+    return batches.digests(self.mixture_or_task_name, self.modules)
+
   def task_names(self) -> tuple[str, ...]:
     """What task ids mean; empty for a task that knows none."""
     return batches.task_names(self.mixture_or_task_name, self.modules)

@@ -160,8 +160,9 @@ def _prompts(
 
   pool = pool()
   places = {example: i for i, example in enumerate(pool)}
-  tokens = output_features['inputs'].vocabulary.encode
-  room = (sequence_length or {}).get('inputs', float('inf')) - 1  # And EOS.
+  feature = output_features['inputs']
+  tokens = feature.vocabulary.encode
+  room = (sequence_length or {}).get('inputs', float('inf')) - feature.add_eos
 
   def text(index, inputs, targets):
     inputs = inputs.decode()

@@ -19,6 +19,8 @@ import numpy as np
 Scores = dict[str, float]
 
 _QUOTES = '\u2018\u2019\u00b4'  # Typographic, and the acute accent.
+# Parts of tasks' names that an average takes as one: MNLI's two test sets.
+_SAME_TASK = {'mnli_mismatched': 'mnli'}
 
 
 class Member(NamedTuple):
@@ -40,31 +42,40 @@ def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
 def f1(
   targets: Sequence[str], predictions: Sequence[str], *, positive: str
 ) -> Scores:
-  """F1 of the class `positive` (MRPC, QQP); 0 where nothing is found.
+  """F1 of one of two classes (MRPC, QQP); 0 where nothing is found.
+
+  What is no class of the targets counts as the opposite of its target, as in
+  T5.
 
   >>> f1(['yes', 'yes', 'no'], ['yes', 'no', 'maybe'], positive='yes')
-  {'f1': 66.66666666666667}
+  {'f1': 50.0}
   """
-  pairs = _pairs(targets, predictions)
-  found = sum(t == p == positive for t, p in pairs)
-  named = sum((t == positive) + (p == positive) for t, p in pairs)
-  return {'f1': 100 * 2 * found / named if named else 0.0}
+  classes = set(targets)
+  said = [
+    positive if t != positive and p not in classes else p
+    for t, p in _pairs(targets, predictions)
+  ]
+  return {'f1': _class_f1(targets, said, positive)}
 
 
 def macro_f1(
   targets: Sequence[str], predictions: Sequence[str], *, classes: Sequence[str]
 ) -> Scores:
   """Unweighted mean over classes of their F1 (CB)."""
-  scores = [f1(targets, predictions, positive=c)['f1'] for c in classes]
+  scores = [_class_f1(targets, predictions, name) for name in classes]
   return {'macro_f1': float(np.mean(scores))}
 
 
 def matthews(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
-  """Matthews's correlation (CoLA); 0 where all predictions are one class."""
+  """Matthews's correlation (CoLA); 0 where all predictions are one class.
+
+  All that is no class of the targets is one more class, as in T5.
+  """
   from sklearn import metrics
 
-  _pairs(targets, predictions)
-  value = metrics.matthews_corrcoef(list(targets), list(predictions))
+  classes = set(targets)
+  said = [p if p in classes else '' for _, p in _pairs(targets, predictions)]
+  value = metrics.matthews_corrcoef(list(targets), said)
   return {'matthews': 100 * float(value)}
 
 
@@ -160,10 +171,17 @@ def bleu(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
 def average(scores: Mapping[str, Mapping[str, float]]) -> float:
   """Mean over tasks of the mean over a task's metrics, as GLUE is averaged.
 
+  MNLI is one task, of two test sets.
+
   >>> average({'rte': {'accuracy': 60}, 'cb': {'macro_f1': 70, 'accuracy': 90}})
   70.0
   """
-  return float(np.mean([np.mean(list(s.values())) for s in scores.values()]))
+  tasks = collections.defaultdict(list)
+  for name, measured in scores.items():
+    for part, whole in _SAME_TASK.items():
+      name = name.replace(part, whole)
+    tasks[name].append(np.mean(list(measured.values())))
+  return float(np.mean([np.mean(means) for means in tasks.values()]))
 
 
 # Texts.
@@ -202,6 +220,13 @@ def _question_answering(targets, predictions, normalise: Callable) -> Scores:
     exact.append(prediction in answers)
     overlap.append(max(_word_f1(answer, prediction) for answer in answers))
   return {'em': _mean(exact), 'f1': _mean(overlap)}
+
+
+def _class_f1(targets, predictions, name: str) -> float:
+  pairs = _pairs(targets, predictions)
+  found = sum(t == p == name for t, p in pairs)
+  named = sum((t == name) + (p == name) for t, p in pairs)
+  return 100 * 2 * found / named if named else 0.0
 
 
 def _word_f1(target: str, prediction: str) -> float:

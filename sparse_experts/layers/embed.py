@@ -33,7 +33,9 @@ class TokenEmbed(nn.Module):
 
   def __call__(self, tokens_BxL: Array) -> Array:
     """Embeddings of token ids, [B, L, D]."""
-    return self.embedding.astype(self.dtype)[tokens_BxL]
+    # Cast after the look-up: a frequent token's gradient is a sum over all its
+    # places, and bfloat16 cannot count beyond 256.
+    return self.embedding[tokens_BxL].astype(self.dtype)
 
   def attend(self, x_BxLxD: Array) -> Array:
     """Logits [B, L, V] against the table, scaled by 1 / sqrt(D) as in T5."""

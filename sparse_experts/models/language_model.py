@@ -64,6 +64,8 @@ class LanguageModel(nn.Module):
   ) -> tuple[Array, dict[str, Aux]]:
     """Logits [B, L, V] of the targets, and the Aux of every sparse layer.
 
+    Logits are float32 whatever the dtype of the activations.
+
     Args:
       batch: features.
       step: int32 training step, for routers with a schedule.
@@ -219,6 +221,8 @@ class LanguageModel(nn.Module):
     return constrain(self.embed(tokens_BxL), 'batch', 'length', 'act_embed')
 
   def _logits(self, y_BxLxD: Array) -> Array:
+    # In float32 as T5X: rounded to bfloat16, a logit of 30 is off by up to 0.1.
+    y_BxLxD = y_BxLxD.astype(jnp.float32)
     if self.tied_logits:
       logits_BxLxV = self.embed.attend(y_BxLxD)
     else:

@@ -194,6 +194,15 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int]:
   return directory / str(step), step
 
 
+def saved_at(path: epath.PathLike) -> float:
+  """When the parameters at `path` (see `find`) were written, Unix seconds.
+
+  With the step it tells one run's checkpoints from another's.
+  """
+  directory, _ = find(path)
+  return (directory / 'params' / '_METADATA').stat().mtime
+
+
 def load_params(
   path: epath.PathLike, boxed: Any = None, placed: Any = None
 ) -> tuple[Any, int]:

@@ -32,7 +32,8 @@ class Evaluation:
   MODEL_DIR/evaluation/<task>-<split>-<step>.json, `-ranked` before the step if
   options are ranked.
 
-  Results of a checkpoint are 'step', 'capacity_factor', 'metrics' (see
+  Results of a checkpoint are 'task', 'split', 'step', 'saved_at' (when it was),
+  'corpus' (digests of embedded ones), 'capacity_factor', 'metrics' (see
   `models.model.summary`), 'task_metrics', 'calibration' (see
   `training.calibration`) and 'score', the mean of the task's metrics, or minus
   the loss if it has none.
@@ -81,6 +82,8 @@ class Evaluation:
       'max_tokens': max_tokens,
       'rank_options': rank_options,
       'strategy': repr(strategy),
+      'task_ids': dataset.task_ids,
+      'corpus': dataset.corpus(),
     }
 
   def latest(self) -> dict[str, Any]:
@@ -142,15 +145,13 @@ class Evaluation:
         if step <= done:
           continue
         done = step
-        results = self._finished(step)
-        if results is None:
-          path = checkpoints.directory_of(self._model_dir) / str(step)
-          try:
-            results = self._evaluate(path)
-          except (ValueError, FileNotFoundError):
-            if path.exists():
-              raise
-            continue  # Training has deleted it.
+        path = checkpoints.directory_of(self._model_dir) / str(step)
+        try:
+          results = self._finished(path) or self._evaluate(path)
+        except (ValueError, FileNotFoundError):
+          if path.exists():
+            raise
+          continue  # Training has deleted it.
         yield _plain(results)
       if until is None or done >= until:
         return
@@ -168,6 +169,8 @@ class Evaluation:
       'task': self._dataset.mixture_or_task_name,
       'split': self._dataset.split,
       'step': step,
+      'saved_at': checkpoints.saved_at(path),
+      'corpus': self._settings['corpus'],
       'capacity_factor': self._model.capacity_factor_eval,
       'metrics': metrics,
       'task_metrics': task_metrics.flat(of_tasks),
@@ -185,13 +188,14 @@ class Evaluation:
     self._write(f'-{step}', {**_plain(results), 'settings': self._settings})
     return results
 
-  def _finished(self, step: int) -> dict[str, Any] | None:
-    """The results on file, if they are of these settings."""
-    file = self._root / 'evaluation' / f'{self._name}-{step}.json'
+  def _finished(self, path) -> dict[str, Any] | None:
+    """The results on file, if they are of these settings and parameters."""
+    file = self._root / 'evaluation' / f'{self._name}-{path.name}.json'
     if not file.exists():
       return None
     results = json.loads(file.read_text())
     same = results.pop('settings', None) == self._settings
+    same = same and results['saved_at'] == checkpoints.saved_at(path)
     return results if same else None
 
   def _write(self, suffix: str, results: Mapping[str, Any]) -> None:

@@ -94,7 +94,9 @@ def infer(
     examples = itertools.chain(list(itertools.islice(examples, 1)), examples)
     settings = {
       'step': step,
+      'saved_at': checkpoints.saved_at(model_dir),
       'task': dataset.mixture_or_task_name,
+      'corpus': dataset.corpus(),
       'feature_lengths': dict(dataset.feature_lengths),
       **source,
       'max_tokens': max_tokens,

@@ -33,7 +33,9 @@ class Progress:
   def report(self, step: int, metrics: dict) -> dict[str, float]:
     """Shows metrics of the steps up to `step`; returns the speed."""
     speed = self.speed(step)
-    text = f'loss {metrics["loss"]:.3f}'
+    text = f'loss {metrics["loss"]:.3f}' if 'loss' in metrics else 'no loss'
+    if metrics['skipped']:
+      text += f'  {metrics["skipped"]} skipped'
     if speed:
       text += f'  {speed["tokens_per_second"]:,.0f} tokens/s'
     if self._bar is not None:

@@ -45,7 +45,8 @@ def train_step(
 
   Returns:
     The state after, and the model's sums plus `objective` (sum over
-    microbatches), `gradient_norm` and `skipped`.
+    microbatches), `gradient_norm` and `skipped`; of a skipped step zeros, so
+    that sums over steps are of those that were taken.
   """
   grads, sums = gradients(
     state,
@@ -69,6 +70,8 @@ def train_step(
   def keep(new, old):
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
+  sums |= {'gradient_norm': norm}
+  taken = keep(sums, jax.tree.map(jnp.zeros_like, sums))
   skipped = (~finite).astype(jnp.int32)
   new_state = TrainState(
     step=state.step + 1,
@@ -76,7 +79,7 @@ def train_step(
     opt_state=keep(opt_state, state.opt_state),
     skipped=state.skipped + skipped,
   )
-  return new_state, {**sums, 'gradient_norm': norm, 'skipped': skipped}
+  return new_state, {**taken, 'skipped': skipped}
 
 
 def gradients(
@@ -193,15 +196,15 @@ def summary(sums: Sums, microbatches: int) -> dict[str, Any]:
   """Metrics from the sums of `train_step`, added over any number of steps.
 
   Returns:
-    What `models.model.summary` does, `gradient_norm` (mean over steps) and
-    `skipped` (steps).
+    `skipped` (steps) and, of the others, what `models.model.summary` does and
+    `gradient_norm` (mean over steps).
   """
+  metrics = {'skipped': int(sums['skipped'])}
   steps = float(sums['batches']) / microbatches
-  return {
-    **model_module.summary(sums),
-    'gradient_norm': float(sums['gradient_norm']) / steps,
-    'skipped': int(sums['skipped']),
-  }
+  if steps:
+    metrics |= model_module.summary(sums)
+    metrics['gradient_norm'] = float(sums['gradient_norm']) / steps
+  return metrics
 
 
 def split_microbatches(batch: Batch, microbatches: int, data_shards: int):

@@ -131,7 +131,7 @@ class _Written:
 
 
 class _Ranked:
-  """The model answers by the most probable option, with its end of sequence."""
+  """The model answers by the most probable option, which ends as targets do."""
 
   def __init__(self, task, model, dataset, mesh):
     from sparse_experts.data import converters
@@ -149,12 +149,20 @@ class _Ranked:
     )
     questions = convert(source, dict(dataset.feature_lengths))
     self._questions = list(questions.as_numpy_iterator())
-    vocabulary = task.output_features['targets'].vocabulary
+    feature = task.output_features['targets']
+    end = [feature.vocabulary.eos_id] * feature.add_eos
+
+    def tokens(text):
+      return [*feature.vocabulary.encode(text.decode()), *end]
+
+    def before(example):
+      """What preprocessors put before the target's text, as a sentinel."""
+      targets = example['targets'].tolist()
+      text = tokens(example['targets_pretokenized'])
+      return targets[: targets.index(text[0])] if text else targets
+
     self._options = [
-      [
-        [*vocabulary.encode(option.decode()), vocabulary.eos_id]
-        for option in example['options']
-      ]
+      [[*before(example), *tokens(option)] for option in example['options']]
       for example in self._examples
     ]
     self._scores = scoring.OptionScores(
@@ -206,7 +214,8 @@ def _judged(dataset: Dataset):
 
 
 def _has_options(task, dataset) -> bool:
-  return 'options' in _source(task, dataset).element_spec
+  """Whether examples list options and say how to rank them."""
+  return 'normalise' in _source(task, dataset).element_spec
 
 
 def _source(task, dataset):

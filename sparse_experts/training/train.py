@@ -16,7 +16,13 @@ from flax import linen as nn
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.models.model import Model, summary
-from sparse_experts.training import checkpoints, global_batch, state, step
+from sparse_experts.training import (
+  checkpoints,
+  global_batch,
+  schedules,
+  state,
+  step,
+)
 from sparse_experts.training.hardware import write_hardware
 from sparse_experts.training.preemption import Preemption
 from sparse_experts.training.progress import Progress
@@ -30,7 +36,7 @@ def train(
   train_steps: int,
   *,
   optimizer: Callable[..., optax.GradientTransformation],
-  learning_rate: optax.Schedule,
+  learning_rate: float | optax.Schedule,
   eval_dataset: Dataset | None = None,
   mesh: Mapping[str, int] | None = None,
   rules: Mapping[str, sharding.MeshAxes] | None = None,
@@ -57,7 +63,7 @@ def train(
     dataset: what to train on.
     train_steps: step to train to; no schedule reads it.
     optimizer: (names, learning_rate=) -> optax optimizer, see `optimizers`.
-    learning_rate: step -> rate, see `schedules`.
+    learning_rate: step -> rate, see `schedules`; or a constant one.
     eval_dataset: held-out data; its loss is taken before the first step, every
       `eval_period` steps and at the end. None: no evaluation.
     mesh: sizes of the axes 'data', 'expert', 'model', see `sharding.make_mesh`.
@@ -72,18 +78,24 @@ def train(
     eval_period, log_period: steps.
     max_skipped_in_a_row: a step with a loss, gradient or update that is not
       finite is skipped and counted; so many in a row stop the run.
-    profile: (start, stop), steps to trace into MODEL_DIR/profile.
+    profile: (start, stop), steps to trace into MODEL_DIR/profile: those of
+      them that this call takes.
     on_start: called with MODEL_DIR in process 0, once the state is there.
 
   Returns:
-    'step', 'train' and 'eval' metrics at the end, 'eval_before' at the first
-    step of this call, 'preempted'.
+    'step', 'train' metrics up to it, 'eval' and 'eval_step', the latest and
+    where it was taken, 'eval_before' at the first step of this call,
+    'preempted'.
 
   Raises:
     ValueError: an argument, the data or the checkpoint does not fit the rest.
     FloatingPointError: too many steps in a row were not finite.
   """
+  keep = (
+    {} if keep_checkpoints is None else {'keep_checkpoints': keep_checkpoints}
+  )
   _check_counts(
+    **keep,
     train_steps=train_steps,
     batch_size=dataset.batch_size,
     checkpoint_period=checkpoint_period,
@@ -137,12 +149,15 @@ def train(
       return metrics
 
     eval_before = eval_now = held_out(start)
-    train_metrics, preempted = None, False
+    eval_step = start
+    train_metrics, preempted, tracing = None, False, False
+    rate = schedules.as_schedule(learning_rate)
     sums, skipped, guard = None, None, _Guard(max_skipped_in_a_row)
     try:
       for i in range(start, train_steps):
-        if profile and i == profile[0]:
+        if profile and profile[0] <= i < profile[1] and not tracing:
           jax.profiler.start_trace(str(epath.Path(model_dir) / 'profile'))
+          tracing = True
         now, new_sums = run.take_step(now, feed.next())
         sums = new_sums if sums is None else _add(sums, new_sums)
         # Looking at the step before keeps this one in flight.
@@ -150,17 +165,19 @@ def train(
         skipped = new_sums['skipped']
         done, last = i + 1, i + 1 == train_steps
         progress.step(done)
-        if profile and done == profile[1]:
+        if tracing and (last or done == profile[1]):
           jax.block_until_ready(now)
           jax.profiler.stop_trace()
+          tracing = False
         if last or done % log_period == 0:
           train_metrics = step.summary(sums, microbatches)
-          train_metrics['learning_rate'] = float(learning_rate(i))
+          # The optimizer has not counted the steps that were skipped.
+          train_metrics['learning_rate'] = float(rate(i - int(now.skipped)))
           train_metrics |= progress.report(done, train_metrics)
           writers.write('train', done, train_metrics)
           sums = None
         if last or done % eval_period == 0:
-          eval_now = held_out(done)
+          eval_now, eval_step = held_out(done), done
         preempted = preemption.reached(done)
         if last or preempted or done % checkpoint_period == 0:
           guard.check(done, skipped)
@@ -170,6 +187,8 @@ def train(
           progress.say(f'SIGTERM: stopping after step {done}')
           break
     finally:
+      if tracing:
+        jax.profiler.stop_trace()
       run.checkpoints.close()
       writers.close()
       progress.close()
@@ -178,6 +197,7 @@ def train(
       'step': int(now.step),
       'train': train_metrics,
       'eval': eval_now,
+      'eval_step': eval_step,
       'eval_before': eval_before,
       'preempted': preempted,
     }
@@ -317,5 +337,6 @@ class _Guard:
       raise FloatingPointError(
         f'{self._limit} steps in a row up to step {step} had a loss, gradient '
         'or update that is not finite; lower the learning rate, or continue '
-        'from an earlier checkpoint with another SEED.'
+        'from an earlier checkpoint with other dropout and jitter, by another '
+        '--gin.train.train.seed.'
       )

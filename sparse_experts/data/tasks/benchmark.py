@@ -31,7 +31,7 @@ class Benchmark:
     name: of the task.
     source: TFDS name with its version.
     inputs: template.
-    targets: template, where neither of the next two says what to write.
+    targets: template; where it is empty, the next two say what to write.
     options: templates of the answers to choose from, or the field that lists
       them. Without `answers`, the target, and what metrics see, is the one with
       index `label`.
@@ -43,8 +43,12 @@ class Benchmark:
     prepare: dataset -> dataset, before the templates, for sources whose fields
       are not what is asked.
     read: (prediction, example) -> text that metrics compare.
+    ends: texts end with the end of sequence, and too long ones lose their end,
+      as T5's. Where not, targets continue inputs, as a decoder does, which lose
+      their beginning: the question is at their end.
     normalise: options are ranked by log-probability per token, not in total;
-      an example says so.
+      an example says so. With `targets`, which are no option, they are not
+      ranked, and an example does not have it.
     shots: examples in a prompt of the few-shot setting, see `data.few_shot`.
     splits: of the source; or their names there, by ours.
   """
@@ -60,6 +64,7 @@ class Benchmark:
   metrics: tuple[Callable, ...] = ()
   prepare: Callable[[tf.data.Dataset], tf.data.Dataset] | None = None
   read: Callable[[str, Mapping], str] | None = None
+  ends: bool = True
   normalise: bool = True
   shots: int = 0
   splits: Sequence[str] | Mapping[str, str] = ('train', 'validation', 'test')
@@ -113,14 +118,25 @@ def add(
       functools.partial(as_text, benchmark=benchmark),
       *([ask] if ask else []),
       functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=True),
-      seqio.preprocessors.append_eos_after_trim,
+      seqio.preprocessors.append_eos_after_trim if benchmark.ends else keep_end,
     ],
     output_features={
-      feature: seqio.Feature(vocabulary) for feature in ('inputs', 'targets')
+      feature: seqio.Feature(vocabulary, add_eos=benchmark.ends)
+      for feature in ('inputs', 'targets')
     },
     metric_fns=list(benchmark.metrics),
     postprocess_fn=functools.partial(_judged, benchmark),
   )
+
+
+def keep_end(
+  dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None
+) -> tf.data.Dataset:
+  """A seqio preprocessor: of inputs that are too long, the last tokens."""
+  length = (sequence_length or {}).get('inputs')
+  if not length:
+    return dataset
+  return dataset.map(lambda e: {**e, 'inputs': e['inputs'][-length:]})
 
 
 def texts(benchmark: Benchmark, split: str) -> tf.data.Dataset:
@@ -140,7 +156,9 @@ def as_text(dataset: tf.data.Dataset, benchmark: Benchmark) -> tf.data.Dataset:
         options = field(example, benchmark.options)
       else:
         options = tf.stack([fill(t, example) for t in benchmark.options])
-      result |= {'options': options, 'normalise': benchmark.normalise}
+      result['options'] = options
+      if not benchmark.targets:  # Which are no option.
+        result['normalise'] = benchmark.normalise
     if benchmark.answers:
       answers = field(example, benchmark.answers)
       result['answers'] = answers

@@ -67,11 +67,12 @@ def listed_choices(example):
   return {**example, 'options': options, 'label': label}
 
 
-def _closed_book(name, source, question, answers, metric, splits):
+def _closed_book(name, source, question, answers, metric, splits, targets=''):
   return Benchmark(
     f'closed_book_{name}',
     source,
     inputs=question + ' question: {question}',
+    targets=targets,
     answers=answers,
     metrics=(metric,),
     splits=splits,
@@ -134,6 +135,7 @@ BENCHMARKS = (
   _closed_book(
     'trivia_qa', 'trivia_qa/unfiltered.nocontext:1.1.0', 'trivia_qa',
     'answer/aliases', metrics.trivia_qa, ('train', 'validation', 'test'),
+    targets='{answer/value}',
   ),
   _translation('wmt14_ende', 'wmt_t2t_translate/de-en:1.0.0', 'de'),
   _translation('wmt14_enfr', 'wmt14_translate/fr-en:1.0.0', 'fr'),

@@ -13,8 +13,16 @@ appendix G, as the paper prints none. GPT-3 and GLaM score Winograd schemata by
 what follows the pronoun; here options are the noun and what follows. QuAC comes
 without the dialogue before the question, which TFDS has not. DROP's, QuAC's and
 CoQA's F1 are SQuAD's.
+
+Decoders that are trained on targets alone continue a text: neither questions
+nor answers end with the end of sequence, too long inputs lose their beginning,
+and a written answer goes on, with shots as if with the next example. Metrics
+see it up to a newline or 'Q:', of LAMBADA the first word. As T5's vocabulary
+has no newlines, a next example that begins otherwise (SQuAD 2.0, DROP, QuAC,
+CoQA) is not cut off before its 'Q:'. Beams are scored with all that they wrote.
 """
 
+import re
 from collections.abc import Mapping
 
 import seqio
@@ -154,6 +162,28 @@ def _index(values: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
   return tf.where(tf.reduce_any(is_it), tf.argmax(is_it), -1)
 
 
+# What is read of written answers.
+
+
+def before_next(text: str, example: Mapping) -> str:
+  """An answer without the next example.
+
+  >>> before_next('Paris Q: Who wrote Emma? A: Jane Austen', {})
+  'Paris'
+  """
+  return re.split(r'\n|\bQ:', text.strip(), maxsplit=1)[0].strip()
+
+
+def first_word(text: str, example: Mapping) -> str:
+  """LAMBADA: a word without what follows it.
+
+  >>> first_word("Zoë's. Then", {})
+  "Zoë's"
+  """
+  found = re.match(r"[\w'-]*\w", text.strip())
+  return found[0] if found else ''
+
+
 # The rows.
 
 
@@ -177,11 +207,16 @@ _TEST = {'train': 'train', 'validation': 'test'}
 _DEV_SHOTS = {'shots': 'validation', 'validation': 'test'}
 
 
+def _nlg(name, source, inputs, **more):
+  more = {'read': before_next, **more}
+  return Benchmark(name, source, inputs, ends=False, **more)
+
+
 def _nlu(name, source, inputs, options, splits=None, **more):
   more = {'metrics': _ACCURACY, 'shots': 32, **more}
   if splits:
     more['splits'] = splits
-  return Benchmark(name, source, inputs, options=options, **more)
+  return Benchmark(name, source, inputs, options=options, ends=False, **more)
 
 
 def _arc(name, config):
@@ -199,36 +234,38 @@ def _race(name, config):
 
 
 NLG = (
-  Benchmark(
+  _nlg(
     'glam_triviaqa', 'trivia_qa/unfiltered.nocontext:1.1.0', _QA,
-    answers='answer/aliases', metrics=_only(metrics.trivia_qa, 'em'), shots=64,
+    targets='{answer/value}', answers='answer/aliases',
+    metrics=_only(metrics.trivia_qa, 'em'), shots=64,
   ),
-  Benchmark(
+  _nlg(
     'glam_nq', 'natural_questions_open:1.0.0', _QA, answers='answer',
     metrics=_EM, splits=_TRAIN_VALIDATION, shots=64,
   ),
-  Benchmark(
+  _nlg(
     'glam_webqs', 'web_questions:1.0.0', _QA, answers='answers', metrics=_EM,
     splits=_TEST, shots=64,
   ),
-  Benchmark(
+  _nlg(
     'glam_squadv2', 'squad/v2.0:3.0.0', '{title}\n{context}\n' + _QA,
     answers='answers', metrics=_F1, prepare=answer_or_none,
     splits=_TRAIN_VALIDATION, shots=16,
   ),
-  Benchmark(
-    'glam_lambada', 'lambada:1.0.0', '{passage}', '{word}', metrics=_ACCURACY,
-    prepare=last_word, splits=_DEV_SHOTS, shots=15,
+  _nlg(
+    'glam_lambada', 'lambada:1.0.0', '{passage}', targets='{word}',
+    metrics=_ACCURACY, prepare=last_word, read=first_word, splits=_DEV_SHOTS,
+    shots=15,
   ),
-  Benchmark(
+  _nlg(
     'glam_drop', 'drop:2.0.0', '{passage}\n' + _QA, answers='answers',
     metrics=_F1, prepare=all_answers, splits=_DEV, shots=20,
   ),
-  Benchmark(
+  _nlg(
     'glam_quac', 'quac:1.0.0', '{title}: {section_title}\n{context}\n' + _QA,
     answers='answers/text', metrics=_F1, splits=_TRAIN_VALIDATION, shots=5,
   ),
-  Benchmark(
+  _nlg(
     'glam_coqa', 'coqa:1.0.0', '{text}', answers='answers', metrics=_F1,
     prepare=turns, splits=_TEST, shots=5,
   ),
