@@ -252,7 +252,7 @@ def _check_macro(name: str) -> None:
 
 
 def _check_argument(name: str) -> None:
-  """Raises where scope/module.function.argument is of none that a file has."""
+  """Raises where no gin file has the scope, the function or the argument."""
   scope, _, path = name.rpartition('/')
   function, _, argument = path.rpartition('.')
   registry = gin.config._REGISTRY
@@ -265,7 +265,9 @@ def _check_argument(name: str) -> None:
       f'--gin.{name}: No configurable matching {function!r}; {near}no '
       'gin file names it.'
     )
-  of_match = inspect.signature(registry[matches[0]].wrapped).parameters
+  of_match = inspect.signature(
+    _one_line(registry.get_match, function).wrapped
+  ).parameters
   takes_any = any(p.kind is p.VAR_KEYWORD for p in of_match.values())
   if argument not in of_match and not takes_any:
     raise ValueError(

@@ -101,7 +101,7 @@ def test_another_run_continues_nothing(trained, answers, tmp_path):
     *(f'--input={trained / "questions.txt"}', f'--output={output}'),
   )
   assert outcome.code == 2
-  assert 'was made with saved_at' in outcome.stderr
+  assert 'was made with checkpoint_saved_at' in outcome.stderr
   assert output.read_bytes() == before
 
 

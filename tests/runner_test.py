@@ -235,7 +235,7 @@ def test_sigterm_leaves_the_latest_evaluation_with_its_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_trace_of_steps_that_are_partly_there(tmp_path):
+def test_a_trace_of_steps_that_are_partly_there(tmp_path, capfd):
   """A rate may be a number."""
   common = {'eval_dataset': None, 'learning_rate': 0.1}
   traces = tmp_path / 'profile'
@@ -245,3 +245,4 @@ def test_a_trace_of_steps_that_are_partly_there(tmp_path):
   assert len(list(traces.rglob('*.xplane.pb'))) == 2
   _run(tmp_path, train_steps=5, profile=(0, 3), **common)
   assert len(list(traces.rglob('*.xplane.pb'))) == 2
+  assert 'no step to trace from 4 to 5\n' in capfd.readouterr().err

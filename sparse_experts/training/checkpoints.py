@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import sys
 import threading
@@ -194,13 +195,14 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int]:
   return directory / str(step), step
 
 
-def saved_at(path: epath.PathLike) -> float:
-  """When the parameters at `path` (see `find`) were written, Unix seconds.
+def saved_at(path: epath.PathLike, step: int) -> str:
+  """When the parameters of a run's step were written, as ISO 8601.
 
-  With the step it tells one run's checkpoints from another's.
+  Tells one run's checkpoints from another's. `path` is as in `find`.
   """
-  directory, _ = find(path)
-  return (directory / 'params' / '_METADATA').stat().mtime
+  file = directory_of(root_of(path)) / str(step) / 'params' / '_METADATA'
+  written = datetime.datetime.fromtimestamp(file.stat().mtime, datetime.UTC)
+  return written.isoformat()
 
 
 def load_params(

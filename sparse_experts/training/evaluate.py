@@ -32,7 +32,7 @@ class Evaluation:
   MODEL_DIR/evaluation/<task>-<split>-<step>.json, `-ranked` before the step if
   options are ranked.
 
-  Results of a checkpoint are 'task', 'split', 'step', 'saved_at' (when it was),
+  Results of a checkpoint are 'task', 'split', 'step', 'checkpoint_saved_at',
   'corpus' (digests of embedded ones), 'capacity_factor', 'metrics' (see
   `models.model.summary`), 'task_metrics', 'calibration' (see
   `training.calibration`) and 'score', the mean of the task's metrics, or minus
@@ -147,7 +147,7 @@ class Evaluation:
         done = step
         path = checkpoints.directory_of(self._model_dir) / str(step)
         try:
-          results = self._finished(path) or self._evaluate(path)
+          results = self._finished(step) or self._evaluate(path)
         except (ValueError, FileNotFoundError):
           if path.exists():
             raise
@@ -169,7 +169,7 @@ class Evaluation:
       'task': self._dataset.mixture_or_task_name,
       'split': self._dataset.split,
       'step': step,
-      'saved_at': checkpoints.saved_at(path),
+      'checkpoint_saved_at': checkpoints.saved_at(self._model_dir, step),
       'corpus': self._settings['corpus'],
       'capacity_factor': self._model.capacity_factor_eval,
       'metrics': metrics,
@@ -188,14 +188,15 @@ class Evaluation:
     self._write(f'-{step}', {**_plain(results), 'settings': self._settings})
     return results
 
-  def _finished(self, path) -> dict[str, Any] | None:
+  def _finished(self, step: int) -> dict[str, Any] | None:
     """The results on file, if they are of these settings and parameters."""
-    file = self._root / 'evaluation' / f'{self._name}-{path.name}.json'
+    file = self._root / 'evaluation' / f'{self._name}-{step}.json'
     if not file.exists():
       return None
     results = json.loads(file.read_text())
     same = results.pop('settings', None) == self._settings
-    same = same and results['saved_at'] == checkpoints.saved_at(path)
+    saved_at = checkpoints.saved_at(self._model_dir, step)
+    same = same and results['checkpoint_saved_at'] == saved_at
     return results if same else None
 
   def _write(self, suffix: str, results: Mapping[str, Any]) -> None:

@@ -94,7 +94,7 @@ def infer(
     examples = itertools.chain(list(itertools.islice(examples, 1)), examples)
     settings = {
       'step': step,
-      'saved_at': checkpoints.saved_at(model_dir),
+      'checkpoint_saved_at': checkpoints.saved_at(model_dir, step),
       'task': dataset.mixture_or_task_name,
       'corpus': dataset.corpus(),
       'feature_lengths': dict(dataset.feature_lengths),

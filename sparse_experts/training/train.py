@@ -91,11 +91,9 @@ def train(
     ValueError: an argument, the data or the checkpoint does not fit the rest.
     FloatingPointError: too many steps in a row were not finite.
   """
-  keep = (
-    {} if keep_checkpoints is None else {'keep_checkpoints': keep_checkpoints}
-  )
+  if keep_checkpoints is not None:
+    _check_counts(keep_checkpoints=keep_checkpoints)
   _check_counts(
-    **keep,
     train_steps=train_steps,
     batch_size=dataset.batch_size,
     checkpoint_period=checkpoint_period,
@@ -136,6 +134,8 @@ def train(
       progress.say(f'resumed at step {start}')
     if start >= train_steps:
       progress.say(f'TRAIN_STEPS={train_steps} are done; nothing left to train')
+    if profile and not (start < profile[1] and profile[0] < train_steps):
+      progress.say(f'no step to trace from {start} to {train_steps}')
     evaluate = None
     if eval_dataset is not None:
       evaluate = LossEvaluation(model, eval_dataset, built_mesh)
