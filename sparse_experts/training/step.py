@@ -93,10 +93,7 @@ def gradients(
 ) -> tuple[Any, Sums]:
   """Gradients of a batch and the model's sums; see `train_step`."""
   rng = jax.random.fold_in(jax.random.key(seed), state.step)
-  weights = batch.get('decoder_loss_weights')
-  if weights is None:
-    weights = batch['decoder_target_tokens'] > 0
-  num_targets = weights.sum().astype(jnp.float32) / microbatches
+  num_targets = model.target_weights(batch).sum() / microbatches
 
   def of_part(i: Array, batch: Batch) -> tuple[Any, Sums]:
     def loss(params):
