@@ -105,7 +105,21 @@ class Writer(safetensors.Writer):
   ):
     del parts, step
     self._config = _describe(model)
-    super().__init__(folder, shapes)
+    # transformers makes copies of the table by itself only where logits are
+    # tied to it; else it would draw those that are not there at random.
+    known, self._copies = ARCHITECTURES[_kind(model)], {}
+    if not model.module.tied_logits:
+      embedding = known.table[0][1]
+      self._copies[embedding] = sorted(set(known.copies) - shapes.keys())
+    copied = {
+      copy: shapes[name] for name in self._copies for copy in self._copies[name]
+    }
+    super().__init__(folder, {**shapes, **copied})
+
+  def write(self, name: str, index: tuple, array: np.ndarray) -> None:
+    """Writes a whole tensor, and its copies."""
+    for each in (name, *self._copies.get(name, ())):
+      super().write(each, index, array)
 
   def finish(self, gin: str) -> None:
     """Writes what says what the tensors are."""
