@@ -155,6 +155,7 @@ NUM_LAYERS = 4
 NUM_EXPERTS = 8
 GROUP_SIZE = None
 DECODER_GROUP_SIZE = None
+DTYPE = 'float32'
 """,
   'our Mixtral, of T5 tokens': _OWN.format(
     model='decoder_only', router='mixtral'
