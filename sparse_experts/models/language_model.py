@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
       self._embed(tokens_BxL),
       _context(
         tokens_BxL.shape[1],
-        mask_BxL=batch['decoder_target_tokens'] > 0,
+        mask_BxL=self.masks(batch)['decoder'],
         token_ids_BxL=tokens_BxL,
         task_ids_BxL=batch.get('decoder_task_ids'),
         attend_BxLxM=self._attend(batch),
@@ -95,6 +95,13 @@ class LanguageModel(nn.Module):
     )
     auxes |= {f'decoder/{name}': aux for name, aux in decoder_auxes.items()}
     return self._logits(y_BxLxD), auxes
+
+  def masks(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+    """By stack, the tokens that its layers route, boolean [B, L]."""
+    masks = {'decoder': batch['decoder_target_tokens'] > 0}
+    if self.encoder is not None:
+      masks['encoder'] = batch['encoder_input_tokens'] > 0
+    return masks
 
   def start(self, batch: Mapping[str, Array], max_length: int) -> Array:
     """Begins to decode: fills the collection 'cache', without any capacity.
@@ -186,7 +193,7 @@ class LanguageModel(nn.Module):
     if self.encoder is None:
       return None, {}
     tokens_BxM = batch['encoder_input_tokens']
-    mask_BxM = tokens_BxM > 0
+    mask_BxM = batch['encoder_input_tokens'] > 0
     segments_BxM = batch.get('encoder_segment_ids', mask_BxM)
     y_BxMxD, auxes = self.encoder(
       self._embed(tokens_BxM),
