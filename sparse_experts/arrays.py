@@ -32,14 +32,20 @@ class Aux:
   Returned, never sown, so it passes through scan, remat and microbatches.
 
   Attributes:
-    losses: name -> float32 scalar, unweighted, a mean over groups. Weights live
-      in `models.Model`. A mean over equal microbatches is the whole batch's.
+    losses: name -> float32 scalar, unweighted, a mean over tokens or groups.
+      Their weights live in `models.Model`.
+    tokens: float32, how many tokens those are means over, by which microbatches
+      weigh; None: all microbatches weigh alike.
+    balance: a `moe.losses.Balance`, the sums that the loss `load_balance` is
+      made of, where there is one: the model can take it over more than groups.
     metrics: name -> float32 array of *sums* over tokens, so that they add over
       microbatches, steps and processes; `moe.metrics.summary` divides.
     decisions: of routers that learn from reward, see `models.reward.losses`.
       Float32, one number a token: [G, S] from a router, [B, L] from a layer.
     logits: from a router that has some, float32 [G, S, E], up to a constant of
       each token: what its entropy and confidence are of. A layer has none.
+    log_z: from a router that has logits of its own, float32 [G, S]: the
+      logsumexp of x W as the product gave it, before noise. A layer has none.
     record: from a layer that was asked for it, a `moe.record.Record`.
   """
 
@@ -47,6 +53,9 @@ class Aux:
   metrics: dict[str, Array]
   decisions: dict[str, Array] = flax.struct.field(default_factory=dict)
   logits: Array | None = None
+  log_z: Array | None = None
+  tokens: Array | None = None
+  balance: Any = None
   record: Any = None
 
 

@@ -74,7 +74,7 @@ def by_definition(scores, bias, mask, options):
         counted = ranked(row, k)
       f[counted] += E / (k * n)
       P += row / row.sum() / n
-    balance += (f * P).sum() / G
+    balance += (f * P).sum() * mask[g].sum() / max(mask.sum(), 1)
   return experts, gates, balance
 
 
@@ -148,7 +148,7 @@ def test_gradients_are_the_equations_and_the_bias_has_none(options):
     'expert_groups': 1,
     'limited_groups': 1,
     'group_score': 'max',
-    'balance_counts': 'chosen',
+    'balance_counts': 'scores',
     **options,
   }
 

@@ -43,7 +43,7 @@ def gates_and_loss(logits, noisy, taken, temperature, gates, mask):
       values[g, s] = oracle.softmax(row) * taken[g, s]
     tokens = max(mask[g].sum(), 1)
     f, P = taken[g].sum(0) / tokens, values[g].sum(0) / tokens
-    balance += E * (f * P).sum() / G
+    balance += E * (f * P).sum() * mask[g].sum() / mask.sum()
   return values, balance
 
 

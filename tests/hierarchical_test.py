@@ -69,8 +69,9 @@ def by_definition(arrays, normals, mask, k, primary_k):
     load_H = [
       load_primary[i] * load_within[i] / max(members[i], 1) for i in range(P)
     ]
-    importance += square_variation(importance_H) / G
-    load += square_variation(np.array(load_H)) / G
+    weight = mask[g].sum() / mask.sum()
+    importance += weight * square_variation(importance_H)
+    load += weight * square_variation(np.array(load_H))
   return experts, gates, importance, load
 
 

@@ -74,8 +74,13 @@ def decide(
   threshold: float = 0.2,
   draws: np.ndarray | None = None,
   priority: str = 'choice',
+  order: np.ndarray | None = None,
 ) -> Decisions:
-  """Who goes where, in which place; `draws` are the numbers of 'random'."""
+  """Who goes where, in which place.
+
+  `draws` [G, S, K] are the numbers of the policy 'random', `order` [G, S] those
+  of the priority: the largest is first.
+  """
   G, S, E = logits.shape
   ranked = np.zeros((G, S, k), int)
   taken = np.zeros((G, S, k), bool)
@@ -101,8 +106,9 @@ def decide(
   place = np.zeros((G, S, k), int)
   for g in range(G):
     tokens = list(range(S))
-    if priority == 'confidence':
-      tokens.sort(key=lambda s: (-confidence[g, s], s))
+    if priority in ('confidence', 'random'):
+      first = confidence if priority == 'confidence' else order
+      tokens.sort(key=lambda s: (-first[g, s], s))
     if priority == 'token':
       queue = list(itertools.product(tokens, range(k)))
     else:
@@ -128,7 +134,7 @@ def losses(
   Over positions, masked ones count: as zeros in f and P, with zero logits in z.
   """
   G, S, E = logits.shape
-  balance = z = 0.0
+  balance = z = total = 0.0
   for g in range(G):
     f, P, z_group, n = np.zeros(E), np.zeros(E), 0.0, 0
     for s in range(S):
@@ -143,14 +149,24 @@ def losses(
       z_group += (highest + math.log(np.exp(logits[g, s] - highest).sum())) ** 2
       for e in ranked[g, s][: 1 if counts == 'first' else None]:
         f[e] += 1
-    n = max(n, 1)
-    balance += E * (f / n * P / n).sum() / G
-    z += z_group / n / G
-  return balance, z
+    if n:  # A group weighs by what it has.
+      balance += n * E * (f / n * P / n).sum()
+    z += z_group
+    total += n
+  return balance / max(total, 1), z / max(total, 1)
 
 
 def capacity(
-  factor: str, *, tokens, num_experts, k, per_choice, rounding, minimum, clip
+  factor: str,
+  *,
+  tokens,
+  num_experts,
+  k,
+  per_choice,
+  rounding,
+  minimum,
+  clip,
+  multiple_of=1,
 ) -> int:
   """Slots of an expert, in exact fractions; `factor` as it is written."""
   exact = Fraction(factor) * tokens * (k if per_choice else 1) / num_experts
@@ -163,6 +179,8 @@ def capacity(
   ):
     slots += 1
   slots = max(slots, minimum)
+  while slots % multiple_of:
+    slots += 1
   return min(slots, tokens) if clip else slots
 
 

@@ -57,7 +57,8 @@ def test_numbers_of_the_logits_by_hand():
     moe.Assignment(*(jnp.zeros((1, 2, 1), int),) * 3, num_experts=3),
     shape=(1, 2),
     mask_GxS=jnp.array([[True, False]]),
-    logits_GxSxE=jnp.log(probs) + 2,
+    logits_GxSxE=jnp.log(probs),
+    log_z_GxS=jnp.array([[2.0, 5.0]]),
   )
   # 0.5 log 2 + 2 * 0.25 log 4 = 1.5 log 2; the second token is padding.
   np.testing.assert_allclose(found.entropy_BxL, [[1.5 * np.log(2), 0]], 1e-6)

@@ -145,11 +145,11 @@ def test_a_model_adds_them_with_their_weights():
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-def evaluation(model, params, batch, num_targets=None):
+def evaluation(model, params, batch, totals=None):
   """Loss and gradients, without draws, so that parts can be compared."""
 
   def loss(params):
-    return model.loss(params, batch, train=False, num_targets=num_targets)
+    return model.loss(params, batch, train=False, totals=totals)
 
   (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
   return value, grads
@@ -188,13 +188,13 @@ def test_the_mean_over_parts_of_a_batch_is_the_whole():
     for leaf in jax.tree.leaves(whole[1][stack]['layers_0']['moe']['router']):
       assert np.abs(leaf).max() > 1e-3
   # Rows have different numbers of targets, so the halves do too.
-  num_targets = (batch['decoder_target_tokens'] > 0).sum() / 2
+  totals = jax.tree.map(lambda x: x / 2, model.totals(batch))
   halves = [
     evaluation(
       model,
       params,
       {name: x[part] for name, x in batch.items()},
-      num_targets,
+      totals,
     )
     for part in (slice(4), slice(4, 8))
   ]

@@ -19,7 +19,7 @@ OPTIONS = {
   'gates': ['all', 'chosen'],
   'policy': ['all', 'none', 'threshold', 'random'],
   'threshold': [0.2, 0.5],
-  'priority': ['choice', 'token', 'confidence'],
+  'priority': ['choice', 'token', 'confidence', 'random'],
   'balance_counts': ['first', 'all'],
   'losses_over': ['tokens', 'positions'],
 }
@@ -69,6 +69,7 @@ def test_route_is_the_oracle(case):
     threshold=options['threshold'],
     draws=np.asarray(jax.random.uniform(KEY, (G, S, k))),
     priority=options['priority'],
+    order=np.asarray(jax.random.uniform(jax.random.fold_in(KEY, 1), (G, S))),
   )
   expert = np.where(decisions.taken, decisions.ranked, E)
   np.testing.assert_array_equal(assignment.expert_GxSxK, expert)
@@ -152,7 +153,13 @@ def test_relabelling_experts_relabels_the_assignment(case, random):
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
     new_aux,
-    old_aux.replace(logits=old_aux.logits[..., names]),
+    old_aux.replace(
+      logits=old_aux.logits[..., names],
+      balance=old_aux.balance.replace(
+        counted_GxE=old_aux.balance.counted_GxE[..., names],
+        score_GxE=old_aux.balance.score_GxE[..., names],
+      ),
+    ),
   )
 
 

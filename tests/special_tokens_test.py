@@ -183,7 +183,9 @@ def test_rewards_of_inputs_are_of_their_tokens():
   batch = {'encoder_input_tokens': jnp.array([[0, 7, 5], [7, 0, 0]])}
   log_probs_BxL = jnp.array([[-1.0, -3.0], [-2.0, -9.0]])
   weights_BxL = jnp.array([[1.0, 1.0], [1.0, 0.0]])
-  auxes = {'encoder/layers_0': Aux({}, {}, decisions={'value': jnp.zeros((2, 3))})}
+  auxes = {
+    'encoder/layers_0': Aux({}, {}, decisions={'value': jnp.zeros((2, 3))})
+  }
   found = reward.losses(
     auxes,
     batch,

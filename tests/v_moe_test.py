@@ -36,8 +36,9 @@ def by_definition(arrays, normal, mask, k):
       for e in range(E):
         wins = (threshold - clean[g, s, e]) * E  # In deviations.
         loads[e] += 1 - 0.5 * (1 + math.erf(wins / math.sqrt(2)))
-    importance += square_variation(sums) / G
-    load += square_variation(loads) / G
+    weight = mask[g].sum() / mask.sum()
+    importance += weight * square_variation(sums)
+    load += weight * square_variation(loads)
   return experts, gates, importance, load
 
 
@@ -91,7 +92,7 @@ def test_load_by_hand():
   np.testing.assert_allclose(
     assignment.gate_GxSxK, 1 / (1 + math.exp(-1.5)), rtol=1e-6
   )
-  assert aux.losses == {'importance': 0, 'load': 0}
+  assert aux.losses['importance'] == aux.losses['load'] == 0
   # Logits (0, 1), none drawn: the threshold is 1. P = 1 - cdf(1 / .5) = .022750
   # and 1/2: mean .261375, .238625 off it, CV^2 = .833495.
   _, aux = route_softmax(jnp.array([[[0.0, 1.0]]]), k=1, deviation=0.5)

@@ -44,7 +44,7 @@ def recount(record: Record) -> dict[str, np.ndarray]:
     'kept_E': by_expert(kept_BxLxK),
     'gate_mass_E': by_expert(kept_BxLxK, record.gate_BxLxK),
     'left_out': (real_BxL & ~kept_BxLxK.any(-1)).sum(),
-    'slots': groups * E * (record.capacity or 0),
+    'slots': 0 if record.capacity is None else groups * E * record.capacity,
   }
   for who in ('sender', 'receiver'):
     if (lost := (fate_BxLxK == FATES.index(who)).sum()) > 0:

@@ -86,7 +86,7 @@ class LanguageModel(nn.Module):
       self._embed(tokens_BxL),
       _context(
         tokens_BxL.shape[1],
-        mask_BxL=self.special_tokens.is_token(batch['decoder_target_tokens']),
+        mask_BxL=self.masks(batch)['decoder'],
         token_ids_BxL=tokens_BxL,
         task_ids_BxL=batch.get('decoder_task_ids'),
         attend_BxLxM=self._attend(batch),
@@ -100,6 +100,16 @@ class LanguageModel(nn.Module):
     )
     auxes |= {f'decoder/{name}': aux for name, aux in decoder_auxes.items()}
     return self._logits(y_BxLxD), auxes
+
+  def masks(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+    """By stack, the tokens that its layers route, boolean [B, L]."""
+    is_token = self.special_tokens.is_token
+    masks = {}
+    if 'decoder_target_tokens' in batch:
+      masks['decoder'] = is_token(batch['decoder_target_tokens'])
+    if self.encoder is not None:
+      masks['encoder'] = is_token(batch['encoder_input_tokens'])
+    return masks
 
   def start(self, batch: Mapping[str, Array], max_length: int) -> Array:
     """Begins to decode: fills the collection 'cache', without any capacity.
@@ -126,7 +136,7 @@ class LanguageModel(nn.Module):
       self.put_variable(
         'cache',
         'attend_memory',
-        self.special_tokens.is_token(batch['encoder_input_tokens']),
+        self.masks(batch)['encoder'],
       )
     B, L = tokens_BxL.shape
     lengths_B = jnp.ones(B, int) if prompt_BxL is None else prompt_BxL.sum(1)
@@ -197,7 +207,7 @@ class LanguageModel(nn.Module):
     if self.encoder is None:
       return None, {}
     tokens_BxM = batch['encoder_input_tokens']
-    mask_BxM = self.special_tokens.is_token(tokens_BxM)
+    mask_BxM = self.masks(batch)['encoder']
     segments_BxM = batch.get('encoder_segment_ids', mask_BxM)
     y_BxMxD, auxes = self.encoder(
       self._embed(tokens_BxM),
@@ -235,9 +245,8 @@ class LanguageModel(nn.Module):
         batch['decoder_segment_ids'][:, :, None]
         == batch['encoder_segment_ids'][:, None, :]
       )
-    if 'encoder_input_tokens' in batch:
-      inputs_BxM = batch['encoder_input_tokens']
-      return self.special_tokens.is_token(inputs_BxM)[:, None, :]
+    if self.encoder is not None:
+      return self.masks(batch)['encoder'][:, None, :]
     return None
 
   def _embed(self, tokens_BxL: Array) -> Array:

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from sparse_experts import moe
 from sparse_experts.arrays import Array, Aux
-from sparse_experts.models import reward
+from sparse_experts.models import auxiliary, reward
+from sparse_experts.models.auxiliary import Totals
 from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
 from sparse_experts.models.special_tokens import SpecialTokens
 from sparse_experts.models.transformer import map_rows
@@ -28,7 +28,7 @@ class Model:
   """A module, and what its outputs mean.
 
       loss = CE + z_loss * mean log(Z)^2
-             + sum over names w_name * (sum or mean over layers) aux_name
+             + sum over names w_name * (over layers) aux_name
 
   CE is a mean over target tokens, in nats. Routers that learn from reward have
   further auxiliary losses, 'policy' and 'value', see `reward.losses`.
@@ -37,7 +37,24 @@ class Model:
     module: maps batches to logits and Aux, see `language_model.LanguageModel`.
     loss_weights: weight of each auxiliary loss the routers return, by name.
     layer_reduction: auxiliary losses are combined over sparse layers by 'sum'
-      (Mesh TF, so Switch and ST-MoE as published) or 'mean' (flaxformer).
+      (Mesh TF, so Switch and ST-MoE as published), 'mean' (flaxformer,
+      MegaBlocks), or 'joint': the balance loss is of all layers' tokens
+      together, whose f and P are averaged before they are multiplied
+      (transformers' Mixtral and OLMoE); other losses are the mean.
+    balance_over: the tokens that f and P of the balance loss are means over.
+      'group': each group of a layer, as routers return it (Mesh TF,
+        DeepSeek-V3's sequences).
+      'microbatch': what one forward pass sees, on all devices (transformers,
+        MegaBlocks, Megatron: there, on one device).
+      'batch': all tokens of a step (Qiu et al. 2025,
+        https://arxiv.org/abs/2501.11873), exactly: with microbatches, a first
+        forward pass over all of them counts choices, with the same draws. It
+        costs that pass, a quarter to a third of a step.
+      'batch_so_far': the step's microbatches up to this one, an approximation
+        that costs nothing (their buffer; Megatron's `global_aux_loss`).
+      'last_step': f of the step before and P of this one, an approximation
+        that costs a state of E counts a layer.
+      Without microbatches the three in the middle are one.
     z_loss: weight of log(Z)^2 of the output softmax (1e-4 in T5X).
     capacity_factor_train, capacity_factor_eval: of sparse layers; None drops
       nothing. Decoding always drops nothing.
@@ -59,6 +76,7 @@ class Model:
     default_factory=lambda: {'load_balance': 1e-2}
   )
   layer_reduction: str = 'sum'
+  balance_over: str = 'group'
   z_loss: float = 0.0
   capacity_factor_train: float | None = 1.25
   capacity_factor_eval: float | None = 2.0
@@ -66,10 +84,12 @@ class Model:
   bias_rate: float = 0.0
 
   def __post_init__(self):
-    if self.layer_reduction not in ('sum', 'mean'):
+    auxiliary.check(self.layer_reduction, self.balance_over)
+    if self.consistency and self.balance_over not in ('group', 'microbatch'):
       raise ValueError(
-        "layer_reduction must be 'sum' or 'mean', not "
-        f'{self.layer_reduction!r}.'
+        f'balance_over={self.balance_over!r} is of one pass over a batch, and '
+        f'consistency={self.consistency} makes two: set consistency=0, or '
+        "balance_over='group' or 'microbatch'."
       )
 
   @property
@@ -106,7 +126,7 @@ class Model:
     *,
     train: bool,
     step: Array | None = None,
-    num_targets: Array | None = None,
+    totals: Totals | None = None,
   ) -> tuple[Array, Sums]:
     """The training objective and sums that metrics are read from.
 
@@ -116,21 +136,24 @@ class Model:
       rng: for dropout, jitter and noise; required in training.
       train: training's capacity, policies and dropout, or evaluation's.
       step: int32 training step, for routers with a schedule.
-      num_targets: what CE is divided by, the batch's own number of targets by
-        default. A microbatch is given the mean number per microbatch, so that
-        the mean over microbatches is the whole batch's loss.
+      totals: what losses are divided by, the batch's own by default. A
+        microbatch is given the mean of all, so that the mean over microbatches
+        is the whole batch's loss.
 
     Returns:
       Scalar loss; sums (see `summary`), which add over batches. Of two passes
-      they are the mean, with an auxiliary loss 'consistency' added.
+      they are the mean, with an auxiliary loss 'consistency' added. 'balance',
+      among the sums, is what `counts` returns.
     """
+    if totals is None:
+      totals = self.totals(batch)
     one_pass = functools.partial(
       self._one_pass,
       params,
       batch,
       train=train,
       step=step,
-      num_targets=num_targets,
+      totals=totals,
     )
     if not (train and self.consistency):
       loss, sums, _ = one_pass(rng)
@@ -138,16 +161,14 @@ class Model:
     loss_1, sums_1, logits_1 = one_pass(jax.random.fold_in(rng, 0))
     loss_2, sums_2, logits_2 = one_pass(jax.random.fold_in(rng, 1))
     weights_BxL = self.target_weights(batch)
-    if num_targets is None:
-      num_targets = weights_BxL.sum()
     divergence = (_symmetric_kl(logits_1, logits_2) * weights_BxL).sum()
-    divergence /= jnp.maximum(num_targets, 1)
+    divergence /= jnp.maximum(totals.targets, 1)
     sums = jax.tree.map(lambda a, b: (a + b) / 2, sums_1, sums_2)
     sums['aux_losses']['consistency'] = divergence
     return loss_1 + loss_2 + self.consistency * divergence, sums
 
   def _one_pass(
-    self, params, batch: Batch, rng: Array | None, *, train, step, num_targets
+    self, params, batch: Batch, rng: Array | None, *, train, step, totals
   ) -> tuple[Array, Sums, Array]:
     """Loss, sums and logits of one pass, as `loss` describes them."""
     logits_BxLxV, auxes = self._apply(
@@ -162,12 +183,11 @@ class Model:
     log_probs_BxL, log_z_BxL, correct_BxL = _read(
       logits_BxLxV, batch['decoder_target_tokens']
     )
-    total = weights_BxL.sum()
-    if num_targets is None:
-      num_targets = total
-    num_targets = jnp.maximum(num_targets, 1)
+    num_targets = jnp.maximum(totals.targets, 1)
     cross_entropy = -(log_probs_BxL * weights_BxL).sum()
     square_z = (jnp.square(log_z_BxL) * weights_BxL).sum()
+    counted = auxiliary.counts(auxes)
+    auxes = auxiliary.of_layers(auxes, self.balance_over, totals)
     auxes = reward.losses(
       auxes,
       batch,
@@ -176,19 +196,51 @@ class Model:
       num_targets,
       special_tokens=self.special_tokens,
     )
-    aux_losses = self._aux_losses(auxes)
+    self._check_weights(auxes)
+    aux_losses = auxiliary.over_layers(
+      auxes, self.layer_reduction, self.balance_over, totals
+    )
     loss = (cross_entropy + self.z_loss * square_z) / num_targets
     for name, value in aux_losses.items():
       loss += self.loss_weights.get(name, 0.0) * value
     sums = {
       'batches': jnp.float32(1),
-      'targets': total,
+      'targets': weights_BxL.sum(),
       'cross_entropy': cross_entropy,
       'correct': (correct_BxL * weights_BxL).sum(),
       'aux_losses': aux_losses,
       'layers': {name: aux.metrics for name, aux in auxes.items()},
+      'balance': counted,
     }
     return loss, sums, logits_BxLxV
+
+  def totals(self, batch: Batch) -> Totals:
+    """What the losses of a batch are divided by."""
+    weights_BxL = self.target_weights(batch)
+    return Totals(
+      targets=weights_BxL.sum(),
+      tokens={
+        stack: mask.sum().astype(jnp.float32)
+        for stack, mask in self.module.masks(batch).items()
+      },
+    )
+
+  def counts(
+    self, params, batch: Batch, rng: Array | None = None, *, step=None
+  ) -> dict[str, moe.losses.Balance]:
+    """Which experts training would choose for a batch, by sparse layer.
+
+    A forward pass with the draws of `loss`; arguments as there.
+    """
+    _, auxes = self._apply(
+      params,
+      batch,
+      train=True,
+      rng=rng,
+      step=step,
+      factor=self.capacity_factor_train,
+    )
+    return auxiliary.counts(auxes)
 
   def score(
     self, params, batch: Batch, *, capacity_factor: float | None = None
@@ -322,22 +374,15 @@ class Model:
       rngs=None if rng is None else {'dropout': rng},
     )
 
-  def _aux_losses(self, auxes: Mapping[str, Aux]) -> dict[str, Array]:
-    """Each auxiliary loss over all sparse layers."""
-    unknown = set(self.loss_weights) - {
-      name for aux in auxes.values() for name in aux.losses
-    }
+  def _check_weights(self, auxes: Mapping[str, Aux]) -> None:
+    """Raises ValueError if a weighed loss is no router's."""
+    there = {name for aux in auxes.values() for name in aux.losses}
+    unknown = set(self.loss_weights) - there
     if auxes and unknown:
       raise ValueError(
         f'loss_weights names {sorted(unknown)}, which no router returns; they '
-        f'return {sorted({n for aux in auxes.values() for n in aux.losses})}.'
+        f'return {sorted(there)}.'
       )
-    values: dict[str, list[Array]] = {}
-    for aux in auxes.values():
-      for name, value in aux.losses.items():
-        values.setdefault(name, []).append(value)
-    reduce = sum if self.layer_reduction == 'sum' else _mean
-    return {name: reduce(layers) for name, layers in values.items()}
 
 
 def summary(sums: Sums) -> dict[str, Any]:
@@ -395,7 +440,3 @@ def _symmetric_kl(logits_1: Array, logits_2: Array) -> Array:
     for logits in (logits_1, logits_2)
   )
   return 0.5 * ((jnp.exp(log_1) - jnp.exp(log_2)) * (log_1 - log_2)).sum(-1)
-
-
-def _mean(values: list[Array]) -> Array:
-  return sum(values) / np.float32(len(values))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_experts.arrays import Array, Aux
-from sparse_experts.moe import groups, metrics
+from sparse_experts.moe import groups, losses, metrics
 from sparse_experts.moe.assignment import SoftAssignment
 from sparse_experts.moe.capacity import CapacityRule
 from sparse_experts.moe.dispatchers.gather import gather
@@ -99,7 +99,8 @@ class MoE(nn.Module):
       record: return `Aux.record` too, what happened to every token.
 
     Returns:
-      y_BxLxD and Aux: the router's, with the counts of `metrics.counts` added.
+      y_BxLxD and Aux: the router's, with the counts of `metrics.counts` added,
+      and the loss `router_z` of every router that has logits.
     """
     make_router = self.make_router
     if self.num_experts is not None:
@@ -180,14 +181,24 @@ class MoE(nn.Module):
         mask_GxS=mask_GxS,
         lost=lost,
         logits_GxSxE=aux.logits,
+        log_z_GxS=aux.log_z,
       )
-    aux = Aux(
-      losses=aux.losses,
+    tokens = aux.tokens
+    if not aux.losses and mask_GxS is not None:
+      tokens = mask_GxS.sum().astype(jnp.float32)
+    of_logits = {}
+    if aux.log_z is not None:
+      of_logits['router_z'] = losses.router_z(aux.log_z, mask_GxS)
+    aux = aux.replace(
+      losses={**of_logits, **aux.losses},
       metrics={**aux.metrics, **counts},
       decisions={
         name: decision_GxS.reshape(x_BxLxD.shape[:2])
         for name, decision_GxS in aux.decisions.items()
       },
+      logits=None,
+      log_z=None,
+      tokens=tokens,
       record=recorded,
     )
     return y_BxLxD, aux

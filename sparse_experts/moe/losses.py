@@ -1,11 +1,14 @@
 """Losses that keep a router balanced and its logits small.
 
-Each is computed per group and averaged over groups, so microbatches that keep
-groups whole give the same value and gradient as the whole batch.
+A loss of a group is one number of its tokens; the loss of a batch is the mean
+over groups, each weighed by its tokens, so that padding dilutes nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import flax
 import jax
 import jax.numpy as jnp
 
@@ -13,39 +16,126 @@ from sparse_experts.arrays import Array, masked_mean
 from sparse_experts.moe.assignment import largest
 
 
-def load_balance(
-  probs_GxSxE: Array, counted_GxSxE: Array, mask_GxS: Array | None = None
-) -> Array:
-  """E * sum_e f_e P_e, the mean over groups.
+@flax.struct.dataclass
+class Balance:
+  """The balance loss scale * sum_e f_e P_e, kept as what f and P are means of.
 
   f_e is the fraction of tokens with a counted choice of expert e (before any
-  capacity), P_e the mean router probability. 1 at perfect balance when one
-  choice of each token counts, k when k do. The gradient flows through P.
+  capacity), P_e the mean of its scores. With scale E it is 1 at perfect balance
+  where one choice of each token counts, k where k do. The gradient flows
+  through P. Sums add: over groups, layers, microbatches, whatever set of tokens
+  a source balances.
 
-  Args:
-    probs_GxSxE: float32 router probabilities.
-    counted_GxSxE: 1 where a choice counts.
-    mask_GxS: tokens to average over; None averages over all S positions.
+  Attributes:
+    counted_GxE: float32, tokens with a counted choice of each expert.
+    score_GxE: float32, sums of the scores.
+    tokens_G: float32, what both are divided by.
+    scale: usually E.
 
   References:
     Fedus et al. 2021, https://arxiv.org/abs/2101.03961, equations 4 to 6,
     without alpha; per group as in their code.
   """
-  mask = None if mask_GxS is None else mask_GxS[..., None]
-  f_GxE = masked_mean(counted_GxSxE, mask, axis=1)
-  p_GxE = masked_mean(probs_GxSxE, mask, axis=1)
-  num_experts = probs_GxSxE.shape[-1]
-  return num_experts * (jax.lax.stop_gradient(f_GxE) * p_GxE).sum(-1).mean()
+
+  counted_GxE: Array
+  score_GxE: Array
+  tokens_G: Array
+  scale: float = flax.struct.field(pytree_node=False)
+
+  @classmethod
+  def of(
+    cls,
+    scores_GxSxE: Array,
+    counted_GxSxE: Array,
+    mask_GxS: Array | None = None,
+    scale: float | None = None,
+  ) -> Balance:
+    """That of tokens.
+
+    Args:
+      scores_GxSxE: float32 router probabilities.
+      counted_GxSxE: 1 where a choice counts.
+      mask_GxS: tokens to average over; None averages over all S positions.
+      scale: None: E.
+    """
+    G, S, E = scores_GxSxE.shape
+    tokens_G = jnp.full(G, S, jnp.float32)
+    if mask_GxS is not None:
+      tokens_G = mask_GxS.sum(1).astype(jnp.float32)
+    return cls(
+      counted_GxE=jax.lax.stop_gradient(
+        _sum_over_tokens(counted_GxSxE, mask_GxS)
+      ),
+      score_GxE=_sum_over_tokens(scores_GxSxE, mask_GxS),
+      tokens_G=tokens_G,
+      scale=E if scale is None else scale,
+    )
+
+  def __add__(self, other: Balance) -> Balance:
+    """Of the tokens of both, group by group."""
+    if (self.score_GxE.shape, self.scale) != (
+      other.score_GxE.shape,
+      other.scale,
+    ):
+      raise ValueError(
+        'balance is taken together of layers with equal groups and experts, '
+        f'but [G, E] are {self.score_GxE.shape} and {other.score_GxE.shape} '
+        f'and scales {self.scale:g} and {other.scale:g}.'
+      )
+    return jax.tree.map(jnp.add, self, other)
+
+  def over_groups(self) -> Balance:
+    """Of all tokens as one group."""
+    return jax.tree.map(lambda sums: sums.sum(0, keepdims=True), self)
+
+  def loss(self, counted: Balance | None = None) -> Array:
+    """The mean over groups, each weighed by its tokens.
+
+    Args:
+      counted: whose f it is, if not its own.
+    """
+    f_GxE = (counted or self).f_GxE
+    p_GxE = self.score_GxE / jnp.maximum(self.tokens_G, 1)[:, None]
+    loss_G = self.scale * (f_GxE * p_GxE).sum(-1)
+    return mean_over_groups(loss_G, self.tokens_G)
+
+  @property
+  def f_GxE(self) -> Array:
+    """Fractions of tokens."""
+    return self.counted_GxE / jnp.maximum(self.tokens_G, 1)[:, None]
 
 
-def router_z(logits_GxSxE: Array, mask_GxS: Array | None = None) -> Array:
-  """Mean of logsumexp(logits)^2, which keeps router logits small.
+def mean_over_groups(loss_G: Array, tokens_G: Array | None) -> Array:
+  """The mean, each group weighed by its tokens; 0 where there are none."""
+  if tokens_G is None:
+    return loss_G.mean()
+  return (loss_G * tokens_G).sum() / jnp.maximum(tokens_G.sum(), 1)
+
+
+def router_z(log_z_GxS: Array, mask_GxS: Array | None = None) -> Array:
+  """Mean over tokens of log_z^2, which keeps router logits small.
+
+  Args:
+    log_z_GxS: float32, logsumexp of the router's logits.
+    mask_GxS: tokens to average over; None averages over all positions.
 
   References:
     Zoph et al. 2022, https://arxiv.org/abs/2202.08906, equation 5.
   """
-  z_GxS = jnp.square(jax.nn.logsumexp(logits_GxSxE, axis=-1))
-  return masked_mean(z_GxS, mask_GxS).mean()
+  return masked_mean(jnp.square(log_z_GxS), mask_GxS, axis=(0, 1))
+
+
+def per_choice(weights: Mapping[str, float], k: int) -> dict[str, float]:
+  """Weights of losses whose source divides by a token's k choices, too.
+
+  MegaBlocks does (and so OLMoE): its f is a share of all choices, and its
+  z-loss a mean over tokens and choices.
+
+  Example:
+    >>> per_choice({'load_balance': 1e-2}, k=8)
+    {'load_balance': 0.00125}
+  """
+  return {name: weight / k for name, weight in weights.items()}
 
 
 def importance(gates_GxSxE: Array, mask_GxS: Array | None = None) -> Array:
@@ -56,13 +146,16 @@ def importance(gates_GxSxE: Array, mask_GxS: Array | None = None) -> Array:
   Args:
     gates_GxSxE: float32, the gate of every expert, 0 where it is not chosen
       (Shazeer et al. 2017); noise-free softmax over all (Riquelme et al. 2021).
-    mask_GxS: tokens that count; None: all.
+    mask_GxS: tokens that count, and that groups weigh by; None: all.
 
   References:
     Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, equations 6 and 7.
     Riquelme et al. 2021, https://arxiv.org/abs/2106.05974, appendix A.2.
   """
-  return _square_variation(_sum_over_tokens(gates_GxSxE, mask_GxS)).mean()
+  return square_variation(
+    _sum_over_tokens(gates_GxSxE, mask_GxS),
+    None if mask_GxS is None else mask_GxS.sum(1).astype(jnp.float32),
+  )
 
 
 def load(probs_GxSxE: Array, mask_GxS: Array | None = None) -> Array:
@@ -70,7 +163,7 @@ def load(probs_GxSxE: Array, mask_GxS: Array | None = None) -> Array:
 
   Args:
     probs_GxSxE: from `selection_probability`.
-    mask_GxS: tokens that count; None: all.
+    mask_GxS: as of `importance`.
 
   References:
     Shazeer et al. 2017, appendix A, equations 10 and 11; Riquelme et al. 2021,
@@ -127,11 +220,13 @@ def _sum_over_tokens(x_GxSxE: Array, mask_GxS: Array | None) -> Array:
   return x_GxSxE.sum(1)
 
 
-def _square_variation(x_GxE: Array) -> Array:
-  """(deviation / mean)^2 of each row; 0 for zeros.
+def square_variation(sum_GxE: Array, tokens_G: Array | None = None) -> Array:
+  """(deviation / mean)^2 over experts, the mean over groups by their tokens.
 
-  Without the root: its slope at perfect balance is infinite.
+  0 for zeros. Without the root: its slope at perfect balance is infinite.
   """
-  mean_Gx1 = x_GxE.mean(-1, keepdims=True)
-  variance_G = jnp.square(x_GxE - mean_Gx1).mean(-1)
-  return variance_G / (jnp.square(mean_Gx1[:, 0]) + 1e-10)
+  mean_Gx1 = sum_GxE.mean(-1, keepdims=True)
+  variance_G = jnp.square(sum_GxE - mean_Gx1).mean(-1)
+  return mean_over_groups(
+    variance_G / (jnp.square(mean_Gx1[:, 0]) + 1e-10), tokens_G
+  )

@@ -58,7 +58,7 @@ def counts(
       'GSKE,GSK->E', kept_GxSxKxE, assignment.gate_GxSxK
     ),
     'left_out': (real_GxS & ~kept_GxSxK.any(-1)).sum().astype(jnp.float32),
-    'slots': jnp.float32(G * E * (capacity or 0)),
+    'slots': jnp.float32(0 if capacity is None else G * E * capacity),
     **{
       f'dropped_{who}': lost_GxSxK.sum().astype(jnp.float32)
       for who, lost_GxSxK in (lost or {}).items()

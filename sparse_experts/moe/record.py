@@ -28,7 +28,8 @@ class Record:
       receiver (`grouped`); not made; not made because the token is padding.
     entropy_BxL: float32, of softmax(logits), nats; 0 for padding.
     confidence_BxL: float32, the largest probability of that softmax.
-    log_z_BxL: float32, logsumexp(logits); the z-loss is its square.
+    log_z_BxL: float32, logsumexp of the logits without noise; the z-loss is the
+      mean of its square.
     num_experts: E. group_size: S. capacity: C, or None.
 
   The three of the logits are None where the router has no logits. A soft router
@@ -55,6 +56,7 @@ def record(
   mask_GxS: Array | None = None,
   lost: Mapping[str, Array] | None = None,
   logits_GxSxE: Array | None = None,
+  log_z_GxS: Array | None = None,
 ) -> Record:
   """The record of an assignment and what its dispatcher made of it.
 
@@ -64,7 +66,7 @@ def record(
     capacity: C, or None.
     mask_GxS: False for padding, or None.
     lost: choices that the dispatcher dropped, see `metrics.counts`.
-    logits_GxSxE: `Aux.logits` of the router.
+    logits_GxSxE, log_z_GxS: `Aux.logits` and `Aux.log_z` of the router.
   """
   if isinstance(assignment, SoftAssignment):
     assignment = _largest_share(assignment, mask_GxS)
@@ -90,8 +92,9 @@ def record(
     of_logits = {
       'entropy_BxL': entr(probs_GxSxE).sum(-1),
       'confidence_BxL': probs_GxSxE.max(-1),
-      'log_z_BxL': jax.nn.logsumexp(logits_GxSxE, -1),
     }
+  if log_z_GxS is not None:
+    of_logits['log_z_BxL'] = log_z_GxS
   return Record(
     expert_BxLxK=tokens(assignment.expert_GxSxK),
     gate_BxLxK=tokens(assignment.gate_GxSxK),

@@ -24,6 +24,9 @@ class Router(nn.Module):
   Attributes:
     num_experts: E.
     k: choices of a token that capacity is made for, see `CapacityRule`.
+    allow_no_gradient: gates that are the same whatever the logits (of one
+      choice, renormalised over the choices) are meant: the router then learns
+      nothing from the task. Upcycling with gate 1 is such a case.
 
   Declared by each class, as an attribute or a property:
     needs: what it needs beside the tokens, of
@@ -43,6 +46,7 @@ class Router(nn.Module):
 
   num_experts: int
   k: int = 1
+  allow_no_gradient: bool = False
 
   needs: ClassVar[tuple[str, ...]] = ()
   is_causal: ClassVar[bool] = True
@@ -54,6 +58,14 @@ class Router(nn.Module):
     if not 1 <= self.k <= self.num_experts:
       raise ValueError(
         f'k must be from 1 to num_experts={self.num_experts}, got {self.k}.'
+      )
+
+  def check_gradient(self, constant_gates: bool, because: str) -> None:
+    """Raises ValueError if gates are constant, unless that is meant."""
+    if constant_gates and not self.allow_no_gradient:
+      raise ValueError(
+        f'{type(self).__name__} has no gradient from the task: with {because} '
+        'every gate is the same. Change that, or say allow_no_gradient=True.'
       )
 
   def logits(

@@ -59,6 +59,15 @@ class SparseModel(t5x_models.BaseTransformerModel):
     task_ids: bool = False,
     task_modules: Sequence[str] = (),
   ):
+    alone = ('group', 'microbatch')
+    if (microbatches or 1) == 1:
+      alone += ('batch', 'batch_so_far')
+    if model.balance_over not in alone:
+      raise ValueError(
+        'T5X shows a model one microbatch at a time: balance_over must be one '
+        f'of {", ".join(alone)} with microbatches={microbatches}, not '
+        f'{model.balance_over!r}.'
+      )
     batches.check_vocabulary(
       task, model.module.embed.vocab_size, task_modules, model.special_tokens
     )

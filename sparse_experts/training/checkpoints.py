@@ -268,11 +268,12 @@ def _names_step(path: epath.Path) -> bool:
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
-  return {
+  item = {
     'step': state.step,
     'opt_state': state.opt_state,
     'skipped': state.skipped,
   }
+  return item | ({'balance': state.balance} if state.balance else {})
 
 
 def _check_same(path: epath.Path, item: str, target: Any) -> None:

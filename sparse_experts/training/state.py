@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,12 +27,15 @@ class TrainState:
     params: float32 parameters.
     opt_state: the optimizer's.
     skipped: int32, steps not applied because something was not finite.
+    balance: `Balance` of each sparse layer in the step before, where
+      `Model.balance_over` is 'last_step'; else ().
   """
 
   step: Array
   params: Any
   opt_state: Any
   skipped: Array
+  balance: Any = ()
 
 
 def abstract(
@@ -58,6 +62,7 @@ def abstract(
     params=params,
     opt_state=jax.eval_shape(optimizer.init, params),
     skipped=counter,
+    balance=_balance(model, nn.unbox(params), shapes),
   )
   return state, optimizer
 
@@ -97,13 +102,17 @@ def create(
       params=params,
       opt_state=optimizer.init(params),
       skipped=jnp.int32(0),
+      balance=_zeros(_balance(model, params, shapes)),
     )
 
   return jax.jit(init, out_shardings=placed)(jax.random.key(seed))
 
 
 def begin(
-  params: Any, optimizer: optax.GradientTransformation, placed: TrainState
+  params: Any,
+  optimizer: optax.GradientTransformation,
+  placed: TrainState,
+  boxed: TrainState,
 ) -> TrainState:
   """The state at step 0 of given parameters, which stay where they are."""
 
@@ -113,10 +122,27 @@ def begin(
       params=(),
       opt_state=optimizer.init(params),
       skipped=jnp.int32(0),
+      balance=_zeros(boxed.balance),
     )
 
   rest = jax.jit(init, out_shardings=placed.replace(params=()))(params)
   return rest.replace(params=params)
+
+
+def _balance(model: Model, params: Any, shapes: Mapping[str, Any]) -> Any:
+  """Shapes of `TrainState.balance`."""
+  if model.balance_over != 'last_step':
+    return ()
+  params, batch = (
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    for tree in (params, dict(shapes))
+  )
+  loss = functools.partial(model.loss, train=False)
+  return jax.eval_shape(loss, params, batch)[1]['balance']
+
+
+def _zeros(shapes: Any) -> Any:
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def _abstract_key():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from sparse_experts import moe, sharding
 from sparse_experts.arrays import Array
 from sparse_experts.models import model as model_module
+from sparse_experts.models.auxiliary import Totals
 from sparse_experts.models.model import Batch, Model, Sums
 from sparse_experts.moe.bias import update_biases
 from sparse_experts.sharding import constrain
@@ -56,6 +58,7 @@ def train_step(
     microbatches=microbatches,
     data_shards=data_shards,
   )
+  balance = sums.pop('balance')
   norm = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -78,6 +81,7 @@ def train_step(
     params=keep(params, state.params),
     opt_state=keep(opt_state, state.opt_state),
     skipped=state.skipped + skipped,
+    balance=keep(balance, state.balance) if state.balance else (),
   )
   return new_state, {**taken, 'skipped': skipped}
 
@@ -93,9 +97,11 @@ def gradients(
 ) -> tuple[Any, Sums]:
   """Gradients of a batch and the model's sums; see `train_step`."""
   rng = jax.random.fold_in(jax.random.key(seed), state.step)
-  num_targets = model.target_weights(batch).sum() / microbatches
+  totals = jax.tree.map(lambda x: x / microbatches, model.totals(batch))
+  if state.balance:
+    totals = totals.replace(balance=state.balance)
 
-  def of_part(i: Array, batch: Batch) -> tuple[Any, Sums]:
+  def of_part(i: Array, batch: Batch, totals: Totals) -> tuple[Any, Sums]:
     def loss(params):
       return model.loss(
         params,
@@ -103,7 +109,7 @@ def gradients(
         jax.random.fold_in(rng, i),
         train=True,
         step=state.step,
-        num_targets=num_targets,
+        totals=totals,
       )
 
     (objective, sums), grads = jax.value_and_grad(loss, has_aux=True)(
@@ -112,17 +118,37 @@ def gradients(
     return grads, {**sums, 'objective': objective}
 
   if microbatches == 1:
-    return of_part(jnp.int32(0), batch)
+    return of_part(jnp.int32(0), batch, totals)
   parts = split_microbatches(batch, microbatches, data_shards)
   items = (jnp.arange(microbatches), parts)
-  shapes = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], items))
+  if model.balance_over == 'batch':
+
+    def count(_, i: Array, batch: Batch):
+      rng_i = jax.random.fold_in(rng, i)
+      return model.counts(state.params, batch, rng_i, step=state.step)
+
+    totals = totals.replace(balance=_add_up(count, items))
+
+  def of_next(so_far, i: Array, batch: Batch):
+    if so_far is not None and model.balance_over == 'batch_so_far':
+      _, sums = so_far
+      return of_part(i, batch, totals.replace(balance=sums['balance']))
+    return of_part(i, batch, totals)
+
+  grads, sums = _add_up(of_next, items)
+  return jax.tree.map(lambda g: g / microbatches, grads), sums
+
+
+def _add_up(function: Callable[..., Any], items: tuple[Any, ...]) -> Any:
+  """The sum over items of function(sum so far, *item), one after the other."""
+  first = jax.tree.map(lambda x: x[0], items)
+  shapes = jax.eval_shape(functools.partial(function, None), *first)
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-  def accumulate(total, item):
-    return jax.tree.map(jnp.add, total, of_part(*item)), None
+  def accumulate(so_far, item):
+    return jax.tree.map(jnp.add, so_far, function(so_far, *item)), None
 
-  (grads, sums), _ = jax.lax.scan(accumulate, zeros, items)
-  return jax.tree.map(lambda g: g / microbatches, grads), sums
+  return jax.lax.scan(accumulate, zeros, items)[0]
 
 
 def jit_train_step(
@@ -170,6 +196,7 @@ def jit_train_step(
 def eval_step(params, batch: Batch, *, model: Model) -> Sums:
   """The model's sums on a batch at evaluation's capacity, without dropout."""
   _, sums = model.loss(params, batch, train=False)
+  del sums['balance']
   return sums
 
 

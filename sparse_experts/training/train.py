@@ -250,7 +250,7 @@ def _begin(
     params, _ = checkpoints.load_params(
       initial_checkpoint, boxed.params, placed.params
     )
-    now = state.begin(params, optimizer, placed)
+    now = state.begin(params, optimizer, placed, boxed)
   else:
     now = state.create(model, shapes, optimizer, placed, seed)
   return _Run(start or 0, now, take_step, feed, saver)

@@ -26,7 +26,8 @@ def einsum(
 ) -> Array:
   """Sends tokens to experts and mixes their outputs, [G, S, D]."""
   if isinstance(assignment, Assignment):
-    assignment = soften(assignment, capacity or x_GxSxD.shape[1])
+    slots = x_GxSxD.shape[1] if capacity is None else capacity
+    assignment = soften(assignment, slots)
   dispatch_GxSxExC = assignment.dispatch_GxSxExC.astype(x_GxSxD.dtype)
   combine_GxSxExC = assignment.combine_GxSxExC.astype(x_GxSxD.dtype)
   x_GxExCxD = jnp.einsum('GSEC,GSD->GECD', dispatch_GxSxExC, x_GxSxD)

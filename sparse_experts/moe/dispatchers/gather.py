@@ -22,7 +22,7 @@ def gather(
   """Sends tokens to experts and mixes their outputs, [G, S, D]."""
   require_hard(assignment, 'gather')
   G, S, D = x_GxSxD.shape
-  E, C = assignment.num_experts, capacity or S
+  E, C = assignment.num_experts, S if capacity is None else capacity
   slot_GxSxK, choice_GxEC = _indices(assignment, C)
   x_GxECxD = to_slots(x_GxSxD, slot_GxSxK, choice_GxEC)
   y_GxExCxD = exchange(experts, x_GxECxD.reshape(G, E, C, D))

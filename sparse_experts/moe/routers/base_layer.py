@@ -93,7 +93,12 @@ class BalancedAssignment(Router):
       gate_GxSxK=gate_GxSxK,
       place_GxSxK=places(expert_GxSxK, E),
       num_experts=E,
-    ), Aux(losses={}, metrics={}, logits=logits_GxSxE)
+    ), Aux(
+      losses={},
+      metrics={},
+      logits=logits_GxSxE,
+      log_z=jax.nn.logsumexp(logits_GxSxE, -1),
+    )
 
 
 def balanced(

@@ -24,9 +24,9 @@ from sparse_experts.moe.assignment import (
 from sparse_experts.moe.bias import BIAS
 from sparse_experts.moe.router import KERNEL_INIT, Router
 
-# Sums of scores below it are not divided by; 1e-20 in V3's code, whose inverse
-# square is no float32.
-_LEAST = 1e-9
+# No score is divided by less: the least normal float32. V3's code adds 1e-20 to
+# sums, so that gates of logits below -45 fall short; here they do not.
+_LEAST = float(jnp.finfo(jnp.float32).tiny)
 
 
 class DeepSeek(Router):
@@ -66,7 +66,7 @@ class DeepSeek(Router):
   limited_groups: int = 1
   group_score: str = 'max'
   balance_bias: bool = False
-  balance_counts: str = 'chosen'
+  balance_counts: str = 'scores'
   priority: str = 'token'
   kernel_init: nn.initializers.Initializer = KERNEL_INIT
 
@@ -94,13 +94,18 @@ class DeepSeek(Router):
       raise ValueError(
         f"scores must be 'softmax' or 'sigmoid', not {self.scores!r}."
       )
+    self.check_gradient(
+      self.renormalise and self.k == 1, 'renormalise=True of k=1 choice'
+    )
     logits_GxSxE = self.logits(x_GxSxD, kernel_init=self.kernel_init)
+    if mask_GxS is not None:  # Whatever padding holds, NaN too, stays there.
+      logits_GxSxE = jnp.where(mask_GxS[..., None], logits_GxSxE, 0)
     bias_E = None
     if self.balance_bias:
       zeros = sharding.named(nn.initializers.zeros, 'router')
       bias_E = self.param(BIAS, zeros, (self.num_experts,), jnp.float32)
     act = nn.softmax if self.scores == 'softmax' else nn.sigmoid
-    return route_scores(
+    assignment, aux = route_scores(
       act(logits_GxSxE),
       k=self.k,
       bias_E=bias_E,
@@ -113,6 +118,7 @@ class DeepSeek(Router):
       balance_counts=self.balance_counts,
       priority=self.priority,
     )
+    return assignment, aux.replace(log_z=jax.nn.logsumexp(logits_GxSxE, -1))
 
 
 def route_scores(
@@ -126,7 +132,7 @@ def route_scores(
   expert_groups: int = 1,
   limited_groups: int = 1,
   group_score: str = 'max',
-  balance_counts: str = 'chosen',
+  balance_counts: str = 'scores',
   priority: str = 'token',
 ) -> tuple[Assignment, Aux]:
   """Top-k routing of given scores, biased and limited to groups of experts.
@@ -145,8 +151,10 @@ def route_scores(
     group_score: a group is as good as the 'max' of its biased scores (V2,
       section 2.2.2), or the sum of its 'top2' (V3, section 2.1.2: of the
       highest k / limited_groups, which are 8 / 4; its code has 2).
-    balance_counts: f of the balance loss counts the 'chosen' experts, or the k
-      largest 'scores', without bias and groups (V3, equation 18 as printed).
+    balance_counts: f of the balance loss counts the k largest 'scores', without
+      bias and groups (V3, equation 18; Megatron-Core), or the 'chosen' experts
+      (V2's code). Once a bias balances the choice, the chosen ones are balanced
+      and their loss teaches nothing.
     priority: see `assignment.places`.
 
   Returns:
@@ -187,18 +195,17 @@ def route_scores(
   onehot_GxSxKxE = jax.nn.one_hot(expert_GxSxK, E)
   gate_GxSxK = (onehot_GxSxKxE * scores_GxSxE[:, :, None]).sum(-1)
   if renormalise:
-    gate_GxSxK /= jnp.maximum(gate_GxSxK.sum(-1, keepdims=True), _LEAST)
+    gate_GxSxK = _shares(gate_GxSxK)
   taken_GxSxK = jnp.broadcast_to(mask_GxS[..., None], gate_GxSxK.shape)
   expert_GxSxK = jnp.where(taken_GxSxK, expert_GxSxK, E)
 
-  probs_GxSxE = scores_GxSxE / jnp.maximum(
-    scores_GxSxE.sum(-1, keepdims=True), _LEAST
-  )
+  probs_GxSxE = _shares(scores_GxSxE)
   confidence_GxS = (onehot_GxSxKxE[:, :, 0] * probs_GxSxE).sum(-1)
   counted_GxSxE = onehot_GxSxKxE.sum(2)
   if balance_counts == 'scores':
     counted_GxSxE = jax.nn.one_hot(largest(scores_GxSxE, k), E).sum(2)
   entropy_GxS = entr(jax.lax.stop_gradient(probs_GxSxE)).sum(-1)
+  balance = losses.Balance.of(probs_GxSxE, counted_GxSxE, mask_GxS, E / k)
   return Assignment(
     expert_GxSxK=expert_GxSxK,
     gate_GxSxK=jnp.where(taken_GxSxK, scale * gate_GxSxK, 0),
@@ -207,16 +214,26 @@ def route_scores(
     ),
     num_experts=E,
   ), Aux(
-    losses={
-      'load_balance': losses.load_balance(probs_GxSxE, counted_GxSxE, mask_GxS)
-      / k
-    },
+    losses={'load_balance': balance.loss()},
     metrics={
       'entropy': entropy_GxS.sum(),
       'confidence': (confidence_GxS * mask_GxS).sum(),
     },
     logits=jnp.log(jnp.maximum(scores_GxSxE, _LEAST)),
+    tokens=balance.tokens_G.sum(),
+    balance=balance,
   )
+
+
+def _shares(scores_GxSxN: Array) -> Array:
+  """Scores over their sum, 0 of zeros.
+
+  Scaled by the largest first, for the gradient has the square of the sum; then
+  the sum is at least 1.
+  """
+  largest_GxSx1 = jax.lax.stop_gradient(scores_GxSxN.max(-1, keepdims=True))
+  scores_GxSxN /= jnp.maximum(largest_GxSx1, _LEAST)
+  return scores_GxSxN / jnp.maximum(scores_GxSxN.sum(-1, keepdims=True), 1)
 
 
 def _limit(

@@ -209,20 +209,22 @@ def above_threshold(
   before_GxSxE = jnp.cumsum(took_GxSxE, axis=1) - took_GxSxE
   experts_1x1xE = jnp.arange(E, dtype=jnp.int32)[None, None]
   weight_GxSxE = jax.lax.stop_gradient(weight_GxSxE)
+  balance = losses.Balance.of(
+    gate_GxSxE, taken_GxSxE.astype(jnp.float32), mask_GxS
+  )
   return Assignment(
     expert_GxSxK=jnp.where(taken_GxSxE, experts_1x1xE, E),
     gate_GxSxK=gate_GxSxE,
     place_GxSxK=jnp.where(taken_GxSxE, before_GxSxE, 0),
     num_experts=E,
   ), Aux(
-    losses={
-      'load_balance': losses.load_balance(
-        gate_GxSxE, taken_GxSxE.astype(jnp.float32), mask_GxS
-      )
-    },
+    losses={'load_balance': balance.loss()},
     metrics={
       'entropy': (entr(weight_GxSxE).sum(-1) * mask_GxS).sum(),
       'confidence': (weight_GxSxE.max(-1) * mask_GxS).sum(),
     },
     logits=noisy_GxSxE / temperature,
+    log_z=jax.nn.logsumexp(logits_GxSxE, -1),
+    tokens=balance.tokens_G.sum(),
+    balance=balance,
   )

@@ -35,9 +35,10 @@ class DSelectK(Router):
       (section 3.1); otherwise each token has its own (section 3.2).
     gamma: width of the smooth step.
 
-  Losses, means over tokens of sums over selectors: selector_entropy, and where
-  E is no power of two unassigned_codes, 1 / (sum over experts of r), which
-  keeps selectors from codes that are no expert's.
+  Losses, means over tokens of sums over selectors: selector_entropy, and
+  unassigned_codes, 1 / (sum over experts of r), which keeps selectors from
+  codes that are no expert's; 0 where E is a power of two and all codes are.
+  Their code adds the second with weight 1 whatever the first's.
 
   Example:
     >>> router = DSelectK(num_experts=4, k=2)
@@ -151,11 +152,13 @@ def select(
   )
 
   def mean(x_GxSxK):
-    return masked_mean(x_GxSxK.sum(-1), mask_GxS).mean()
+    return masked_mean(x_GxSxK.sum(-1), mask_GxS, axis=(0, 1))
 
-  found = {'selector_entropy': mean(_entropy(selector_GxSxKxE))}
-  if E != 2**R:
-    # Their code; the paper has no name for it.
+  found = {
+    'selector_entropy': mean(_entropy(selector_GxSxKxE)),
+    'unassigned_codes': jnp.float32(0),
+  }
+  if E != 2**R:  # In their code; the paper has no name for it.
     reached_GxSxK = jnp.maximum(selector_GxSxKxE.sum(-1), _LEAST)
     found['unassigned_codes'] = mean(1 / reached_GxSxK)
   fixed_GxSxE = jax.lax.stop_gradient(gate_GxSxE)
@@ -172,6 +175,7 @@ def select(
       'confidence': (fixed_GxSxE.max(-1) * mask_GxS).sum(),
     },
     logits=jnp.log(jnp.maximum(fixed_GxSxE, 1e-30)),  # Finite.
+    tokens=mask_GxS.sum().astype(jnp.float32),
   )
 
 

@@ -172,6 +172,7 @@ def choose(
       'confidence': (score_GxSxE.max(-1) * mask_GxS).sum(),
     },
     logits=logits_GxSxE,
+    log_z=logsumexp(logits_GxSxE, -1),
   )
 
 

@@ -146,15 +146,16 @@ class DispersedTable:
       with epath.Path(embeddings_VxD).open('rb') as file:
         embeddings_VxD = np.load(file)
     embeddings_VxD = np.asarray(embeddings_VxD, np.float64)
-    clusters = self.clusters or num_experts
+    clusters = num_experts if self.clusters is None else self.clusters
     if embeddings_VxD.ndim != 2 or len(embeddings_VxD) != vocab_size:
       raise ValueError(
         f'embeddings must be vocab_size={vocab_size} rows, got shape '
         f'{embeddings_VxD.shape}.'
       )
-    if clusters > vocab_size:
+    if not 1 <= clusters <= vocab_size:
       raise ValueError(
-        f'{clusters} clusters of vocab_size={vocab_size} tokens: give fewer.'
+        f'{clusters} clusters of vocab_size={vocab_size} tokens: give 1 to '
+        f'{vocab_size}.'
       )
     random = np.random.default_rng(self.seed)
     cluster_V = k_means(embeddings_VxD, clusters, random)

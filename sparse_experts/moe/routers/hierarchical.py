@@ -79,6 +79,7 @@ class Hierarchical(Router):
     deterministic: bool = True,
   ) -> tuple[Assignment, Aux]:
     """Routes tokens x [G, S, D]; masked tokens get no expert."""
+    self.check_gradient(self.k == 1, 'k=1 choice')
     width = self.expert_groups or _squarest(self.num_experts)
     levels = {'primary_': width, '': None}
     given = {}
@@ -146,7 +147,7 @@ def route_hierarchically(
   Q = E // P
 
   def gate(level, k, mask_GxS):
-    """Choices, P of equation 9, and the noisy softmax."""
+    """Choices, P of equation 9, the noisy softmax, and logits."""
     logits, deviation, normal = level
     real = mask_GxS[..., None]
     logits, deviation = (
@@ -156,12 +157,14 @@ def route_hierarchically(
     noisy = add_noise(logits, deviation, normal)
     assignment, _ = route(noisy, k=k, mask_GxS=mask_GxS, gates='chosen')
     chances = chosen_probability(logits, noisy, deviation, k)
-    return assignment, chances, jax.nn.softmax(noisy)
+    return assignment, chances, jax.nn.softmax(noisy), logits
 
-  first, chance_GxSxP, prob_GxSxP = gate(primary, primary_k, mask_GxS)
+  first, chance_GxSxP, prob_GxSxP, primary_logits_GxSxP = gate(
+    primary, primary_k, mask_GxS
+  )
   # Every group of experts has a row of Q gates for every token.
   rows = [x if x is None else x.reshape(G, S * P, Q) for x in secondary]
-  second, chance_GxSPxQ, prob_GxSPxQ = gate(
+  second, chance_GxSPxQ, prob_GxSPxQ, logits_GxSPxQ = gate(
     rows, secondary_k, jnp.repeat(mask_GxS, P, axis=1)
   )
 
@@ -192,6 +195,15 @@ def route_hierarchically(
     num_experts=E,
   )
 
+  tokens_G = mask_GxS.sum(1).astype(jnp.float32)
+  # Of every gate, one primary and P secondary; the z-loss is a mean over them.
+  log_z_GxSxN = jnp.concatenate(
+    [
+      jax.nn.logsumexp(primary_logits_GxSxP, -1)[..., None],
+      jax.nn.logsumexp(logits_GxSPxQ, -1).reshape(G, S, P),
+    ],
+    -1,
+  )
   # Equation 14: the load of a group, shared as its own tokens share it.
   member_GxSxP = is_group_GxSxKxP.sum(2)
   primary_GxP = (chance_GxSxP * mask_GxS[..., None]).sum(1)
@@ -207,14 +219,18 @@ def route_hierarchically(
   )
   return assignment, Aux(
     losses={
-      'importance': losses.importance(gate_of_each(assignment)),  # Equation 13.
-      'load': losses.load(load_GxPxQ.reshape(G, 1, E)),
+      'importance': losses.importance(  # Equation 13.
+        gate_of_each(assignment), mask_GxS
+      ),
+      'load': losses.square_variation(load_GxPxQ.reshape(G, E), tokens_G),
     },
     metrics={
       'entropy': (entr(fixed_GxSxE).sum(-1) * mask_GxS).sum(),
       'confidence': (confidence_GxS * mask_GxS).sum(),
     },
     logits=jnp.log(jnp.maximum(fixed_GxSxE, 1e-30)),  # Finite.
+    log_z=jnp.sqrt(jnp.square(log_z_GxSxN).mean(-1)),
+    tokens=tokens_G.sum(),
   )
 
 

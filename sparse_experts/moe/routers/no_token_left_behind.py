@@ -19,7 +19,8 @@ class NoTokenLeftBehind(Router):
   slot try their second, those that find none there their third, and so on. The
   gate is the probability of the expert a token ends with. A token that no
   attempt places stays in its first expert's line, beyond the capacity. Without
-  a capacity this is Switch.
+  a capacity this is Switch. Tokens rank experts by logits; their code, by
+  probabilities, takes those that round to 0 in order of their index.
 
   It is not causal: a later token's first attempt comes before an earlier
   token's second.
@@ -108,7 +109,7 @@ def reroute(
   E = logits_GxSxE.shape[-1]
   logits_GxSxE = jnp.where(real_GxS[..., None], logits_GxSxE, 0)
   probs_GxSxE = jax.nn.softmax(logits_GxSxE)
-  ranked_GxSxK = largest(probs_GxSxE, attempts)
+  ranked_GxSxK = largest(jax.lax.stop_gradient(logits_GxSxE), attempts)
   first_GxS = jnp.where(real_GxS, ranked_GxSxK[..., 0], E)
   # Who finds no slot at all keeps its place in the first line.
   expert_GxS, place_GxS = first_GxS, places(first_GxS[..., None], E)[..., 0]

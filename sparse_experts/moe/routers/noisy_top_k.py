@@ -23,8 +23,8 @@ _LEAST = 1e-6
 class NoisyTopK(Router):
   """G(x) = softmax(KeepTopK(x Wg + N(0, 1) softplus(x Wnoise), k)).
 
-  There is noise in training only. With k = 1 the gate is always 1 and only the
-  losses train the router: the paper takes k > 1.
+  There is noise in training only. With k = 1 the gate is always 1, which
+  `allow_no_gradient` has to allow: the paper takes k > 1.
 
   Attributes:
     priority: who is served first, see `assignment.places`; the paper drops
@@ -43,7 +43,7 @@ class NoisyTopK(Router):
     >>> variables = router.init(jax.random.key(1), x_GxSxD)
     >>> assignment, aux = router.apply(variables, x_GxSxD)
     >>> sorted(aux.losses)
-    ['importance', 'load']
+    ['importance', 'load', 'router_z']
 
   References:
     Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, equations 3 to 5 and
@@ -71,6 +71,7 @@ class NoisyTopK(Router):
     deterministic: bool = True,
   ) -> tuple[Assignment, Aux]:
     """Routes tokens x [G, S, D]; masked tokens get no expert."""
+    self.check_gradient(self.k == 1, 'k=1 choice')
     logits_GxSxE = self.logits(x_GxSxD, kernel_init=self.kernel_init)
     deviation_GxSxE = self.least_noise + nn.softplus(
       self.logits(x_GxSxD, kernel_init=self.kernel_init, name='noise_kernel')
@@ -110,8 +111,8 @@ def route_noisily(
     priority: see `assignment.places`.
 
   Returns:
-    Assignment and Aux with losses `importance` and `load` and the metrics of
-    `top_k.route` (of the noisy softmax).
+    Assignment and Aux with losses `importance`, `load` and `router_z` and the
+    metrics of `top_k.route` (of the noisy softmax).
 
   Raises:
     ValueError: an argument is out of its range.
@@ -120,20 +121,28 @@ def route_noisily(
     real_GxSx1 = mask_GxS[..., None]
     logits_GxSxE = jnp.where(real_GxSx1, logits_GxSxE, 0)
     deviation_GxSxE = jnp.where(real_GxSx1, deviation_GxSxE, 1)
-  noisy_GxSxE = add_noise(logits_GxSxE, deviation_GxSxE, normal_GxSxE)
+  noise_GxSxE, noisy_GxSxE = None, logits_GxSxE
+  if normal_GxSxE is not None:
+    noise_GxSxE = normal_GxSxE * deviation_GxSxE
+    noisy_GxSxE += noise_GxSxE
   assignment, aux = route(
-    noisy_GxSxE, k=k, mask_GxS=mask_GxS, gates='chosen', priority=priority
+    logits_GxSxE,
+    noise_GxSxE=noise_GxSxE,
+    k=k,
+    mask_GxS=mask_GxS,
+    gates='chosen',
+    priority=priority,
   )
   probs_GxSxE = chosen_probability(
     logits_GxSxE, noisy_GxSxE, deviation_GxSxE, k
   )
-  return assignment, Aux(
+  return assignment, aux.replace(
     losses={
-      'importance': losses.importance(gate_of_each(assignment)),
+      'importance': losses.importance(gate_of_each(assignment), mask_GxS),
       'load': losses.load(probs_GxSxE, mask_GxS),
+      'router_z': aux.losses['router_z'],
     },
-    metrics=aux.metrics,
-    logits=aux.logits,
+    balance=None,
   )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_experts.arrays import Array, Aux
+from sparse_experts.moe import losses
 from sparse_experts.moe.assignment import Assignment
 from sparse_experts.moe.router import KERNEL_INIT, Router
 from sparse_experts.moe.routers.top_k import route
@@ -97,13 +98,27 @@ def route_prototypes(
 
   expert_GxSxK = choices(assignment.expert_GxSxK)
   first_1x1xK = size * jnp.arange(k, dtype=jnp.int32)[None, None]
+  # f and P are of the same tokens for all prototypes.
+  balance = losses.Balance(
+    counted_GxE=aux.balance.counted_GxE.reshape(G, E),
+    score_GxE=aux.balance.score_GxE.reshape(G, E),
+    tokens_G=aux.balance.tokens_G[::k],
+    scale=size / k,
+  )
   return Assignment(
     expert_GxSxK=jnp.where(expert_GxSxK < size, first_1x1xK + expert_GxSxK, E),
     gate_GxSxK=choices(assignment.gate_GxSxK),
     place_GxSxK=choices(assignment.place_GxSxK),
     num_experts=E,
   ), Aux(
-    losses=aux.losses,
+    losses={
+      'load_balance': balance.loss(),
+      'router_z': aux.losses['router_z'],
+    },
     metrics=jax.tree.map(lambda total: total / k, aux.metrics),
     logits=logits_GxSxE,
+    # Its square is what the z-loss is the mean of.
+    log_z=jnp.sqrt(jnp.square(aux.log_z).reshape(G, k, S).mean(1)),
+    tokens=aux.tokens / k,
+    balance=balance,
   )

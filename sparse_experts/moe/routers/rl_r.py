@@ -69,17 +69,21 @@ class RLR(Router):
     counted_GxSxE = jax.nn.one_hot(
       assignment.expert_GxSxK[..., 0], self.num_experts
     )
+    balance = losses.Balance.of(
+      jax.nn.softmax(logits_GxSxE), counted_GxSxE, mask_GxS
+    )
     return assignment, Aux(
       losses={
-        'load_balance': losses.load_balance(
-          jax.nn.softmax(logits_GxSxE), counted_GxSxE, mask_GxS
-        ),
+        'load_balance': balance.loss(),
         'negative_entropy': -masked_mean(
-          entropy(logits_GxSxE), mask_GxS
-        ).mean(),
+          entropy(logits_GxSxE), mask_GxS, axis=(0, 1)
+        ),
       },
       metrics=metrics,
       logits=logits_GxSxE,
+      log_z=jax.nn.logsumexp(logits_GxSxE, -1),
+      tokens=balance.tokens_G.sum(),
+      balance=balance,
       decisions={
         'value': value_GxSx1[..., 0],
         'gain': log_prob_GxS,

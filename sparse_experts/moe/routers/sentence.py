@@ -55,6 +55,9 @@ class Sentence(Router):
     deterministic: bool = True,
   ) -> tuple[Assignment, Aux]:
     """Routes sequences x [G, S, D]; masked tokens get no expert."""
+    self.check_gradient(
+      self.gates == 'chosen' and self.k == 1, "gates='chosen' of k=1 choice"
+    )
     G, S, D = x_GxSxD.shape
     x_GxSxD = x_GxSxD.astype(jnp.float32)
     mask_GxSx1 = None
@@ -76,4 +79,6 @@ class Sentence(Router):
     _, by_sequence = route(
       logits_Gx1xE.swapaxes(0, 1), k=self.k, mask_GxS=real_1xG
     )
-    return assignment, aux.replace(losses=by_sequence.losses)
+    return assignment, aux.replace(
+      losses=by_sequence.losses, balance=by_sequence.balance, tokens=None
+    )

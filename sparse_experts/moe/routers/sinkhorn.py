@@ -95,6 +95,7 @@ class Sinkhorn(Router):
         'confidence': (probs_GxSxE.max(-1) * mask_GxS).sum(),
       },
       logits=logits_GxSxE,
+      log_z=jax.nn.logsumexp(logits_GxSxE, -1),
     )
 
 

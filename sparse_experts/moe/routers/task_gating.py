@@ -69,6 +69,9 @@ class TaskGating(Router):
         f'TaskGating needs num_tasks, the number of task ids, got '
         f'{self.num_tasks}.'
       )
+    self.check_gradient(
+      self.gates == 'chosen' and self.k == 1, "gates='chosen' of k=1 choice"
+    )
     G, S, D = x_GxSxD.shape
     embedding_TxD = self.param(
       'embedding',
@@ -103,4 +106,6 @@ class TaskGating(Router):
       k=self.k,
       mask_GxS=known_GxS.reshape(1, -1),
     )
-    return assignment, aux.replace(losses=of_batch.losses)
+    return assignment, aux.replace(
+      losses=of_batch.losses, balance=of_batch.balance, tokens=None
+    )

@@ -21,12 +21,13 @@ class TopK(Router):
   """Learned router: softmax(x W) in float32, then `route`.
 
   Attributes:
-    gates: 'all' or 'chosen', see `route`.
+    gates, choose_by: see `route`.
     policy_train, policy_eval: which choices after the first are taken, in
       training and otherwise; see `route`. 'random' draws from the rng stream
       'dropout'.
     threshold: of those policies.
-    priority: who is served first, see `assignment.places`.
+    priority: who is served first, see `route`; 'random' is in training, and
+      'choice' in evaluation, which draws nothing.
     balance_counts: 'first' or 'all', see `route`.
     losses_over: 'tokens' or 'positions', see `route`.
     jitter: see `Router.logits`; in training only. Switch's code uses 1e-2 (its
@@ -51,6 +52,7 @@ class TopK(Router):
   """
 
   gates: str = 'all'
+  choose_by: str = 'logits'
   policy_train: str = 'all'
   policy_eval: str = 'all'
   threshold: float = 0.2
@@ -63,7 +65,8 @@ class TopK(Router):
 
   @property
   def needs(self) -> tuple[str, ...]:
-    draws = self.k > 1 and 'random' in (self.policy_train, self.policy_eval)
+    policies = (self.policy_train, self.policy_eval) if self.k > 1 else ()
+    draws = 'random' in (self.priority, *policies)
     return ('rng',) if self.jitter or self.noise or draws else ()
 
   @property
@@ -80,25 +83,34 @@ class TopK(Router):
     deterministic: bool = True,
   ) -> tuple[Assignment, Aux]:
     """Routes tokens x [G, S, D]; masked tokens get no expert."""
+    self.check_gradient(
+      self.gates == 'chosen' and self.k == 1, "gates='chosen' of k=1 choice"
+    )
     logits_GxSxE = self.logits(
       x_GxSxD,
       kernel_init=self.kernel_init,
       jitter=0.0 if deterministic else self.jitter,
     )
+    noise_GxSxE = None
     if self.noise and not deterministic:
-      logits_GxSxE += (self.noise / self.num_experts) * jax.random.normal(
+      noise_GxSxE = (self.noise / self.num_experts) * jax.random.normal(
         self.make_rng('dropout'), logits_GxSxE.shape
       )
     policy = self.policy_eval if deterministic else self.policy_train
-    draws = policy == 'random' and self.k > 1
+    priority = self.priority
+    if deterministic and priority == 'random':
+      priority = 'choice'
+    draws = priority == 'random' or (policy == 'random' and self.k > 1)
     return route(
       logits_GxSxE,
+      noise_GxSxE=noise_GxSxE,
       k=self.k,
       mask_GxS=mask_GxS,
       gates=self.gates,
+      choose_by=self.choose_by,
       policy=policy,
       threshold=self.threshold,
-      priority=self.priority,
+      priority=priority,
       balance_counts=self.balance_counts,
       losses_over=self.losses_over,
       rng=self.make_rng('dropout') if draws else None,
@@ -108,9 +120,11 @@ class TopK(Router):
 def route(
   logits_GxSxE: Array,
   *,
+  noise_GxSxE: Array | None = None,
   k: int = 1,
   mask_GxS: Array | None = None,
   gates: str = 'all',
+  choose_by: str = 'logits',
   policy: str = 'all',
   threshold: float = 0.2,
   priority: str = 'choice',
@@ -122,28 +136,37 @@ def route(
 
   Args:
     logits_GxSxE: float32 router logits.
+    noise_GxSxE: added to them, for all but the z-loss; None for none.
     k: choices per token, 1 <= k <= E; ties go to the lower expert index.
     mask_GxS: boolean, False for padding, which gets no expert and no place.
     gates: softmax over 'all' experts, p_e (Switch, V-MoE), or over the 'chosen'
       ones, p_e / sum of the k chosen p (GShard, ST-MoE, Mixtral). "Softmax
       after top-k" is 'chosen'; with k = 1 it leaves the router no gradient.
+    choose_by: the k largest 'logits' (Tensor2Tensor, DeepSpeed's second choice,
+      Mixtral), or the k largest 'probs', as other sources have it. They differ
+      where float32 rounds probabilities to equal ones: of logits [200, 0, 90]
+      the second choice is expert 2 by 'logits', and 1, the first of two
+      zeros, by 'probs'.
     policy: which choices after the first are taken: 'all'; 'none'; 'threshold':
       those with gate > threshold; 'random': with probability
       min(1, gate / threshold). GShard's `2 g2 > rnd` (Algorithm 1) is 'random'
       with threshold 0.5; Mesh TF and ST-MoE (appendix G) use 0.2. Choices not
       taken keep their share of the gates: nothing is renormalised for them.
     threshold: of `policy`, a gate.
-    priority: see `assignment.places`.
+    priority: see `assignment.places`; or 'random': first choices before second,
+      tokens in an order drawn anew (DeepSpeed's Random Token Selection,
+      `use_rts`). Not causal.
     balance_counts: choices that count in f of the load-balancing loss: the
       'first' (Switch, GShard, Mesh TF) or 'all' k (flaxformer).
-    losses_over: f, P and z are averaged over the unmasked 'tokens' of a group,
-      or over its 'positions', where masked ones count as zeros (Mesh TF's f
-      and P, flaxformer).
-    rng: key, needed by policy 'random'.
+    losses_over: f, P and z are averaged over the unmasked 'tokens', and groups
+      weigh by them, or over all 'positions', where masked ones count as zeros
+      and all groups weigh alike (Mesh TF's f and P, flaxformer).
+    rng: key, needed by policy and priority 'random'.
 
   Returns:
-    Assignment and Aux with losses `load_balance` and `router_z` and metrics
-    `entropy` and `confidence` (sums over tokens, nats and probability).
+    Assignment and Aux with losses `load_balance` and `router_z` (of logits
+    without noise) and metrics `entropy` and `confidence` (sums over tokens,
+    nats and probability).
 
   Raises:
     ValueError: an argument is out of its range.
@@ -158,16 +181,26 @@ def route(
   if not 1 <= k <= num_experts:
     raise ValueError(f'k must be from 1 to num_experts={num_experts}, got {k}.')
   _check('gates', gates, ('all', 'chosen'))
+  _check('choose_by', choose_by, ('logits', 'probs'))
   _check('policy', policy, ('all', 'none', 'threshold', 'random'))
   _check('balance_counts', balance_counts, ('first', 'all'))
   _check('losses_over', losses_over, ('tokens', 'positions'))
-  if policy == 'random' and k > 1 and rng is None:
-    raise ValueError("policy='random' draws numbers: pass rng.")
+  if rng is None:
+    if policy == 'random' and k > 1:
+      raise ValueError("policy='random' draws numbers: pass rng.")
+    if priority == 'random':
+      raise ValueError("priority='random' draws numbers: pass rng.")
 
   if mask_GxS is not None:  # Whatever padding holds, NaN too, stays there.
     logits_GxSxE = jnp.where(mask_GxS[..., None], logits_GxSxE, 0)
-  probs_GxSxE = jax.nn.softmax(logits_GxSxE)
-  expert_GxSxK = largest(probs_GxSxE, k)
+  noisy_GxSxE = logits_GxSxE
+  if noise_GxSxE is not None:
+    noisy_GxSxE += noise_GxSxE
+    if mask_GxS is not None:
+      noisy_GxSxE = jnp.where(mask_GxS[..., None], noisy_GxSxE, 0)
+  probs_GxSxE = jax.nn.softmax(noisy_GxSxE)
+  ranked_by_GxSxE = noisy_GxSxE if choose_by == 'logits' else probs_GxSxE
+  expert_GxSxK = largest(jax.lax.stop_gradient(ranked_by_GxSxE), k)
   onehot_GxSxKxE = jax.nn.one_hot(expert_GxSxK, num_experts)
   # One-hot rather than a lookup: the gradient is no scatter-add.
   gate_GxSxK = (onehot_GxSxKxE * probs_GxSxE[:, :, None]).sum(-1)
@@ -185,6 +218,12 @@ def route(
     taken_GxSxK &= mask_GxS[..., None]
     counted_GxSxE *= mask_GxS[..., None]
   expert_GxSxK = jnp.where(taken_GxSxK, expert_GxSxK, num_experts)
+  precedence_GxS = confidence_GxS
+  if priority == 'random':
+    priority = 'confidence'
+    precedence_GxS = jax.random.uniform(
+      jax.random.fold_in(rng, 1), confidence_GxS.shape
+    )
   assignment = Assignment(
     expert_GxSxK=expert_GxSxK,
     gate_GxSxK=jnp.where(taken_GxSxK, gate_GxSxK, 0),
@@ -192,7 +231,7 @@ def route(
       expert_GxSxK,
       num_experts,
       priority=priority,
-      confidence_GxS=confidence_GxS,
+      confidence_GxS=precedence_GxS,
     ),
     num_experts=num_experts,
   )
@@ -200,26 +239,30 @@ def route(
   real_GxS = (
     jnp.ones(confidence_GxS.shape, bool) if mask_GxS is None else mask_GxS
   )
+  # What is averaged over. A masked position's scores are zeros; its logits,
+  # too, so over positions it adds (log E)^2, as it does in flaxformer.
+  over_GxS, tokens = None, None
   if losses_over == 'tokens':
-    balance = losses.load_balance(probs_GxSxE, counted_GxSxE, real_GxS)
-  else:
-    real_probs_GxSxE = probs_GxSxE * real_GxS[..., None]
-    balance = losses.load_balance(real_probs_GxSxE, counted_GxSxE)
-  # A masked position's logits are zeros here, so over positions it adds
-  # (log E)^2, as it does in flaxformer.
-  z_mask_GxS = real_GxS if losses_over == 'tokens' else None
+    over_GxS, tokens = real_GxS, real_GxS.sum().astype(jnp.float32)
+  balance = losses.Balance.of(
+    probs_GxSxE * real_GxS[..., None], counted_GxSxE, over_GxS
+  )
+  log_z_GxS = jax.nn.logsumexp(logits_GxSxE, -1)
   # -p log p, 0 at p = 0, where its slope is infinite: no gradient enters.
   entropy_GxS = entr(jax.lax.stop_gradient(probs_GxSxE)).sum(-1)
   return assignment, Aux(
     losses={
-      'load_balance': balance,
-      'router_z': losses.router_z(logits_GxSxE, z_mask_GxS),
+      'load_balance': balance.loss(),
+      'router_z': losses.router_z(log_z_GxS, over_GxS),
     },
     metrics={
       'entropy': (entropy_GxS * real_GxS).sum(),
       'confidence': (confidence_GxS * real_GxS).sum(),
     },
-    logits=logits_GxSxE,
+    logits=noisy_GxSxE,
+    log_z=log_z_GxS,
+    tokens=tokens,
+    balance=balance,
   )
 
 

@@ -34,7 +34,7 @@ class VMoE(Router):
     >>> variables = router.init(jax.random.key(1), x_GxSxD)
     >>> assignment, aux = router.apply(variables, x_GxSxD)
     >>> sorted(aux.losses)
-    ['importance', 'load']
+    ['importance', 'load', 'router_z']
 
   References:
     Riquelme et al. 2021, https://arxiv.org/abs/2106.05974, section 2.1 and
@@ -100,29 +100,36 @@ def route_softmax(
     priority: see `assignment.places`.
 
   Returns:
-    Assignment and Aux with losses `importance` and `load` and the metrics of
-    `top_k.route` (of the noisy softmax).
+    Assignment and Aux with losses `importance`, `load` and `router_z` and the
+    metrics of `top_k.route` (of the noisy softmax).
 
   Raises:
     ValueError: an argument is out of its range.
   """
   if mask_GxS is not None:  # Whatever padding holds, NaN too, stays there.
     logits_GxSxE = jnp.where(mask_GxS[..., None], logits_GxSxE, 0)
-  noisy_GxSxE = logits_GxSxE
+  noise_GxSxE, noisy_GxSxE = None, logits_GxSxE
   if normal_GxSxE is not None:
-    noisy_GxSxE += deviation * normal_GxSxE
+    noise_GxSxE = deviation * normal_GxSxE
+    noisy_GxSxE += noise_GxSxE
   assignment, aux = route(
-    noisy_GxSxE, k=k, mask_GxS=mask_GxS, gates='all', priority=priority
+    logits_GxSxE,
+    noise_GxSxE=noise_GxSxE,
+    k=k,
+    mask_GxS=mask_GxS,
+    gates='all',
+    choose_by='probs',  # As its code.
+    priority=priority,
   )
   chances_GxSxE = selected_probability(logits_GxSxE, noisy_GxSxE, deviation, k)
   probs_GxSxE = jax.nn.softmax(logits_GxSxE)
-  return assignment, Aux(
+  return assignment, aux.replace(
     losses={
       'importance': losses.importance(probs_GxSxE, mask_GxS),
       'load': losses.load(chances_GxSxE, mask_GxS),
+      'router_z': aux.losses['router_z'],
     },
-    metrics=aux.metrics,
-    logits=aux.logits,
+    balance=None,
   )
 
 

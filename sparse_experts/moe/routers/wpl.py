@@ -77,6 +77,7 @@ class WPL(Router):
       losses={},
       metrics=metrics,
       logits=logits_GxSxE,
+      log_z=jax.nn.logsumexp(logits_GxSxE, -1),
       decisions={
         'value': value_GxSx1[..., 0],
         'gain': (1 - prob_GxS) * log_prob_GxS,

@@ -1,0 +1,153 @@
+"""What the auxiliary losses of all sparse layers come to in a model's loss."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from sparse_experts.arrays import Array, Aux
+from sparse_experts.moe.losses import Balance
+
+REDUCTIONS = ('sum', 'mean', 'joint')
+SCOPES = ('group', 'microbatch', 'batch', 'batch_so_far', 'last_step')
+BALANCE = 'load_balance'  # The loss that a `Balance` is.
+
+
+@flax.struct.dataclass
+class Totals:
+  """What a step's losses are divided by, known before its first gradient.
+
+  With it the mean over microbatches is the loss of the whole batch.
+
+  Attributes:
+    targets: float32, targets of a microbatch, the mean over microbatches.
+    tokens: stack ('encoder', 'decoder') -> float32, tokens that its layers
+      route in a microbatch, likewise.
+    balance: layer ('decoder/layers_1') -> `Balance` of one group, of whose
+      counts f is: see `Model.balance_over`. None: of a microbatch's own.
+  """
+
+  targets: Array
+  tokens: dict[str, Array]
+  balance: dict[str, Balance] | None = None
+
+
+def check(layer_reduction: str, balance_over: str) -> None:
+  """Raises ValueError unless both are known."""
+  if layer_reduction not in REDUCTIONS:
+    raise ValueError(
+      f'layer_reduction must be one of {", ".join(REDUCTIONS)}, not '
+      f'{layer_reduction!r}.'
+    )
+  if balance_over not in SCOPES:
+    raise ValueError(
+      f'balance_over must be one of {", ".join(SCOPES)}, not {balance_over!r}.'
+    )
+
+
+def of_layers(
+  auxes: Mapping[str, Aux], balance_over: str, totals: Totals
+) -> dict[str, Aux]:
+  """Aux whose losses are each layer's part of the step's loss.
+
+  Args:
+    auxes: of sparse layers, by name.
+    balance_over: tokens that the balance loss is of, see `Model`.
+    totals: of the step.
+  """
+
+  def of_layer(name: str, aux: Aux) -> Aux:
+    share = _share({name: aux}, totals)
+    losses = {loss: share * value for loss, value in aux.losses.items()}
+    if BALANCE in losses and balance_over != 'group':
+      losses[BALANCE] = _balance({name: aux}, balance_over, totals)
+    return aux.replace(losses=losses)
+
+  return {name: of_layer(name, aux) for name, aux in auxes.items()}
+
+
+def over_layers(
+  auxes: Mapping[str, Aux],
+  layer_reduction: str,
+  balance_over: str,
+  totals: Totals,
+) -> dict[str, Array]:
+  """Each loss over all layers; arguments as of `of_layers`, its result given.
+
+  A joint balance loss is that of the layers' tokens taken together: f and P
+  are means over layers, too, before they are multiplied. Other losses are the
+  mean over layers then.
+  """
+  values: dict[str, list[Array]] = {}
+  for aux in auxes.values():
+    for name, value in aux.losses.items():
+      values.setdefault(name, []).append(value)
+  combined = {
+    name: sum(layers) / (1 if layer_reduction == 'sum' else len(layers))
+    for name, layers in values.items()
+  }
+  if layer_reduction == 'joint' and BALANCE in combined:
+    balanced = {n: aux for n, aux in auxes.items() if BALANCE in aux.losses}
+    combined[BALANCE] = _balance(balanced, balance_over, totals)
+  return combined
+
+
+def counts(auxes: Mapping[str, Aux]) -> dict[str, Balance]:
+  """Of each layer that has balance, its counts as those of one group."""
+  return {
+    name: jax.lax.stop_gradient(aux.balance.over_groups())
+    for name, aux in auxes.items()
+    if aux.balance is not None
+  }
+
+
+def _balance(
+  auxes: Mapping[str, Aux], balance_over: str, totals: Totals
+) -> Array:
+  """The balance loss of these layers' tokens taken together."""
+  missing = [name for name, aux in auxes.items() if aux.balance is None]
+  if missing:
+    raise ValueError(
+      f'the router of {missing[0]} returns {BALANCE} without Aux.balance, and '
+      'only that can be balanced over more than a group and a layer: set '
+      "balance_over='group' and another layer_reduction than 'joint'."
+    )
+
+  def together(balances) -> Balance:
+    return functools.reduce(operator.add, balances)
+
+  if balance_over == 'group':
+    own = together(aux.balance for aux in auxes.values())
+    return _share(auxes, totals) * own.loss()
+  own = together(aux.balance.over_groups() for aux in auxes.values())
+  given = None
+  if totals.balance is not None:
+    given = together(totals.balance[name] for name in auxes)
+  if balance_over == 'microbatch' or given is None:
+    share = 1 if balance_over == 'microbatch' else _share(auxes, totals)
+    return share * own.loss()
+  if balance_over == 'batch_so_far':
+    return own.loss(given + own)
+  if balance_over == 'last_step':  # There is none before the first.
+    given = jax.tree.map(
+      lambda last, now: jnp.where(given.tokens_G.sum() > 0, last, now),
+      given,
+      jax.lax.stop_gradient(own),
+    )
+  return _share(auxes, totals) * own.loss(given)
+
+
+def _share(auxes: Mapping[str, Aux], totals: Totals) -> Array | float:
+  """Tokens of these layers, over their mean number in a microbatch.
+
+  1 where the losses are no means over tokens.
+  """
+  if any(aux.tokens is None for aux in auxes.values()):
+    return 1.0
+  expected = sum(totals.tokens[name.split('/')[0]] for name in auxes)
+  return sum(aux.tokens for aux in auxes.values()) / jnp.maximum(expected, 1)
