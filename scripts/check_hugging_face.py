@@ -231,10 +231,12 @@ def run_theirs(model, rows, targets_BxL):
         decoder_input_ids=tensor(inputs_BxL),
         output_router_logits=True,
       )
-      parts = ('encoder_aux_loss', 'decoder_aux_loss')
-      losses = [float(getattr(out, name)) for name in parts]
-      parts = ('encoder_z_loss', 'decoder_z_loss')
-      losses += [float(getattr(out, name)) for name in parts]
+      losses = [
+        float(out.encoder_aux_loss + out.decoder_aux_loss),
+        float(out.encoder_z_loss + out.decoder_z_loss),
+      ]
+      if config.encoder_sparse_step == 1:  # Then it has no losses.
+        losses = []
     else:
       tokens_BxL, mask_BxL = map(tensor, padded(rows, pad))
       out = model(

@@ -90,10 +90,10 @@ def _read_switch(found: Mapping[str, Any]) -> dict[str, Any]:
       'encoder', found['num_layers']
     ),
     'ACTIVATION': _our_activation(found, 'dense_act_fn'),
-    'LOSS_WEIGHTS': {
-      'load_balance': found['router_aux_loss_coef'],
-      'router_z': found['router_z_loss_coef'],
-    },
+    'LOSS_WEIGHTS': _loss_weights(
+      load_balance=found['router_aux_loss_coef'],
+      router_z=found['router_z_loss_coef'],
+    ),
     'top_k.TopK.jitter': float(found['router_jitter_noise']),
     'DROPOUT_RATE': found['dropout_rate'],
     'EXPERT_DROPOUT_RATE': found['dropout_rate'],
@@ -145,6 +145,10 @@ def _their_activation(found: Mapping[str, Any]) -> str:
   return _THEIR_ACTIVATION[found[f'{_MOE}.make_expert.activation']]
 
 
+def _loss_weights(**weights: float) -> dict[str, float]:
+  return {name: weight for name, weight in weights.items() if weight}
+
+
 def _read_tokens(found: Mapping[str, Any], start: int | None) -> dict[str, Any]:
   """Macros of `SpecialTokens`; the keys are generation_config.json's, too."""
   eos = found['eos_token_id']
@@ -179,7 +183,7 @@ def _read_decoder(found: Mapping[str, Any]) -> dict[str, Any]:
     'ROTARY_BASE': float(rope['rope_theta']),
     'SPARSE_LAYERS': 1,
     'ACTIVATION': _our_activation(found, 'hidden_act'),
-    'LOSS_WEIGHTS': {'load_balance': found['router_aux_loss_coef']},
+    'LOSS_WEIGHTS': _loss_weights(load_balance=found['router_aux_loss_coef']),
     'attention.Attention.dropout_rate': found.get('attention_dropout', 0.0),
     'MAX_LENGTH': found['max_position_embeddings'],
     **_read_tokens(found, found['bos_token_id']),
@@ -245,6 +249,8 @@ SCALED_ATTENTION = True
 GATED = True
 SCALED_LOGITS = False
 Z_LOSS = 0.0
+LAYER_REDUCTION = 'joint'
+model.Model.balance_over = 'microbatch'  # All tokens that it sees at once.
 TRAIN_CAPACITY_FACTOR = None
 EVAL_CAPACITY_FACTOR = None
 """
@@ -271,6 +277,8 @@ include 'gin/models/encoder_decoder.gin'
 include 'gin/routers/switch.gin'
 GATED = False
 Z_LOSS = 0.0
+LAYER_REDUCTION = 'joint'
+model.Model.balance_over = 'group'  # A sequence.
 EVAL_CAPACITY_FACTOR = None
 """,
     same=[

@@ -38,9 +38,10 @@ class Model:
     loss_weights: weight of each auxiliary loss the routers return, by name.
     layer_reduction: auxiliary losses are combined over sparse layers by 'sum'
       (Mesh TF, so Switch and ST-MoE as published), 'mean' (flaxformer,
-      MegaBlocks), or 'joint': the balance loss is of all layers' tokens
-      together, whose f and P are averaged before they are multiplied
-      (transformers' Mixtral and OLMoE); other losses are the mean.
+      MegaBlocks), or 'joint': the balance loss is of all tokens of a stack's
+      layers together, whose f and P are averaged before they are multiplied;
+      other losses are the mean over a stack's layers, and stacks add
+      (transformers: Mixtral, OLMoE, Switch).
     balance_over: the tokens that f and P of the balance loss are means over.
       'group': each group of a layer, as routers return it (Mesh TF,
         DeepSeek-V3's sequences).
