@@ -6,6 +6,7 @@ what of theirs is not followed.
 
 import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from sparse_experts.moe.assignment import places
 from sparse_experts.moe.bias import BIAS, update_biases
 from sparse_experts.moe.routers.sinkhorn import log_plan
 
-DATA = pathlib.Path(__file__).parent / 'data' / 'originals'
+ROOT = pathlib.Path(__file__).parent.parent
+DATA = ROOT / 'tests' / 'data' / 'originals'
 
 
 def load(path):
@@ -82,9 +84,10 @@ def run(router, case, monkeypatch):
   """What a router decides and loses on a case, and the gradients.
 
   Returns:
-    Gates and places [G, S, E], 0 and -1 where a token does not meet an expert;
-    losses; and of each, and of the sum of gates times cotangent ('combine'),
-    the gradient by parameters and by tokens.
+    Choices before any capacity, gates and places, [G, S, E], 0 and -1 where a
+    token does not meet an expert; losses; and of each, and of 'combine', the
+    sum of all gates times the cosine of 0, 1, 2, ..., the gradient by
+    parameters and by tokens.
   """
   E = router.num_experts
   params, given = under(case, 'params'), under(case, 'given')
@@ -111,6 +114,9 @@ def run(router, case, monkeypatch):
     for distribution in ('normal', 'uniform', 'gumbel'):
       monkeypatch.setattr(jax.random, distribution, draw)
 
+  shape = (*x_GxSxD.shape[:2], E)
+  cotangent_GxSxE = np.cos(np.arange(np.prod(shape))).reshape(shape)
+
   def objectives(params, x_GxSxD):
     assignment, aux = router.apply(
       {'params': params},
@@ -128,11 +134,9 @@ def run(router, case, monkeypatch):
 
     gate_GxSxE = by_expert(assignment.gate_GxSxK)
     place_GxSxE = by_expert(assignment.place_GxSxK + 1.0) - 1
-    values = {
-      'combine': (gate_GxSxE * case.get('cotangent', np.float32(0))).sum(),
-      **aux.losses,
-    }
-    return values, (gate_GxSxE, place_GxSxE, aux.losses)
+    values = {'combine': (gate_GxSxE * cotangent_GxSxE).sum(), **aux.losses}
+    chosen_GxSxE = jax.nn.one_hot(assignment.expert_GxSxK, E).sum(2)
+    return values, (chosen_GxSxE, gate_GxSxE, place_GxSxE, aux.losses)
 
   compute = jax.jit(jax.jacrev(objectives, (0, 1), has_aux=True))
   gradients, decided = compute(params, x_GxSxD)
@@ -145,7 +149,8 @@ def run(router, case, monkeypatch):
   [
     name
     for name, case in CASES.items()
-    if {'gate', 'loss/load_balance'} & case.keys() and 'uniform' not in case
+    if {'gate', 'chosen', 'loss/load_balance'} & case.keys()
+    and 'uniform' not in case
   ],
   ids='-'.join,
 )
@@ -156,7 +161,13 @@ def test_a_router_decides_and_loses_what_its_original_does(name, monkeypatch):
     arguments = {'table': lambda *_: table, 'vocab_size': len(table)}
   E = case.get('gate', case.get('logits')).shape[-1]
   router, weights = recipe(name[1], E, arguments)
-  gate_GxSxE, place_GxSxE, losses, gradients = run(router, case, monkeypatch)
+  chosen_GxSxE, gate_GxSxE, place_GxSxE, losses, gradients = run(
+    router, case, monkeypatch
+  )
+  if 'chosen' in case:
+    np.testing.assert_array_equal(chosen_GxSxE, case['chosen'])
+  if 'chosen_E' in case:
+    np.testing.assert_array_equal(chosen_GxSxE.sum((0, 1)), case['chosen_E'])
   if 'gate' in case:
     close(gate_GxSxE, case['gate'])
   if 'place' in case:
@@ -228,16 +239,10 @@ def test_soft_moe():
 
 def test_the_bias_of_loss_free_balancing_moves():
   case = CASES['megatron', 'loss_free', 'step']
-  E = case['bias'].shape[0]
-  router, _ = recipe('loss_free', E)
-  params = {'kernel': np.eye(E, dtype=np.float32), BIAS: case['bias']}
-  assignment, _ = router.apply({'params': params}, case['logits'])
-  chosen_GxSxE = jax.nn.one_hot(assignment.expert_GxSxK, E).sum(2)
-  np.testing.assert_array_equal(chosen_GxSxE, case['chosen'])
   moved = update_biases(
-    {'layers_0': {'router': params}},
-    {'layers_0': {'chosen_E': chosen_GxSxE.sum((0, 1))}},
-    1e-3,
+    {'layers_0': {'router': {BIAS: case['params/balance_bias']}}},
+    {'layers_0': {'chosen_E': case['chosen'].sum((0, 1))}},
+    rate=1e-3,
   )
   close(moved['layers_0']['router'][BIAS], case['updated_bias'])
 
@@ -262,3 +267,15 @@ def test_thor_s_two_passes_are_kept_alike():
   close(value, case['loss'])
   for gradient, name in zip(gradients, ('first', 'second'), strict=True):
     close(gradient, case[f'grad_{name}'])
+
+
+def test_the_page_says_of_every_recipe_what_its_original_is():
+  page = (ROOT / 'docs' / 'routers.md').read_text()
+  section = page.split('## Checked against the originals')[1].split('\n## ')[0]
+  table, without = section.split('Without an original:')
+  rows = re.findall(r'^\| (`.*?) \|', table, re.MULTILINE)
+  compared = re.findall(r'`(\w+)`', ' '.join(rows))
+  without = re.findall(r'`(\w+)`', without)
+  recipes = {path.stem for path in ROOT.glob('gin/routers/*.gin')}
+  assert sorted(compared + without) == sorted(recipes)
+  assert {recipe for _, recipe, _ in CASES} == set(compared)
