@@ -9,13 +9,15 @@ import optax
 import pytest
 import tiny_models
 
+from sparse_experts import sharding
 from sparse_experts.models import layout
 from sparse_experts.moe.bias import BIAS, update_biases
 from sparse_experts.moe.routers.deepseek import DeepSeek
-from sparse_experts.training import optimizers, step
+from sparse_experts.training import optimizers, step, subsets
 from sparse_experts.training.state import TrainState
 
 E = 4
+KEY = jax.random.key(0)
 partial = functools.partial
 
 
@@ -210,3 +212,23 @@ def test_a_rate_without_a_bias_is_refused():
     jax.eval_shape(
       partial(step.train_step, model=model, optimizer=SGD, seed=0), state, batch
     )
+
+
+@pytest.mark.parametrize('trained, move', [('non_moe', False), ('moe', True)])
+def test_biases_outside_of_what_is_trained_keep_every_bit(trained, move):
+  model = make_model()
+  batch = tiny_models.make_batch(encoder=False)
+  optimizer = subsets.only(
+    sharding.names_of(jax.eval_shape(partial(model.init, shapes=batch), KEY)),
+    learning_rate=0.1,
+    optimizer=optimizers.adam,
+    trained=trained,
+  )
+  state = make_state(params_of(model, batch), optimizer)
+  before = biases(state.params)
+  after, _ = trainer(model, optimizer)(state, batch)
+  assert len(before) == 2
+  for path, bias in biases(after.params).items():
+    assert (bias != before[path]).any() == move
+  dense = [x.params['decoder']['layers_0']['mlp'] for x in (state, after)]
+  assert (dense[0]['wi']['kernel'] != dense[1]['wi']['kernel']).any() != move

@@ -94,3 +94,22 @@ def test_unknown_rounding_is_named():
     ValueError, match="rounding must be one of floor, round, ceil, not 'up'"
   ):
     CapacityRule(rounding='up')
+
+
+def test_v_moe_and_praxis_round_up_to_four():
+  # 784 / 32 * 1.05 = 25.7; 1024 * 2 / 64 = 32 is a multiple; floor(31.97).
+  v_moe = CapacityRule(minimum=1, multiple_of=4, clip=False)
+  assert v_moe(1.05, tokens=784, num_experts=32, k=1) == 28
+  praxis = CapacityRule(
+    per_choice=False, rounding='floor', minimum=1, multiple_of=4, clip=False
+  )
+  assert praxis(2.0, tokens=1024, num_experts=64, k=2) == 32
+  assert praxis(2.0, tokens=1023, num_experts=64, k=2) == 32
+  # No more than there are tokens, where that is the rule.
+  assert CapacityRule(multiple_of=4)(2.0, tokens=6, num_experts=2, k=1) == 6
+
+
+@pytest.mark.parametrize('rule', [{'minimum': 0}, {'multiple_of': 0}])
+def test_an_expert_has_a_slot(rule):
+  with pytest.raises(ValueError, match='must be at least 1, got'):
+    CapacityRule(**rule)

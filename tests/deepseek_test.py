@@ -274,3 +274,72 @@ def test_shared_experts_are_added_once_to_the_routed_ones():
 def test_wrong_arguments_are_named(options, message):
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(DeepSeek(4, **options).init, KEY, jnp.ones((1, 2, 3)))
+
+
+def test_gates_of_very_negative_logits_sum_to_the_scale():
+  # Sigmoids near exp(-25), exp(-60) and exp(-86): all normal float32.
+  for level in (-25.0, -60.0, -86.0):
+    logits = jnp.array([[[level, level - 1, level - 2, level + 0.5]]])
+
+    def gates(logits):
+      assignment, aux = route_scores(
+        jax.nn.sigmoid(logits), k=2, renormalise=True, scale=2.5
+      )
+      return assignment.gate_GxSxK, aux
+
+    (gate, _), gradient = (
+      gates(logits),
+      jax.grad(lambda logits: gates(logits)[0][0, 0, 0])(logits),
+    )
+    # Shares of exp(.5) and exp(0): 2.5 times their logistic function.
+    share = 1 / (1 + np.exp(-0.5))
+    np.testing.assert_allclose(
+      gate[0, 0], [2.5 * share, 2.5 * (1 - share)], rtol=1e-5
+    )
+    slope = 2.5 * share * (1 - share)
+    np.testing.assert_allclose(
+      gradient[0, 0], [-slope, 0, 0, slope], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_a_bias_that_balances_the_choice_leaves_the_loss_its_lesson():
+  # All four tokens prefer expert 0, a bias sends each to one of its own. By the
+  # chosen all is even; by scores f = (4, 0, 0, 0), P_0 = .4 of .4 + 3 * .2.
+  scores = jnp.full((1, 4, 4), 0.2).at[..., 0].set(0.4)
+  scores += 1e-3 * jnp.eye(4)[None]
+  bias = jnp.array([-0.2, 0, 0, 0])
+
+  def loss(scores, balance_counts):
+    assignment, aux = route_scores(
+      scores, k=1, bias_E=bias, balance_counts=balance_counts
+    )
+    assert sorted(assignment.expert_GxSxK.ravel().tolist()) == [0, 1, 2, 3]
+    return aux.losses['load_balance']
+
+  np.testing.assert_allclose(loss(scores, 'chosen'), 1, rtol=2e-3)
+  np.testing.assert_allclose(loss(scores, 'scores'), 1.6, rtol=2e-3)
+  norms = {
+    by: float(jnp.linalg.norm(jax.grad(loss)(scores, by)))
+    for by in ('chosen', 'scores')
+  }
+  assert norms['chosen'] < 1e-2 * norms['scores']
+  # What the router does by default.
+  router = DeepSeek(4, k=1, balance_bias=True)
+  assert router.balance_counts == 'scores'
+
+
+def test_log_z_is_of_the_logits():
+  router = DeepSeek(2, k=1)
+  params = {'kernel': jnp.log(jnp.array([[3.0, 1.0]]))}
+  _, aux = router.apply({'params': params}, jnp.ones((1, 1, 1)))
+  np.testing.assert_allclose(aux.log_z, np.log(4), rtol=1e-6)
+  # And what is recorded of it, and the z-loss, in a layer.
+  layer = MoE(
+    make_router=functools.partial(DeepSeek, num_experts=2, k=1),
+    make_expert=functools.partial(Mlp, hidden_width=1),
+  )
+  one = {'kernel': jnp.ones((2, 1, 1))}
+  variables = {'params': {'router': params, 'expert': {'wi': one, 'wo': one}}}
+  _, aux = layer.apply(variables, jnp.ones((1, 3, 1)), record=True)
+  np.testing.assert_allclose(aux.record.log_z_BxL, np.log(4), rtol=1e-6)
+  np.testing.assert_allclose(aux.losses['router_z'], np.log(4) ** 2, rtol=1e-6)

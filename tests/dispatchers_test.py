@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from sparse_experts.moe import all_experts, einsum, gather, route
+from sparse_experts.moe import all_experts, einsum, gather, metrics, route
 
 G, S, D, E = 2, 8, 3, 4
 DISPATCHERS = {
@@ -126,3 +126,12 @@ def test_no_gradient_of_gather_is_a_scatter_add():
     names = primitives(gradients(DISPATCHERS['gather'], k), *arguments())
     assert 'gather' in names and 'tanh' in names  # We looked inside.
     assert 'scatter-add' not in names
+
+
+def test_no_slot_is_not_all_slots():
+  x, w, logits, *_ = arguments()
+  assignment, _ = route(logits)
+  for dispatch in (gather, einsum):
+    y = dispatch(functools.partial(experts, w), x, assignment, 0)
+    assert y.shape == x.shape and not np.any(y)
+  assert metrics.counts(assignment, 0, None)['slots'] == 0

@@ -176,3 +176,41 @@ def test_static_weights_are_the_same_for_all_tokens():
 def test_one_expert_leaves_nothing_to_select():
   with pytest.raises(ValueError, match='two experts or more, got 1'):
     jax.eval_shape(DSelectK(1, k=1).init, KEY, jnp.ones((1, 2, 3)))
+
+
+@pytest.mark.parametrize('num_experts', [3, 5, 6])
+def test_the_losses_alone_leave_no_token_without_expert(num_experts):
+  # As in their code, whose second loss has weight 1 beside any entropy's. With
+  # the entropy alone selectors end in codes that are no expert's.
+  rng = np.random.default_rng(num_experts)
+  bits = (num_experts - 1).bit_length()
+  # As the router starts; each token by its own gradient.
+  start = rng.uniform(-0.01, 0.01, (1, 64, K, bits))
+
+  def without_expert(weight):
+    def loss(code):
+      _, aux = select(code, jnp.zeros((1, 64, K)), num_experts=num_experts)
+      return 64 * (
+        aux.losses['selector_entropy'] + weight * aux.losses['unassigned_codes']
+      )
+
+    def descend(_, code):
+      return code - 0.02 * jax.grad(loss)(code)
+
+    code = jax.jit(lambda code: jax.lax.fori_loop(0, 300, descend, code))(
+      jnp.asarray(start, jnp.float32)
+    )
+    assignment, _ = select(code, jnp.zeros((1, 64, K)), num_experts=num_experts)
+    return 1 - assignment.chosen().any(-1).mean()
+
+  assert without_expert(0.0) > 0.4
+  assert without_expert(1.0) == 0
+
+
+def test_every_number_of_experts_has_the_same_losses():
+  # So that weights of both can be set for all.
+  for num_experts in (3, 4):
+    _, aux = select(
+      jnp.zeros((1, 1, 1, 2)), jnp.zeros((1, 1, 1)), num_experts=num_experts
+    )
+    assert set(aux.losses) == {'selector_entropy', 'unassigned_codes'}

@@ -79,8 +79,9 @@ def slow_total(name, inputs, fixed, expert, rewards):
       f[e] += 1 / n
       P += p / n
       sum_plogp += (p * np.log(p)).sum() / n
-    balance += E * (f * P).sum() / G
-    negative_entropy += sum_plogp / G
+    weight = MASK[g].sum() / MASK.sum()
+    balance += weight * E * (f * P).sum()
+    negative_entropy += weight * sum_plogp
   if name == 'rl_r':
     total += 3 * (balance + negative_entropy)
   return total

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_experts.moe import TopK
+from sparse_experts.moe import TopK, route
+from sparse_experts.moe.routers.deepseek import DeepSeek
+from sparse_experts.moe.routers.hierarchical import Hierarchical
+from sparse_experts.moe.routers.noisy_top_k import NoisyTopK
+from sparse_experts.moe.routers.sentence import Sentence
+from sparse_experts.moe.routers.task_gating import TaskGating
 
 KEY = jax.random.key(0)
 
@@ -114,3 +119,97 @@ def test_rounding_tokens_to_bfloat16_changes_few_choices():
   rounded, _ = apply(TopK(8), kernel, x.astype(jnp.bfloat16))
   same = (exact.expert_GxSxK == rounded.expert_GxSxK).mean()
   assert 0.99 <= same < 1
+
+
+def test_saturated_logits_are_ranked_as_they_are():
+  # Probabilities of all but expert 0 round to 0. By them the second choice is
+  # the first zero.
+  logits = jnp.array([[[200.0, 0.0, 90.0, -5.0]]])
+  for choose_by, experts in [('logits', [0, 2, 1]), ('probs', [0, 1, 2])]:
+    assignment, _ = route(logits, k=3, choose_by=choose_by)
+    assert assignment.expert_GxSxK.tolist() == [[experts]]
+  # Top 1 of what rounds to the same.
+  near = jnp.array([[[0.0, 200.0, 200.00002]]])
+  assert route(near)[0].expert_GxSxK.tolist() == [[[2]]]
+
+
+def test_random_order_drops_anyone_alike():
+  # All 8 tokens want expert 0, which has 2 slots: each keeps one in a quarter
+  # of draws, of 800 with a deviation of .0153. Places are a permutation.
+  router = TopK(2, priority='random')
+  params = {'kernel': jnp.array([[1.0, 0.0]])}
+
+  @jax.jit
+  @jax.vmap
+  def places(key):
+    assignment, _ = router.apply(
+      {'params': params},
+      jnp.ones((1, 8, 1)),
+      deterministic=False,
+      rngs={'dropout': key},
+    )
+    return assignment.place_GxSxK[0, :, 0]
+
+  drawn = np.asarray(places(jax.random.split(KEY, 800)))
+  assert (np.sort(drawn, axis=1) == np.arange(8)).all()
+  np.testing.assert_allclose((drawn < 2).mean(0), 0.25, atol=0.065)
+  assert router.needs == ('rng',) and not router.is_causal
+  # Evaluation draws nothing: token order.
+  assignment = apply(router, params['kernel'], jnp.ones((1, 8, 1)))[0]
+  assert assignment.place_GxSxK[0, :, 0].tolist() == list(range(8))
+  with pytest.raises(ValueError, match="priority='random' draws numbers"):
+    route(jnp.zeros((1, 2, 2)), priority='random')
+
+
+def gradient_of_the_task(router):
+  """The largest gradient of a mix of gates by parameters."""
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 4)), jnp.float32)
+  given = {}
+  if 'task_ids' in router.needs:
+    given['task_ids_GxS'] = jnp.arange(12).reshape(2, 6) % 3
+  boxed = jax.eval_shape(functools.partial(router.init, **given), KEY, x)[
+    'params'
+  ]
+  random = np.random.default_rng(1)
+  params = jax.tree.map(
+    lambda box: jnp.asarray(random.normal(size=box.value.shape), jnp.float32),
+    boxed,
+    is_leaf=lambda box: hasattr(box, 'names'),
+  )
+
+  def task(params):
+    assignment, _ = router.apply({'params': params}, x, **given)
+    weight = jnp.arange(1.0, assignment.gate_GxSxK.size + 1)
+    return (assignment.gate_GxSxK.ravel() * weight).sum()
+
+  grads = jax.jit(jax.grad(task))(params)
+  return max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+  'make, ways',
+  [
+    (functools.partial(TopK, gates='chosen'), [{'k': 2}, {'gates': 'all'}]),
+    (
+      functools.partial(DeepSeek, renormalise=True, scores='sigmoid'),
+      [{'k': 2}, {'renormalise': False}],
+    ),
+    (functools.partial(DeepSeek, renormalise=True), [{'k': 2}]),
+    (NoisyTopK, [{'k': 2}]),
+    (functools.partial(Hierarchical, primary_k=1), [{'k': 2}]),
+    (functools.partial(Sentence, gates='chosen'), [{'gates': 'all'}]),
+    (
+      functools.partial(TaskGating, num_tasks=3, gates='chosen'),
+      [{'gates': 'all'}],
+    ),
+  ],
+  ids=lambda value: getattr(getattr(value, 'func', value), '__name__', 'ways'),
+)
+def test_gates_without_gradient_are_refused(make, ways):
+  router = make(num_experts=4, k=1)
+  with pytest.raises(ValueError, match='no gradient from the task: .*no_grad'):
+    gradient_of_the_task(router)
+  # Nothing reaches the router, which is why.
+  assert gradient_of_the_task(router.clone(allow_no_gradient=True)) < 1e-5
+  for way in ways:
+    assert gradient_of_the_task(router.clone(**way)) > 1e-3

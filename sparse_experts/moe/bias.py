@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax
@@ -17,6 +17,7 @@ def update_biases(
   params: Mapping[str, Any],
   layer_sums: Mapping[str, Mapping[str, Array]],
   rate: float,
+  trained: Collection[str] | None = None,
 ) -> dict[str, Any]:
   """Raises the bias of experts chosen too rarely and lowers that of others.
 
@@ -31,6 +32,8 @@ def update_biases(
     layer_sums: name of the layer ('decoder/layers_3') -> its metrics, of which
       `chosen_E` is the load.
     rate: u, how far a bias moves in one step; 1e-3 in both papers.
+    trained: paths 'decoder/layers_1/...' of the parameters that are trained;
+      other biases stay. None: all are.
 
   Raises:
     ValueError: no router has a bias.
@@ -53,6 +56,8 @@ def update_biases(
       'DeepSeek.balance_bias=True, or bias_rate=0.'
     )
   for path in biases:
+    if trained is not None and '/'.join(path) not in trained:
+      continue
     load = _load(params, path, len(flat[path]), layer_sums)
     direction = jnp.sign(load.mean(-1, keepdims=True) - load)
     flat[path] += rate * direction

@@ -34,7 +34,8 @@ def train_step(
   """Gradients of a batch, and the optimizer's update unless not finite.
 
   The rng of step n is a function of seed and n alone. Biases of routers move by
-  `model.bias_rate` after the optimizer, which leaves them alone.
+  `model.bias_rate` after the optimizer, which leaves them alone; those of a
+  `subsets.Subset` that are not trained stay.
 
   Args:
     state: before the step.
@@ -63,7 +64,12 @@ def train_step(
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   if model.bias_rate:
-    params = update_biases(params, sums['layers'], model.bias_rate)
+    params = update_biases(
+      params,
+      sums['layers'],
+      model.bias_rate,
+      trained=getattr(optimizer, 'trained', None),
+    )
   finite = (
     jnp.isfinite(sums['objective'])
     & jnp.isfinite(norm)

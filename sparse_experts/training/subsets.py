@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +22,27 @@ SUBSETS = {
 }
 
 
+class Subset(NamedTuple):
+  """An optax transformation, and the paths of what it updates."""
+
+  init: Callable[..., Any]
+  update: Callable[..., Any]
+  trained: frozenset[str]
+
+
 def only(
   names: Any,
   *,
   learning_rate: float | optax.Schedule,
   optimizer: Callable[..., optax.GradientTransformation],
   trained: str,
-) -> optax.GradientTransformation:
+) -> Subset:
   """An optimizer that updates a subset of the parameters.
 
   The others stay as they are, bit for bit, and have no optimizer state; a
-  global norm that `optimizer` clips to is that of the trained ones. (Balance
-  biases of routers are moved by `Model.bias_rate`, not by optimizers.)
+  global norm that `optimizer` clips to is that of the trained ones. Balance
+  biases of routers, which `Model.bias_rate` moves and no optimizer, are trained
+  or stay as all others.
 
   Args:
     names, learning_rate: as of any optimizer, see `optimizers`.
@@ -85,6 +94,6 @@ def only(
     flat |= traverse_util.flatten_dict(updates)
     return traverse_util.unflatten_dict(flat), state
 
-  return optax.GradientTransformation(
-    lambda params: inner.init(part(params)), update
+  return Subset(
+    lambda params: inner.init(part(params)), update, frozenset(chosen)
   )

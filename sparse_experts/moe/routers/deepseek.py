@@ -228,12 +228,12 @@ def route_scores(
 def _shares(scores_GxSxN: Array) -> Array:
   """Scores over their sum, 0 of zeros.
 
-  Scaled by the largest first, for the gradient has the square of the sum; then
-  the sum is at least 1.
+  Scaled by the largest first, for the gradient has the square of the sum.
   """
   largest_GxSx1 = jax.lax.stop_gradient(scores_GxSxN.max(-1, keepdims=True))
   scores_GxSxN /= jnp.maximum(largest_GxSx1, _LEAST)
-  return scores_GxSxN / jnp.maximum(scores_GxSxN.sum(-1, keepdims=True), 1)
+  sum_GxSx1 = scores_GxSxN.sum(-1, keepdims=True)
+  return scores_GxSxN / jnp.where(sum_GxSx1 > 0, sum_GxSx1, 1)
 
 
 def _limit(
