@@ -249,8 +249,9 @@ SCALED_ATTENTION = True
 GATED = True
 SCALED_LOGITS = False
 Z_LOSS = 0.0
+top_k.TopK.choose_by = 'probs'
 LAYER_REDUCTION = 'joint'
-model.Model.balance_over = 'microbatch'  # All tokens that it sees at once.
+BALANCE_OVER = 'microbatch'  # All tokens that it sees at once.
 TRAIN_CAPACITY_FACTOR = None
 EVAL_CAPACITY_FACTOR = None
 """
@@ -278,7 +279,7 @@ include 'gin/routers/switch.gin'
 GATED = False
 Z_LOSS = 0.0
 LAYER_REDUCTION = 'joint'
-model.Model.balance_over = 'group'  # A sequence.
+BALANCE_OVER = 'group'  # A sequence.
 EVAL_CAPACITY_FACTOR = None
 """,
     same=[

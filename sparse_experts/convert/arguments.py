@@ -15,9 +15,11 @@ _TRAINING = {
   *('balance_counts', 'capacity_rule', 'dropout_rate', 'jitter'),
   *('losses_over', 'noise', 'policy_train', 'priority'),
 }
-# Nor do these, by which it was begun or is run.
+# Nor do these, by which it was begun or is run, or `choose_by` but for logits
+# so close that their probabilities are one number.
 _SILENT = _TRAINING | {
-  *('allow_non_causal_routing', 'dispatch', 'dtype', 'exact_dispatch'),
+  *('allow_non_causal_routing', 'choose_by', 'dispatch', 'dtype'),
+  'exact_dispatch',
   *('group_size', 'init_scale', 'kernel_init', 'max_length', 'remat', 'scan'),
   'unroll',
 }

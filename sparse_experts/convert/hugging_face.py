@@ -205,7 +205,6 @@ def _gin(found: Mapping[str, Any]) -> str:
 _IMPORTS = """
 from __gin__ import dynamic_registration
 from sparse_experts.layers import attention
-from sparse_experts.models import model
 from sparse_experts.models import transformer
 from sparse_experts.moe.routers import top_k
 """
