@@ -290,6 +290,7 @@ def test_wrong_nouns_do_not_train():
     ("Bob's", 'Bob', 'False'),
     ('', 'Bob', ''),
     ('the', 'Bob', ''),
+    ('dog', 'her', 'False'),  # T5's `wsc_simple` of no noun: 0.
   ],
 )
 def test_same_noun(prediction, noun, expected):
