@@ -214,9 +214,20 @@ def test_a_file_is_a_task_whose_options_are_ranked(task_file, tmp_path):
   )
   # The model prefers 2 to 3, rightly, and ü to ä and ö.
   scores = [np.log([0.2, 0.8]), np.log([0.2, 0.2, 0.6])]
-  found, calibrated = task_metrics.judged_options(task, examples, scores)
+  found, ranking, calibrated = task_metrics.judged_options(
+    task, examples, scores
+  )
   assert found == {'accuracy': 50}
+  assert ranking == {'examples': 2, 'ties': 0}
   assert calibrated['accuracy'] == 0.5
   # .8 right and .6 wrong: (.2 + .6) / 2; Brier .08 and .64 + .04 + .36, halved.
   assert calibrated['expected_calibration_error'] == pytest.approx(0.4)
   assert calibrated['brier_score'] == pytest.approx((0.08 + 1.04) / 2)
+
+  # A model that knows nothing is as good as its luck with first options.
+  nothing = [np.zeros(2), np.full(3, -7.0)]
+  found, ranking, _ = task_metrics.judged_options(task, examples, nothing)
+  assert (found, ranking) == ({'accuracy': 50}, {'examples': 2, 'ties': 2})
+  broken = [scores[0], np.full(3, np.nan)]
+  with pytest.raises(ValueError, match='option 0 of example 1 of bigbench_sum'):
+    task_metrics.judged_options(task, examples, broken)

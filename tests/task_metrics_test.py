@@ -344,9 +344,10 @@ def test_options_begin_with_the_sentinel_that_targets_begin_with():
     judge = task_metrics.TaskMetrics(
       model, validation(task), mesh, max_tokens=None, rank_options=True
     )
-    found, _ = judge({})
+    found, rankings, _ = judge({})
   # Else all options are equal, and the first is 0: right nowhere.
   assert found == {task.name: {'accuracy': 100}}
+  assert rankings == {task.name: {'examples': 4, 'ties': 0}}
 
 
 @pytest.mark.usefixtures('forget_new_tasks')

@@ -76,6 +76,12 @@ def _print(results: Mapping[str, Any]) -> None:
   print(
     report.table(('metric', ''), [(k, f'{v:.5g}') for k, v in rows.items()])
   )
+  for task, ranking in results['ranking'].items():
+    if ranking['ties']:
+      print(
+        f'{task}: {ranking["ties"]} of {ranking["examples"]} examples have '
+        'several most probable options; the first of them was taken.'
+      )
   if results['metrics']['layers']:
     print('\n' + report.expert_load(results['metrics']['layers']))
 

@@ -28,10 +28,10 @@ POOL = 1000  # Examples are drawn from the first of a split, at most.
 def mixture(name: str, *, shots: int | str = 'zero', seed: int = 0) -> str:
   """Registers a benchmark, or a mixture of some, with examples in its prompts.
 
-  Those that a prompt shows follow from seed and index of the question alone, and
-  ask something else: where the question itself is there to be drawn, however
-  often and with whatever answer, it is not. In a prompt that would be longer
-  than 'inputs' may be, the last of them are left out.
+  Those that a prompt shows follow from seed and index of the question alone,
+  and ask something else: where the question itself is there to be drawn,
+  however often and with whatever answer, it is not. In a prompt that would be
+  longer than 'inputs' may be, the last of them are left out.
 
   Args:
     name: of a task from a table, see `tasks.benchmark`, or of a mixture.
