@@ -55,6 +55,28 @@ def test_perfect_and_opposite():
   assert (good['brier_score'], bad['brier_score']) == (0, 2)
 
 
+@pytest.mark.parametrize(
+  'examples, bins, step', [(200, 10, 0.05), (1000, 10, 0.05), (2000, 20, 0.02)]
+)
+def test_rms_is_of_bins_of_100_examples_and_of_ten_at_least(
+  examples, bins, step
+):
+  """Five options; bins' accuracies are .1 above and below confidence in turns.
+
+  So RMS is .1. Of two bins in one it would be 0, and of parts of a bin more, as
+  its right answers come first.
+  """
+  each = examples // bins
+  p, label = [], []
+  for b in range(bins):
+    confidence = 0.25 + step * b
+    right = round(each * (confidence + 0.1 * (-1) ** b))
+    p += [[confidence, *[(1 - confidence) / 4] * 4]] * each
+    label += [0] * right + [1] * (each - right)
+  found = calibration.summary(np.array(p), np.array(label))
+  assert found['rms_calibration_error'] == pytest.approx(0.1)
+
+
 def test_probabilities_of_unequal_numbers_of_options():
   p = calibration.probabilities([np.log([0.5, 0.25]), [-1e4, -1e4, -1e4]])
   np.testing.assert_allclose(p, [[2 / 3, 1 / 3, 0], [1 / 3] * 3])
