@@ -331,16 +331,19 @@ def test_a_mixture_and_its_options(finetuned, tmp_path):
   assert image.read_bytes().startswith(b'\x89PNG')
 
 
-def test_ties_are_told(capsys):
+@pytest.mark.parametrize(
+  'show', [evaluate_command._print, evaluate_command._step_printer()]
+)
+def test_ties_are_told(show, capsys):
   results = {
     'task': 'some', 'split': 'test', 'step': 3, 'capacity_factor': None,
     'metrics': {'loss': 1.0, 'layers': {}}, 'task_metrics': {},
-    'calibration': {},
+    'calibration': {}, 'score': 60.0,
     'ranking': {
       'clear': {'examples': 5, 'ties': 0}, 'vague': {'examples': 5, 'ties': 3},
     },
   }  # fmt: skip
-  evaluate_command._print(results)
+  show(results)
   said = capsys.readouterr().out
   assert 'vague: 3 of 5 examples have several most probable options' in said
   assert 'clear' not in said
