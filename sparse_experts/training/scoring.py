@@ -60,8 +60,8 @@ def rank_options(
 ) -> Array:
   """`log_likelihood` of each option of each row, float32 [B, O].
 
-  The choice is its argmax over O. Rows with fewer options are filled up with
-  options of zeros, which score -inf.
+  The choice is its argmax over O; `choose` takes it of a row's own options.
+  Rows with fewer are filled up with options of zeros, which score -inf.
   """
 
   def score(options_BxT):
