@@ -34,7 +34,7 @@ TASKS = {
     'ranked': (['--gin.RANK_OPTIONS=True'], ('accuracy',)),
     'written': ([], ('accuracy',)),
   },
-  'docs_summary': {'written': ([], ('rouge1', 'rouge2', 'rougeL'))},
+  'docs_summary': {'written': ([], ('rouge1', 'rouge2', 'rougeLsum'))},
 }
 
 

@@ -290,6 +290,7 @@ def test_wrong_nouns_do_not_train():
     ("Bob's", 'Bob', 'False'),
     ('', 'Bob', ''),
     ('the', 'Bob', ''),
+    ('dog', 'her', 'False'),  # T5's `wsc_simple` of no noun: 0.
   ],
 )
 def test_same_noun(prediction, noun, expected):
@@ -372,7 +373,7 @@ def test_what_options_end_with_is_ranked(ends, accuracy, boolq):
   mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
   with sharding.use_mesh(mesh):
     judge = task_metrics.TaskMetrics(model, dataset, mesh, None, True)
-    found, _ = judge(jnp.asarray(log_p))
+    found, *_ = judge(jnp.asarray(log_p))
   assert found == {'bytes_glam_boolq': {'accuracy': accuracy}}
 
 

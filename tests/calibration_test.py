@@ -55,6 +55,28 @@ def test_perfect_and_opposite():
   assert (good['brier_score'], bad['brier_score']) == (0, 2)
 
 
+@pytest.mark.parametrize(
+  'examples, bins, step', [(200, 10, 0.05), (1000, 10, 0.05), (2000, 20, 0.02)]
+)
+def test_rms_is_of_bins_of_100_examples_and_of_ten_at_least(
+  examples, bins, step
+):
+  """Five options; bins' accuracies are .1 above and below confidence in turns.
+
+  So RMS is .1. Of two bins in one it would be 0, and of parts of a bin more, as
+  its right answers come first.
+  """
+  each = examples // bins
+  p, label = [], []
+  for b in range(bins):
+    confidence = 0.25 + step * b
+    right = round(each * (confidence + 0.1 * (-1) ** b))
+    p += [[confidence, *[(1 - confidence) / 4] * 4]] * each
+    label += [0] * right + [1] * (each - right)
+  found = calibration.summary(np.array(p), np.array(label))
+  assert found['rms_calibration_error'] == pytest.approx(0.1)
+
+
 def test_probabilities_of_unequal_numbers_of_options():
   p = calibration.probabilities([np.log([0.5, 0.25]), [-1e4, -1e4, -1e4]])
   np.testing.assert_allclose(p, [[2 / 3, 1 / 3, 0], [1 / 3] * 3])
@@ -214,9 +236,20 @@ def test_a_file_is_a_task_whose_options_are_ranked(task_file, tmp_path):
   )
   # The model prefers 2 to 3, rightly, and ü to ä and ö.
   scores = [np.log([0.2, 0.8]), np.log([0.2, 0.2, 0.6])]
-  found, calibrated = task_metrics.judged_options(task, examples, scores)
+  found, ranking, calibrated = task_metrics.judged_options(
+    task, examples, scores
+  )
   assert found == {'accuracy': 50}
+  assert ranking == {'examples': 2, 'ties': 0}
   assert calibrated['accuracy'] == 0.5
   # .8 right and .6 wrong: (.2 + .6) / 2; Brier .08 and .64 + .04 + .36, halved.
   assert calibrated['expected_calibration_error'] == pytest.approx(0.4)
   assert calibrated['brier_score'] == pytest.approx((0.08 + 1.04) / 2)
+
+  # A model that knows nothing is as good as its luck with first options.
+  nothing = [np.zeros(2), np.full(3, -7.0)]
+  found, ranking, _ = task_metrics.judged_options(task, examples, nothing)
+  assert (found, ranking) == ({'accuracy': 50}, {'examples': 2, 'ties': 2})
+  broken = [scores[0], np.full(3, np.nan)]
+  with pytest.raises(ValueError, match='option 0 of example 1 of bigbench_sum'):
+    task_metrics.judged_options(task, examples, broken)

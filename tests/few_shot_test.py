@@ -1,5 +1,6 @@
 """Prompts with examples: drawn by seed and index, cut to what fits."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -17,8 +18,8 @@ pytestmark = pytest.mark.usefixtures('forget_new_tasks')
 SUMS = [('1+1', '2'), ('2+2', '4'), ('3+3', '6'), ('4+4', '8'), ('2+3', '5')]
 
 
-def asked(k, seed=0, length=100, questions=SUMS, ends=True):
-  """The prompts of questions, of examples drawn from SUMS."""
+def asked(k, seed=0, length=100, questions=SUMS, ends=True, pool=SUMS):
+  """The prompts of questions, of examples drawn from a pool."""
   inputs, targets = map(list, zip(*questions))
   data = tf.data.Dataset.from_tensor_slices(
     {'inputs': inputs, 'targets': targets}
@@ -27,7 +28,7 @@ def asked(k, seed=0, length=100, questions=SUMS, ends=True):
     data,
     {'inputs': length},
     {'inputs': seqio.Feature(vocabularies.byte(), add_eos=ends)},
-    pool=lambda: SUMS,
+    pool=lambda: pool,
     k=k,
     seed=seed,
   )
@@ -40,6 +41,16 @@ def test_examples_are_others_than_the_question():
     assert last == question
     others = {f'{q} {a}' for q, a in SUMS if q != question}
     assert set(shown) == others and len(shown) == 4
+
+
+def test_a_question_that_is_drawn_from_several_times_is_shown_nowhere():
+  """Neither with its answer, nor with another that is right too."""
+  pool = [*SUMS, ('1+1', '2'), ('1+1', 'two'), ('3+3', '6')]
+  for seed in range(8):
+    for (question, _), text in zip(SUMS, asked(4, seed, pool=pool)):
+      *shown, last = text.split('\n\n')
+      assert last == question and len(shown) == 4
+      assert not any(example.startswith(question) for example in shown)
 
 
 def test_a_seed_says_which():
@@ -74,11 +85,11 @@ def test_shots_are_a_function_of_seed_and_index():
   others = [draw(seed=0, index=1), draw(seed=1, index=0)]
   assert not any(np.array_equal(first, other) for other in others)
   seen = {
-    i for index in range(60) for i in draw(seed=0, index=index, exclude=3)
+    i for index in range(60) for i in draw(seed=0, index=index, exclude=[3, 8])
   }
-  assert seen == set(range(10)) - {3}
+  assert seen == set(range(10)) - {3, 8}
   with pytest.raises(ValueError, match='cannot show 4 examples: there are 3'):
-    few_shot.draw(4, 4, seed=0, index=0, exclude=0)
+    few_shot.draw(4, 4, seed=0, index=0, exclude=[0])
 
 
 def test_a_prompt_with_examples():
@@ -183,6 +194,28 @@ def test_too_few_to_show(tmp_path):
   with (
     tfds.testing.mock_data(num_examples=3, data_dir=str(tmp_path)),
     pytest.raises(ValueError, match="cannot show 3 .* split 'train' has 3"),
+  ):
+    task.get_dataset(
+      {'inputs': 64, 'targets': 8}, split='validation', try_in_mem_cache=False
+    )
+
+
+@pytest.mark.parametrize('shots, enough', [(1, True), (2, False)])
+def test_of_a_question_that_is_there_twice_nothing_is_left(
+  shots, enough, monkeypatch, tmp_path
+):
+  row = dataclasses.replace(benchmark.ROWS['glam_copa'], name='bytes_copa')
+  benchmark.add(row, vocabularies.byte())
+  task = tasks.find(few_shot.mixture('bytes_copa', shots=shots))
+  examples = {'inputs': ['Q', 'Q', 'P'], 'targets': ['A', 'A', 'B']}
+  data = tf.data.Dataset.from_tensor_slices(examples)
+  monkeypatch.setattr(benchmark, 'texts', lambda row, split: data)
+  message = 'has 3, of which 2 may be the question'
+  with (
+    tfds.testing.mock_data(num_examples=3, data_dir=str(tmp_path)),
+    contextlib.nullcontext()
+    if enough
+    else pytest.raises(ValueError, match=message),
   ):
     task.get_dataset(
       {'inputs': 64, 'targets': 8}, split='validation', try_in_mem_cache=False

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -15,6 +16,7 @@ import pytest
 from flax import traverse_util
 
 from sparse_experts import config
+from sparse_experts.commands import evaluate as evaluate_command
 from sparse_experts.data import batches
 from sparse_experts.training import evaluate, optimizers, subsets, train
 
@@ -320,12 +322,41 @@ def test_a_mixture_and_its_options(finetuned, tmp_path):
   file = tmp_path / 'evaluation' / 'tiny_mixture-validation-ranked-3.json'
   settings = json.loads(file.read_text())['settings']
   assert settings['strategy'] == 'BeamSearch(width=2, alpha=0.6)'
+  assert results['ranking'] == {'tiny_choices': {'examples': 20, 'ties': 0}}
   (calibrated,) = results['calibration'].values()
   assert 100 * calibrated['accuracy'] == pytest.approx(chosen)
   assert sum(b['count'] for b in calibrated['bins']) == 20
   # At least what 19 equal options have.
   assert calibrated['confidence'] > 1 / 19
   assert image.read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize(
+  'show', [evaluate_command._print, evaluate_command._step_printer()]
+)
+def test_ties_are_told(show, capsys):
+  results = {
+    'task': 'some', 'split': 'test', 'step': 3, 'capacity_factor': None,
+    'metrics': {'loss': 1.0, 'layers': {}}, 'task_metrics': {},
+    'calibration': {}, 'score': 60.0,
+    'ranking': {
+      'clear': {'examples': 5, 'ties': 0}, 'vague': {'examples': 5, 'ties': 3},
+    },
+  }  # fmt: skip
+  show(results)
+  said = capsys.readouterr().out
+  assert 'vague: 3 of 5 examples have several most probable options' in said
+  assert 'clear' not in said
+
+
+def test_a_score_of_nan_is_no_peak(monkeypatch):
+  """Every comparison with NaN is False, so `max` would keep the first."""
+  evaluation = object.__new__(evaluate.Evaluation)
+  scores = [math.nan, 1.0, 2.0, math.nan]
+  found = [{'step': i, 'score': score} for i, score in enumerate(scores)]
+  monkeypatch.setattr(evaluation, '_each', lambda until: iter(found))
+  monkeypatch.setattr(evaluation, '_write', lambda suffix, results: None)
+  assert evaluation.all()['peak']['step'] == 2
 
 
 @pytest.mark.parametrize(

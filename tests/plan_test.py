@@ -217,6 +217,34 @@ def test_roofline_by_hand():
   assert spread.bound in ('compute', 'hbm', 'reduction', 'exchange')
 
 
+def test_what_the_model_axis_sends_by_hand():
+  """An all-reduce of x bytes over n devices sends 2 (n - 1) / n x of each."""
+  stacks = {'decoder': Placed(parameters=40, gathered=40)}
+
+  def exchange(remat='none', **axes):
+    mesh = {**ALONE, **axes}
+    time = roofline(TOY, stacks, CHIP, mesh, remat=remat, microbatches=1)
+    return time.exchange
+
+  # Outputs of attention and FFN, and of experts: 2 layers of each block, 2
+  # bytes; two passes.
+  width, slots = 2 * (2 * 200 + 2 * 100), 2 * 2 * 120
+  x = width + slots
+  assert exchange(model=2) == pytest.approx(2 * (2 * 1 / 2 * x) / 1e1)
+  assert exchange(model=4) == pytest.approx(2 * (2 * 3 / 4 * x) / 1e1)
+  assert exchange('full', model=4) == pytest.approx(3 * (2 * 3 / 4 * x) / 1e1)
+  # A device has half of the rows; there is nothing else to send.
+  assert exchange(data=2, model=4) == pytest.approx(
+    2 * (2 * 3 / 4 * x / 2) / 1e1
+  )
+  assert exchange(data=2) == 0
+  # Of two devices of `expert`, half of a device's slots goes to the other one
+  # and comes back, in each pass.
+  to_experts = 2 * 2 * (slots / 2) / 2
+  both = 2 * (2 * 3 / 4 * x / 2) + to_experts
+  assert exchange(expert=2, model=4) == pytest.approx(both / 1e1)
+
+
 def test_every_mesh_is_a_candidate_or_rejected(run):
   roomy = dataclasses.replace(CHIP, hbm_bytes=2**30)
   candidates, rejected = plan.plan(run, roomy, 8)

@@ -30,14 +30,17 @@ def alone(tmp_path_factory) -> list[float]:
   return losses
 
 
+def _unused_address() -> str:
+  with socket.socket() as unused:
+    unused.bind(('127.0.0.1', 0))
+    return f'127.0.0.1:{unused.getsockname()[1]}'
+
+
 def _start_two(
   *arguments: str, devices: int
 ) -> tuple[subprocess.Popen, subprocess.Popen]:
   """One command in two processes, connected over loopback."""
-  with socket.socket() as unused:
-    unused.bind(('127.0.0.1', 0))
-    port = unused.getsockname()[1]
-  coordinator = (f'--coordinator=127.0.0.1:{port}', '--num_processes=2')
+  coordinator = (f'--coordinator={_unused_address()}', '--num_processes=2')
   return tuple(
     command.start(
       *('-m', 'sparse_experts', *arguments),
@@ -86,6 +89,32 @@ def test_two_processes_train_as_one(devices, mesh, alone, tmp_path):
   # One process goes on, on another mesh.
   outcome = command.train(tmp_path, '--gin.TRAIN_STEPS=5')
   assert 'resumed at step 4\n' in outcome.stderr
+
+
+def test_processes_that_would_read_different_data_stop():
+  """All of them, before they read any; order of names is no difference."""
+  address = _unused_address()
+  program = f"""
+import sys, jax
+from sparse_experts.training import global_batch
+i = int(sys.argv[1])
+jax.distributed.initialize({address!r}, 2, i)
+same = [('corpus', 'abc'), ('seed', 1)]
+global_batch.check_same_on_all_processes(dict(same[:: 1 - 2 * i]))
+try:
+  global_batch.check_same_on_all_processes({{'seed': 1, 'corpus': 'abcd'[i:]}})
+except ValueError as error:
+  print(error)
+"""
+  outcomes = _end(
+    [command.start('-c', program, str(i), devices=1) for i in range(2)]
+  )
+  for i, (outcome, corpus) in enumerate(zip(outcomes, ('abcd', 'bcd'))):
+    assert outcome.stdout.splitlines()[-1] == (
+      f'processes would read different data; process {i} reads {{"corpus": '
+      f'"{corpus}", "seed": 1}}; give all hosts the same files and package '
+      'versions.'
+    )
 
 
 @pytest.mark.slow

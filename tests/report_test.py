@@ -141,6 +141,29 @@ def test_it_needs_no_more_than_metrics(tmp_path):
   assert [i for i in reader.ids if i in SECTIONS] == ['training', 'samples']
 
 
+@pytest.mark.parametrize(
+  'names, titles',
+  [
+    (
+      ('tokens_per_second_with_padding', 'tokens_per_second_without_padding'),
+      ('Tokens per second with padding', 'Tokens per second without padding'),
+    ),
+    (('tokens_per_second',), ('Tokens per second',)),  # Of earlier versions.
+  ],
+)
+def test_speeds_of_any_age(names, titles, tmp_path):
+  lines = [
+    {'step': step, 'name': 'train', **dict.fromkeys(names, 9.0)}
+    for step in (1, 2)
+  ]
+  text = '\n'.join(map(json.dumps, lines)) + '\n'
+  (tmp_path / 'metrics.jsonl').write_text(text)
+  run('report', str(tmp_path))
+  page = (tmp_path / 'report.html').read_text()
+  found = re.findall(r'Tokens per second[a-z ]*', page)
+  assert set(found) == set(titles)
+
+
 def test_errors(tmp_path):
   outcome = command.run('report', str(tmp_path))
   assert outcome.code == 2

@@ -19,7 +19,8 @@ EVERY_STEP = '--gin.CHECKPOINT_PERIOD=1'
 # All that a run without a terminal says on stderr.
 LINE = re.compile(
   r'saved step \d+|resumed at step \d+|SIGTERM: stopping after step \d+'
-  r'|step \d+/20  loss \d+\.\d{3}(  [\d,]+ tokens/s  \d+:\d\d left)?'
+  r'|step \d+/20  loss \d+\.\d{3}'
+  r'(  [\d,]+ tokens/s \([\d,]+ with padding\)  \d+:\d\d left)?'
 )
 
 

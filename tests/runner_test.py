@@ -19,8 +19,10 @@ from sparse_experts.models.model import Model
 from sparse_experts.training import (
   checkpoints,
   optimizers,
+  progress,
   state,
   step,
+  total,
   train,
 )
 
@@ -158,7 +160,10 @@ def test_a_bad_batch_is_skipped_and_counted(microbatches, model, start, batch):
   assert (int(after.step), int(after.skipped)) == (2, 1)
   assert int(sums['skipped']) == 0
   alone = step.summary(sums, microbatches)
-  together = step.summary(train._add(bad, sums), microbatches)
+  both = total.Total()
+  both.add(bad)
+  both.add(sums)
+  together = step.summary(both.sums(), microbatches)
   assert alone.pop('skipped') == 0 and together.pop('skipped') == 1
   _assert_equal(together, alone)
   expected, _ = take(start.replace(step=jnp.int32(1)), batch)
@@ -211,12 +216,119 @@ def test_only_skipped_steps_in_a_row_count():
     guard.check(7, 1)
 
 
-# What a run that ends early has to say.
+# What a run says.
 
 
 def _run(model_dir, **arguments):
   config.parse([command.TINY.partition('=')[2]], [f'MODEL_DIR={model_dir}'], [])
   return config.bound(train.train)(**arguments)
+
+
+def _logged(model_dir, name='train'):
+  lines = (model_dir / 'metrics.jsonl').read_text().splitlines()
+  return [x for x in map(json.loads, lines) if x['name'] == name]
+
+
+class Failing(Model):
+  """A model whose loss is NaN at steps 0, 2 and 3 of training."""
+
+  def loss(self, *args, step=None, **kwargs):
+    loss, sums = super().loss(*args, step=step, **kwargs)
+    is_bad = (step == 0) | (step == 2) | (step == 3)
+    return jnp.where(is_bad, jnp.nan, loss), sums
+
+
+@pytest.fixture(scope='module')
+def six_steps(model, tmp_path_factory):
+  """The train metrics of six steps, three of which were skipped."""
+  model_dir = tmp_path_factory.mktemp('failing')
+  _run(
+    model_dir,
+    model=Failing(**vars(model)),
+    dataset=DATASET,
+    learning_rate=lambda n: 0.1 * 2.0**-n,
+    train_steps=6,
+    log_period=1,
+    eval_dataset=None,
+  )
+  return _logged(model_dir)
+
+
+def test_the_learning_rate_is_that_of_the_last_update(six_steps):
+  """Updates 0, 1, 2 are those of steps 1, 4, 5; before them is update 0."""
+  assert [x['skipped'] for x in six_steps] == [1, 0, 1, 1, 0, 0]
+  rates = [0.1 * 2.0**-n for n in (0, 0, 0, 0, 1, 2)]
+  assert [x['learning_rate'] for x in six_steps] == pytest.approx(rates)
+
+
+def test_tokens_per_second_with_padding_and_without(six_steps):
+  assert 'tokens_per_second_with_padding' not in six_steps[0]  # Of no time.
+  batches = DATASET.training('decoder', slice(None))
+  tokens = [
+    (next(batches)['decoder_target_tokens'] > 0).sum() for _ in range(6)
+  ]
+  assert 0 < sum(tokens) < 6 * 8 * 32
+  for done, metrics in enumerate(six_steps[1:], start=2):
+    assert metrics['tokens_per_second_with_padding'] == pytest.approx(
+      8 * 32 * metrics['steps_per_second']
+    )
+    assert metrics['tokens_per_second_without_padding'] == pytest.approx(
+      sum(tokens[:done]) / done * metrics['steps_per_second']
+    )
+
+
+def test_speed_by_hand(monkeypatch, capsys):
+  """Steps 11 to 14 of 20: a second for step 12, 2 for both that follow."""
+  clock = iter([100.0, 101.0, 103.0])
+  monkeypatch.setattr(progress.time, 'monotonic', lambda: next(clock))
+  shown = progress.Progress(10, 20, positions=1000)
+  for done in (11, 12):
+    shown.step(done)
+  two = shown.report(12, {'loss': 1.0, 'skipped': 0}, tokens=1200.0)
+  assert two == {
+    'steps_per_second': 1,
+    'tokens_per_second_with_padding': 1000,
+    'tokens_per_second_without_padding': 600,
+  }
+  for done in (13, 14):
+    shown.step(done)
+  four = shown.report(14, {'loss': 1.0, 'skipped': 0}, tokens=1600.0)
+  # 3 steps in 3 seconds; 2,800 tokens in 4 steps.
+  assert four['tokens_per_second_without_padding'] == 700
+  assert capsys.readouterr().err.splitlines() == [
+    'step 12/20  loss 1.000  600 tokens/s (1,000 with padding)  0:08 left',
+    'step 14/20  loss 1.000  700 tokens/s (1,000 with padding)  0:06 left',
+  ]
+
+
+def test_counts_of_400_000_batches_are_exact():
+  """Those of the last 1,000 would be 992 each in float32, whose step is 32."""
+  running = total.Total()
+  first = {'targets': 399_000 * 1000, 'layers': {'a': np.array([3.0, 1.0])}}
+  running.add(jax.tree.map(np.float32, first))
+  batch = {'targets': 1000, 'layers': {'a': np.array([1.0, 2.0])}}
+  batch = jax.tree.map(jnp.float32, batch)
+  for _ in range(1000):
+    running.add(batch)
+  sums = running.sums()
+  assert sums['targets'] == 400_000 * 1000
+  np.testing.assert_array_equal(sums['layers']['a'], [1003, 2001])
+  assert running.sums() is sums  # Read twice, added once.
+
+
+def test_evaluation_adds_in_float64(model, start, monkeypatch):
+  """All of its sums, and the last batch too."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  with sharding.use_mesh(mesh):
+    evaluation = train.LossEvaluation(model, DATASET, mesh)
+    batches = [{'targets': jnp.float32(n)} for n in (2**24, 1, 1)]
+    seen = []
+    monkeypatch.setattr(
+      evaluation, '_step', lambda params, batch: batches.pop()
+    )
+    monkeypatch.setattr(train, 'summary', seen.append)
+    evaluation(start.params)
+  assert seen == [{'targets': 2**24 + 2}]
 
 
 def test_sigterm_leaves_the_latest_evaluation_with_its_step(tmp_path):
@@ -228,8 +340,7 @@ def test_sigterm_leaves_the_latest_evaluation_with_its_step(tmp_path):
   results = _run(tmp_path, learning_rate=rate, log_period=1, eval_period=2)
   assert results['preempted'] and results['step'] == 3
   assert results['eval_step'] == 2
-  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
-  evaluated = [r for r in map(json.loads, lines) if r['name'] == 'eval']
+  evaluated = _logged(tmp_path, 'eval')
   assert [record['step'] for record in evaluated] == [0, 2]
   assert results['eval']['loss'] == evaluated[1]['loss']
 

@@ -89,3 +89,33 @@ def test_any_number_of_options_in_batches_of_one_shape(asked, by_hand):
       np.testing.assert_allclose(scores, expected, rtol=1e-5)
     with pytest.raises(ValueError, match='has 8 tokens, but there is room for'):
       score(params, rows[:1], [[[2] * 8]])
+
+
+@pytest.mark.parametrize(
+  'scores, choice, is_tied',
+  [
+    ([-3.0], 0, False),
+    ([-3.0, -1.0, -2.0], 1, False),
+    ([-3.0, -3.0, -2.0], 2, False),  # Losers may tie.
+    ([-3.0, -2.0, -2.0], 1, True),
+    ([0.0, 0.0], 0, True),
+  ],
+)
+def test_the_first_of_the_most_probable_is_chosen(scores, choice, is_tied):
+  assert scoring.choose(scores, 'Q') == (choice, is_tied)
+
+
+@pytest.mark.parametrize(
+  'scores, message',
+  [
+    ([np.nan] * 3, 'option 0 of Q has log-likelihood nan'),
+    ([-np.inf] * 2, 'option 0 of Q has log-likelihood -inf'),
+    ([-1.0, np.nan], 'option 1 of Q'),
+    ([-1.0, -2.0, -np.inf], 'option 2 of Q'),
+    ([np.inf, -1.0], 'option 0 of Q has log-likelihood inf'),
+    ([], 'Q has no option'),
+  ],
+)
+def test_what_cannot_be_ranked_is_refused(scores, message):
+  with pytest.raises(ValueError, match=message):
+    scoring.choose(scores, 'Q')

@@ -1,6 +1,7 @@
 """Meshes: the numbers of one device, and a program that is really split."""
 
 import collections
+import dataclasses
 import functools
 import re
 
@@ -250,6 +251,38 @@ def test_errors_name_rule_values_and_remedy():
     pass
   with pytest.raises(ValueError, match='parameter a/b has no axis names'):
     sharding.names_of({'a': {'b': jnp.zeros(2)}})
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """A device of one of several slices, as far as a layout asks."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = 'gpu'
+  device_kind: str = 'some'
+
+
+@pytest.mark.parametrize(
+  'slices, sizes',
+  [(2, (2, 2, 2)), (2, (4, 2, 1)), (4, (4, 1, 2)), (2, (8, 1, 1))],
+)
+def test_slices_are_parts_of_data(slices, sizes):
+  """Neither `expert` nor `model` crosses the slow network between slices."""
+  devices = [Device(i, slice_index=i % slices) for i in range(8)]
+  laid = sharding._lay_out(list(sizes), devices)
+  assert laid.shape == sizes
+  assert sorted(device.id for device in laid.flat) == list(range(8))
+  data = sizes[0] // slices  # Of a slice.
+  for (d, _, _), device in np.ndenumerate(laid):
+    assert device.slice_index == d // data
+
+
+def test_slices_that_data_does_not_divide_over():
+  devices = [Device(i, slice_index=i // 2) for i in range(8)]
+  with pytest.raises(ValueError, match='data=2 .* over 4 slices.*multiple of'):
+    sharding._lay_out([2, 2, 2], devices)
 
 
 def test_constrain_without_a_mesh_is_nothing():

@@ -145,8 +145,11 @@ def test_normalisation_of_trivia_qa(text, expected):
     (['x'], 'x x', 0, 100 * 2 / 3),
     (['x'], '', 0, 0),
     (['x'], 'the', 0, 0),
-    # No words on both sides, as of "no answer".
-    ([''], 'the', 100, 100),
+    # No words on both sides are equal, and have none in common, as in T5.
+    ([''], 'the', 100, 0),
+    (['The.', 'x y'], '', 100, 0),
+    # The best of each is of different answers.
+    (['an', 'x y'], 'x', 0, 100 * 2 / 3),
     (['Ünal'], 'ünal', 100, 100),
   ],
 )
@@ -156,6 +159,14 @@ def test_squad(answers, prediction, em, f1):
     'em': pytest.approx((em + 100) / 2),
     'f1': pytest.approx((f1 + 100) / 2),
   }
+
+
+def test_no_words_on_both_sides_have_none_in_common():
+  """As `_f1_score` of T5's `qa_utils.py`, in all that use it."""
+  nothing = {'em': 100, 'f1': 0}
+  assert metrics.squad([['the']], ['...']) == nothing
+  assert metrics.trivia_qa([['\u2018']], ['a `']) == nothing
+  assert metrics.record([Member('1', ['An'])], ['']) == nothing
 
 
 def test_trivia_qa_and_squad_differ_in_hyphens():
@@ -209,6 +220,20 @@ def test_record_counts_a_question_once():
   [
     # Words in common: 4 of 4 and 4; bigrams 1 of 3; longest "c d", 2.
     ('a b c d', 'c d b a', 1, 1 / 3, 1 / 2),
+    # Sentences: "a b" and "c d" are in both; bigrams "a b", "c d" of 3.
+    ('a b . c d', 'c d . a b', 1, 2 / 3, 1),
+    ('a b\nc d', 'c d\na b', 1, 2 / 3, 1),
+    # A point without spaces ends no sentence: "c d" of 4.
+    ('a b. c d.', 'c d. a b.', 1, 2 / 3, 1 / 2),
+    # Lin 2004, section 3.2: of w1 .. w5, "w1 w2" and "w1 w3 w5" are covered,
+    # 4 of 5, by 4 of 10 words. Bigrams: "w1 w2" of 4 and 9.
+    (
+      'w1 w2 w3 w4 w5',
+      'w1 w2 w6 w7 w8 . w1 w3 w8 w9 w5',
+      2 * 4 / 15,
+      2 * 1 / 13,
+      2 * 4 / 15,
+    ),
     # 1 of 2 and 4: 2 x 1 / 6.
     ('x y', 'x a b c', 1 / 3, 0, 1 / 3),
     ('x y', '', 0, 0, 0),
@@ -217,8 +242,19 @@ def test_record_counts_a_question_once():
 )
 def test_rouge(target, prediction, rouge1, rouge2, rouge_l):
   assert metrics.rouge([target], [prediction]) == pytest.approx(
-    {'rouge1': 100 * rouge1, 'rouge2': 100 * rouge2, 'rougeL': 100 * rouge_l}
+    {
+      'rouge1': 100 * rouge1,
+      'rouge2': 100 * rouge2,
+      'rougeLsum': 100 * rouge_l,
+    }
   )
+
+
+def test_rouge_is_a_mean_over_examples():
+  """As T5's `rouge_mean`. A word has no bigrams."""
+  found = metrics.rouge(['x y', 'x'], ['x a b c', 'x'])
+  mean = pytest.approx(100 * (1 / 3 + 1) / 2)
+  assert found == {'rouge1': mean, 'rouge2': 0, 'rougeLsum': mean}
 
 
 def test_bleu():
@@ -308,9 +344,10 @@ def test_options_begin_with_the_sentinel_that_targets_begin_with():
     judge = task_metrics.TaskMetrics(
       model, validation(task), mesh, max_tokens=None, rank_options=True
     )
-    found, _ = judge({})
+    found, rankings, _ = judge({})
   # Else all options are equal, and the first is 0: right nowhere.
   assert found == {task.name: {'accuracy': 100}}
+  assert rankings == {task.name: {'examples': 4, 'ties': 0}}
 
 
 @pytest.mark.usefixtures('forget_new_tasks')

@@ -134,7 +134,7 @@ def test_rouge_by_hand():
     ['sort the array twice', 'a b'], ['copy the array', 'c d']
   )
   assert scores == pytest.approx(
-    {'rouge1': 200 / 7, 'rouge2': 20, 'rougeL': 200 / 7}
+    {'rouge1': 200 / 7, 'rouge2': 20, 'rougeLsum': 200 / 7}
   )
 
 

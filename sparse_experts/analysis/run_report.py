@@ -26,7 +26,10 @@ _CURVES = {
   'accuracy': 'accuracy',
   'learning_rate': 'learning rate',
   'gradient_norm': 'gradient norm',
-  'tokens_per_second': 'tokens per second',
+  'tokens_per_second_without_padding': 'tokens per second',
+  'tokens_per_second_with_padding': 'tokens per second, padding counted',
+  # What runs of earlier versions have instead.
+  'tokens_per_second': 'tokens per second, padding counted',
 }
 _ROUTING = {
   'imbalance': 'largest over mean load',

@@ -76,8 +76,19 @@ def _print(results: Mapping[str, Any]) -> None:
   print(
     report.table(('metric', ''), [(k, f'{v:.5g}') for k, v in rows.items()])
   )
+  _print_ties(results)
   if results['metrics']['layers']:
     print('\n' + report.expert_load(results['metrics']['layers']))
+
+
+def _print_ties(results: Mapping[str, Any]) -> None:
+  """Where the first option was taken for want of a better one."""
+  for task, ranking in results['ranking'].items():
+    if ranking['ties']:
+      print(
+        f'{task}: {ranking["ties"]} of {ranking["examples"]} examples have '
+        'several most probable options; the first of them was taken.'
+      )
 
 
 def _step_printer():
@@ -89,6 +100,7 @@ def _step_printer():
       f'score {results["score"]:.5g}',
       flush=True,
     )
+    _print_ties(results)
 
   return show
 

@@ -7,6 +7,7 @@ table has one, else from 'train', else from the split that is asked.
 from __future__ import annotations
 
 import bisect
+import collections
 import dataclasses
 import functools
 import re
@@ -27,9 +28,10 @@ POOL = 1000  # Examples are drawn from the first of a split, at most.
 def mixture(name: str, *, shots: int | str = 'zero', seed: int = 0) -> str:
   """Registers a benchmark, or a mixture of some, with examples in its prompts.
 
-  Those that a prompt shows follow from seed and index of the question alone. In
-  a prompt that would be longer than 'inputs' may be, the last of them are left
-  out.
+  Those that a prompt shows follow from seed and index of the question alone,
+  and ask something else: where the question itself is there to be drawn,
+  however often and with whatever answer, it is not. In a prompt that would be
+  longer than 'inputs' may be, the last of them are left out.
 
   Args:
     name: of a task from a table, see `tasks.benchmark`, or of a mixture.
@@ -70,7 +72,7 @@ def asked(name: str) -> str:
 
 
 def draw(
-  pool: int, k: int, *, seed: int, index: int, exclude: int | None = None
+  pool: int, k: int, *, seed: int, index: int, exclude: Sequence[int] = ()
 ) -> np.ndarray:
   """Which k of a pool of examples are shown before example `index`, int [k].
 
@@ -81,15 +83,15 @@ def draw(
     k: how many to show.
     seed: of the whole evaluation.
     index: of the example that is asked.
-    exclude: an index of the pool not to draw, such as the example itself.
+    exclude: indices of the pool not to draw, such as the example itself.
 
   Raises:
     ValueError: there are not so many.
 
-  >>> sorted(draw(3, 2, seed=0, index=5, exclude=1).tolist())
+  >>> sorted(draw(4, 2, seed=0, index=5, exclude=[1, 3]).tolist())
   [0, 2]
   """
-  others = np.delete(np.arange(pool), [] if exclude is None else [exclude])
+  others = np.setdiff1d(np.arange(pool), exclude)
   if not 0 <= k <= len(others):
     raise ValueError(
       f'cannot show {k} examples: there are {len(others)} to draw from.'
@@ -132,10 +134,13 @@ def _add(task: seqio.Task, shots: int | str, seed: int) -> seqio.Task:
   def pool():
     examples = benchmark.texts(row, split).take(POOL).as_numpy_iterator()
     found = [(e['inputs'].decode(), e['targets'].decode()) for e in examples]
-    if len(found) <= k:
+    times = collections.Counter(question for question, _ in found)
+    most = max(times.values(), default=1)
+    if len(found) < k + most:
       raise ValueError(
         f'cannot show {k} examples of {task.name}: its split {split!r} has '
-        f'{len(found)}, and one may be the question.'
+        f'{len(found)}, of which {most} may be the question; ask for fewer '
+        'shots.'
       )
     return found
 
@@ -159,14 +164,16 @@ def _prompts(
   import tensorflow as tf
 
   pool = pool()
-  places = {example: i for i, example in enumerate(pool)}
+  places = {}
+  for i, (question, _) in enumerate(pool):
+    places.setdefault(question, []).append(i)
   feature = output_features['inputs']
   tokens = feature.vocabulary.encode
   room = (sequence_length or {}).get('inputs', float('inf')) - feature.add_eos
 
-  def text(index, inputs, targets):
+  def text(index, inputs):
     inputs = inputs.decode()
-    itself = places.get((inputs, targets.decode()))
+    itself = places.get(inputs, ())
     drawn = draw(len(pool), k, seed=seed, index=int(index), exclude=itself)
     shots = [pool[i] for i in drawn]
     fit = bisect.bisect_right(
@@ -175,9 +182,7 @@ def _prompts(
     return prompt(inputs, shots[: max(0, fit - 1)]).encode()
 
   def with_prompt(index, example):
-    inputs = tf.numpy_function(
-      text, [index, example['inputs'], example['targets']], tf.string
-    )
+    inputs = tf.numpy_function(text, [index, example['inputs']], tf.string)
     return {**example, 'inputs': tf.ensure_shape(inputs, [])}
 
   return dataset.enumerate().map(with_prompt)

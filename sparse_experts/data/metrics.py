@@ -1,5 +1,8 @@
 """Metrics of tasks: functions of (targets, predictions), in percent.
 
+Numbers are those of T5's `t5/evaluation/metrics.py`, which has Raffel et al.
+2020's; where one differs, its function says so.
+
 seqio calls them by those two names. Predictions are the model's texts. A target
 is a text too, but for questions with several good answers, where it is a list
 of texts, and for examples that belong together, where it is a `Member`. What is
@@ -80,14 +83,18 @@ def matthews(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
 
 
 def pearson(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
-  """Pearson's correlation of numbers (STS-B); a text without one is -1."""
+  """Pearson's correlation of numbers (STS-B); a text without one is -1.
+
+  Equal numbers correlate with nothing, 0, and 'nan' and 'inf' are no numbers;
+  T5's result is NaN for both.
+  """
   from scipy import stats
 
   return {'pearson': _correlation(stats.pearsonr, targets, predictions)}
 
 
 def spearman(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
-  """Spearman's, of ranks, ties by mean ranks; a text without a number is -1."""
+  """Spearman's, of ranks, ties by mean ranks; the rest as `pearson`."""
   from scipy import stats
 
   return {'spearman': _correlation(stats.spearmanr, targets, predictions)}
@@ -99,7 +106,8 @@ def squad(
   """Exact match and F1 over words, the best over all answers.
 
   Both after SQuAD's normalisation (Rajpurkar et al. 2016, section 6.1): lower
-  case, no punctuation, no articles.
+  case, no punctuation, no articles. Where no word is left, F1 is 0 even if both
+  are equal, as in SQuAD 1.1's script and T5's; SQuAD 2.0's says 1.
 
   >>> squad([['The Alps', 'Alps mountains']], ['alps.'])
   {'em': 100.0, 'f1': 100.0}
@@ -140,17 +148,25 @@ def record(targets: Sequence[Member], predictions: Sequence[str]) -> Scores:
 
 
 def rouge(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
-  """Mean F1 of ROUGE-1, -2 and -L (Lin 2004), without stemming.
+  """Mean F1 of ROUGE-1, -2 and -L of summaries (Lin 2004), without stemming.
 
-  >>> rouge(['a fast sort'], ['a fast sort'])
-  {'rouge1': 100.0, 'rouge2': 100.0, 'rougeL': 100.0}
+  ROUGE-L of a summary, section 3.2 there, joins what a sentence of the target
+  has in common with each of the prediction. Sentences end with ' . ' or a
+  newline, as in T5; its `rouge` reports the median of means of random samples,
+  which differs from run to run, its `rouge_mean` the mean, as here.
+
+  >>> rouge(['sort it . stop it'], ['stop it . sort it'])
+  {'rouge1': 100.0, 'rouge2': 66.66666666666666, 'rougeLsum': 100.0}
   """
   # Slow to import, and only an evaluation needs it.
   from rouge_score import rouge_scorer
 
-  kinds = ['rouge1', 'rouge2', 'rougeL']
+  kinds = ['rouge1', 'rouge2', 'rougeLsum']
   scorer = rouge_scorer.RougeScorer(kinds)
-  scores = [scorer.score(t, p) for t, p in _pairs(targets, predictions)]
+  scores = [
+    scorer.score(*(text.replace(' . ', ' .\n') for text in pair))
+    for pair in _pairs(targets, predictions)
+  ]
   return {kind: _mean(s[kind].fmeasure for s in scores) for kind in kinds}
 
 
@@ -231,10 +247,8 @@ def _class_f1(targets, predictions, name: str) -> float:
 
 def _word_f1(target: str, prediction: str) -> float:
   target, prediction = target.split(), prediction.split()
-  if not target or not prediction:  # SQuAD 2.0's rule for "no answer".
-    return float(target == prediction)
   common = collections.Counter(target) & collections.Counter(prediction)
-  return 2 * common.total() / (len(target) + len(prediction))
+  return 2 * common.total() / max(1, len(target) + len(prediction))
 
 
 def _correlation(function: Callable, targets, predictions) -> float:

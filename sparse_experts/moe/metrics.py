@@ -20,7 +20,8 @@ def counts(
 ) -> dict[str, Array]:
   """Float32 sums over all tokens of a batch.
 
-  They add over microbatches, steps, layers and processes.
+  They add over microbatches, steps, layers and processes; counts are exact to
+  2^24, and larger ones rounded to 24 bits.
 
   Args:
     assignment: what the router decided.

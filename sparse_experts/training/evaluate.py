@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from sparse_experts.training.train import LossEvaluation
 from sparse_experts.training.writers import Writers
 
 POLL_SECONDS = 5.0
+_MEANING = 2  # Of what results say; another makes those on file be taken anew.
 
 
 class Evaluation:
@@ -34,9 +36,9 @@ class Evaluation:
 
   Results of a checkpoint are 'task', 'split', 'step', 'checkpoint_saved_at',
   'corpus' (digests of embedded ones), 'capacity_factor', 'metrics' (see
-  `models.model.summary`), 'task_metrics', 'calibration' (see
-  `training.calibration`) and 'score', the mean of the task's metrics, or minus
-  the loss if it has none.
+  `models.model.summary`), 'task_metrics', 'ranking' and 'calibration' of tasks
+  whose options are ranked (see `task_metrics.judged_options`) and 'score', the
+  mean of the task's metrics, or minus the loss if it has none.
   """
 
   def __init__(
@@ -74,6 +76,7 @@ class Evaluation:
       model, dataset, self._mesh, max_tokens, rank_options, strategy
     )
     self._settings = {
+      'meaning': _MEANING,
       'feature_lengths': dict(dataset.feature_lengths),
       'num_batches': dataset.num_batches,
       'batch_size': dataset.batch_size,
@@ -110,7 +113,8 @@ class Evaluation:
 
     Returns:
       'steps' (results of each), 'peak' and 'last', which are two of them: the
-      peak has the highest score, of equal ones the first. Also in
+      peak has the highest score, of equal ones the first, and a score that is
+      NaN is the lowest. Also in
       MODEL_DIR/evaluation/<task>-<split>.json.
 
     Raises:
@@ -131,7 +135,7 @@ class Evaluation:
       )
     summary = {
       'steps': found,
-      'peak': max(found, key=lambda results: results['score']),
+      'peak': max(found, key=_comparable),
       'last': found[-1],
     }
     self._write('', summary)
@@ -164,7 +168,7 @@ class Evaluation:
         self._model, path, self._dataset, self._mesh
       )
       metrics = self._loss(params)
-      of_tasks, calibration = self._tasks(params)
+      of_tasks, rankings, calibration = self._tasks(params)
     results = {
       'task': self._dataset.mixture_or_task_name,
       'split': self._dataset.split,
@@ -174,6 +178,7 @@ class Evaluation:
       'capacity_factor': self._model.capacity_factor_eval,
       'metrics': metrics,
       'task_metrics': task_metrics.flat(of_tasks),
+      'ranking': rankings,
       'calibration': calibration,
       'score': task_metrics.score(of_tasks, metrics['loss']),
     }
@@ -182,7 +187,12 @@ class Evaluation:
     writers.write(
       f'evaluation/{self._name}',
       step,
-      {**metrics, 'task': results['task_metrics'], 'calibration': numbers},
+      {
+        **metrics,
+        'task': results['task_metrics'],
+        'ranking': rankings,
+        'calibration': numbers,
+      },
     )
     writers.close()
     self._write(f'-{step}', {**_plain(results), 'settings': self._settings})
@@ -208,6 +218,11 @@ class Evaluation:
     unfinished = path.with_suffix('.unfinished')
     unfinished.write_text(json.dumps(results, indent=2) + '\n')
     unfinished.replace(path)
+
+
+def _comparable(results: Mapping[str, Any]) -> float:
+  """A score that orders: comparing with NaN is False either way."""
+  return -math.inf if math.isnan(results['score']) else results['score']
 
 
 def _plain(results: Mapping[str, Any]) -> dict[str, Any]:

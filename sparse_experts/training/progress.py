@@ -12,9 +12,10 @@ import tqdm
 class Progress:
   """Reports steps on stderr, from process 0."""
 
-  def __init__(self, start: int, stop: int, tokens_per_step: int):
+  def __init__(self, start: int, stop: int, positions: int):
+    """A run from step `start` to `stop`, each of so many positions."""
     self._start, self._stop = start, stop
-    self._tokens = tokens_per_step
+    self._positions, self._tokens = positions, 0.0
     self._from: tuple[int, float] | None = None
     self._shown = jax.process_index() == 0
     self._bar = None
@@ -30,14 +31,24 @@ class Progress:
     if self._bar is not None:
       self._bar.update(1)
 
-  def report(self, step: int, metrics: dict) -> dict[str, float]:
-    """Shows metrics of the steps up to `step`; returns the speed."""
+  def report(self, step: int, metrics: dict, tokens: float) -> dict[str, float]:
+    """Shows metrics of the steps up to `step`; returns the speed.
+
+    Args:
+      step: how many are done.
+      metrics: of `step.summary`.
+      tokens: in the steps since the last report, without padding.
+    """
+    self._tokens += tokens
     speed = self.speed(step)
     text = f'loss {metrics["loss"]:.3f}' if 'loss' in metrics else 'no loss'
     if metrics['skipped']:
       text += f'  {metrics["skipped"]} skipped'
     if speed:
-      text += f'  {speed["tokens_per_second"]:,.0f} tokens/s'
+      text += (
+        f'  {speed["tokens_per_second_without_padding"]:,.0f} tokens/s'
+        f' ({speed["tokens_per_second_with_padding"]:,.0f} with padding)'
+      )
     if self._bar is not None:
       self._bar.set_postfix_str(text)
     elif self._shown:
@@ -48,14 +59,20 @@ class Progress:
     return speed
 
   def speed(self, step: int) -> dict[str, float]:
-    """Steps and tokens per second since the first step; empty before two."""
+    """Steps and tokens per second since the first step; empty before two.
+
+    With padding a step has all the positions of a batch, whatever is in them;
+    without, the mean number of tokens of the steps that were reported.
+    """
     if self._from is None or step <= self._from[0]:
       return {}
     seconds = time.monotonic() - self._from[1]
     steps_per_second = (step - self._from[0]) / seconds
+    tokens = self._tokens / (step - self._start)
     return {
       'steps_per_second': steps_per_second,
-      'tokens_per_second': steps_per_second * self._tokens,
+      'tokens_per_second_with_padding': steps_per_second * self._positions,
+      'tokens_per_second_without_padding': steps_per_second * tokens,
     }
 
   def say(self, text: str) -> None:

@@ -61,8 +61,8 @@ def rank_options(
 ) -> Array:
   """`log_likelihood` of each option of each row, float32 [B, O].
 
-  The choice is its argmax over O. Rows with fewer options are filled up with
-  options of padding, which score -inf.
+  The choice is its argmax over O; `choose` takes it of a row's own options.
+  Rows with fewer are filled up with options of padding, which score -inf.
   """
 
   def score(options_BxT):
@@ -71,6 +71,34 @@ def rank_options(
     )
 
   return jax.lax.map(score, options_BxOxT.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+def choose(
+  log_likelihood_O: Sequence[float], question: str
+) -> tuple[int, bool]:
+  """The most probable option, the first of equal ones, and whether it is tied.
+
+  Args:
+    log_likelihood_O: of the options of a question.
+    question: its name, for errors.
+
+  Raises:
+    ValueError: there is no option, or no finite log-likelihood of one.
+
+  >>> choose([-2.0, -1.5], 'Q'), choose([-2.0, -1.5, -1.5], 'Q')
+  ((1, False), (1, True))
+  """
+  scores_O = np.asarray(log_likelihood_O, np.float64)
+  if not scores_O.size:
+    raise ValueError(f'{question} has no option to choose; leave it out.')
+  if not np.isfinite(scores_O).all():
+    o = int(np.isfinite(scores_O).argmin())
+    raise ValueError(
+      f'option {o} of {question} has log-likelihood {scores_O[o]}, and only '
+      'finite ones can be ranked: an option needs a token, and the checkpoint '
+      'parameters that give finite logits.'
+    )
+  return int(scores_O.argmax()), bool((scores_O == scores_O.max()).sum() > 1)
 
 
 class OptionScores:

@@ -48,8 +48,9 @@ def train_step(
 
   Returns:
     The state after, and the model's sums plus `objective` (sum over
-    microbatches), `gradient_norm` and `skipped`; of a skipped step zeros, so
-    that sums over steps are of those that were taken.
+    microbatches) and `gradient_norm`; of a skipped step zeros, so that sums
+    over steps are of those that were taken. And, of any step, `skipped` and
+    `tokens`, the positions of inputs and targets that are no padding.
   """
   grads, sums = gradients(
     state,
@@ -89,7 +90,12 @@ def train_step(
     skipped=state.skipped + skipped,
     balance=keep(balance, state.balance) if state.balance else (),
   )
-  return new_state, {**taken, 'skipped': skipped}
+  tokens = sum(
+    (batch[name] > 0).sum()
+    for name in ('encoder_input_tokens', 'decoder_target_tokens')
+    if name in batch
+  )
+  return new_state, {**taken, 'skipped': skipped, 'tokens': tokens}
 
 
 def gradients(

@@ -48,14 +48,17 @@ class TaskMetrics:
         'options; set RANK_OPTIONS = False.'
       )
 
-  def __call__(self, params) -> tuple[Metrics, dict[str, Any]]:
-    """Metrics and `calibration.summary` by task; the latter of ranked ones."""
-    metrics, calibrations = {}, {}
+  def __call__(self, params) -> tuple[Metrics, dict[str, Any], dict[str, Any]]:
+    """Metrics by task, and of ranked ones what `judged_options` says more."""
+    metrics, rankings, calibrations = {}, {}, {}
     for judge in self._judges:
-      metrics[judge.task.name], calibrated = judge(params)
+      name = judge.task.name
+      metrics[name], ranking, calibrated = judge(params)
+      if ranking is not None:
+        rankings[name] = ranking
       if calibrated is not None:
-        calibrations[judge.task.name] = calibrated
-    return metrics, calibrations
+        calibrations[name] = calibrated
+    return metrics, rankings, calibrations
 
 
 def flat(metrics: Metrics) -> dict[str, float]:
@@ -132,7 +135,8 @@ class _Written:
       compute_metrics=True, step=None, predict_fn=predict, score_fn=None
     )
     scores = results.result()[self.task.name]
-    return {name: float(np.asarray(v)) for name, v in scores.items()}, None
+    metrics = {name: float(np.asarray(v)) for name, v in scores.items()}
+    return metrics, None, None
 
 
 class _Ranked:
@@ -187,8 +191,24 @@ class _Ranked:
 
 
 def judged_options(task, examples, log_likelihoods):
-  """A ranked task's metrics, and how calibrated its probabilities are."""
-  chosen = [int(np.argmax(scores)) for scores in log_likelihoods]
+  """What a ranking of options is worth.
+
+  Returns:
+    The task's metrics; the numbers of 'examples' and of 'ties', examples whose
+    most probable options are several, of which the first is taken: where that
+    is all of them, metrics say how often the first option is right; and
+    `calibration.summary`, or None where no one option is right.
+
+  Raises:
+    ValueError: a log-likelihood is not finite.
+  """
+  chosen, is_tied = zip(
+    *(
+      scoring.choose(scores, f'example {i} of {task.name}')
+      for i, scores in enumerate(log_likelihoods)
+    )
+  )
+  ranking = {'examples': len(chosen), 'ties': sum(is_tied)}
   judge = task.postprocess_fn
   targets, predictions = [], []
   for example, choice in zip(examples, chosen):
@@ -201,9 +221,9 @@ def judged_options(task, examples, log_likelihoods):
     metrics |= metric(targets, predictions)
   labels = [example.get('label', -1) for example in examples]
   if min(labels) < 0:  # Several options are right, or nobody knows.
-    return metrics, None
+    return metrics, ranking, None
   p_NxO = calibration.probabilities(log_likelihoods)
-  return metrics, calibration.summary(p_NxO, np.array(labels))
+  return metrics, ranking, calibration.summary(p_NxO, np.array(labels))
 
 
 def _judged(dataset: Dataset):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from etils import epath
 from flax import linen as nn
@@ -26,6 +25,7 @@ from sparse_experts.training import (
 from sparse_experts.training.hardware import write_hardware
 from sparse_experts.training.preemption import Preemption
 from sparse_experts.training.progress import Progress
+from sparse_experts.training.total import Total
 from sparse_experts.training.writers import Writers
 
 
@@ -128,8 +128,8 @@ def train(
     write_hardware(model_dir, built_mesh)
     now, start, feed = run.state, run.start, run.feed
     writers, preemption = Writers(model_dir), Preemption()
-    tokens = dataset.batch_size * sum(dataset.feature_lengths.values())
-    progress = Progress(start, train_steps, tokens)
+    positions = dataset.batch_size * sum(dataset.feature_lengths.values())
+    progress = Progress(start, train_steps, positions)
     if start:
       progress.say(f'resumed at step {start}')
     if start >= train_steps:
@@ -152,17 +152,17 @@ def train(
     eval_step = start
     train_metrics, preempted, tracing = None, False, False
     rate = schedules.as_schedule(learning_rate)
-    sums, skipped, guard = None, None, _Guard(max_skipped_in_a_row)
+    total, skipped, guard = Total(), None, _Guard(max_skipped_in_a_row)
     try:
       for i in range(start, train_steps):
         if profile and profile[0] <= i < profile[1] and not tracing:
           jax.profiler.start_trace(str(epath.Path(model_dir) / 'profile'))
           tracing = True
-        now, new_sums = run.take_step(now, feed.next())
-        sums = new_sums if sums is None else _add(sums, new_sums)
-        # Looking at the step before keeps this one in flight.
+        now, sums = run.take_step(now, feed.next())
+        # Both look at the step before, which keeps this one in flight.
+        total.add(sums)
         guard.check(i, skipped)
-        skipped = new_sums['skipped']
+        skipped = sums['skipped']
         done, last = i + 1, i + 1 == train_steps
         progress.step(done)
         if tracing and (last or done == profile[1]):
@@ -170,12 +170,15 @@ def train(
           jax.profiler.stop_trace()
           tracing = False
         if last or done % log_period == 0:
+          sums = total.sums()
           train_metrics = step.summary(sums, microbatches)
-          # The optimizer has not counted the steps that were skipped.
-          train_metrics['learning_rate'] = float(rate(i - int(now.skipped)))
-          train_metrics |= progress.report(done, train_metrics)
+          # Of the last update: the optimizer has not counted the steps that
+          # were skipped. Before any update, of the first.
+          update = max(i - int(now.skipped), 0)
+          train_metrics['learning_rate'] = float(rate(update))
+          train_metrics |= progress.report(done, train_metrics, sums['tokens'])
           writers.write('train', done, train_metrics)
-          sums = None
+          total = Total()
         if last or done % eval_period == 0:
           eval_now, eval_step = held_out(done), done
         preempted = preemption.reached(done)
@@ -275,13 +278,13 @@ class LossEvaluation:
     Raises:
       ValueError: the dataset has no example.
     """
-    sums = None
+    total = Total()
     for batch in self._dataset.evaluation(
       self._model.converter, self._model.special_tokens
     ):
       batch = global_batch.place(batch, self._mesh, self._dataset.batch_size, 0)
-      new_sums = self._step(params, batch)
-      sums = new_sums if sums is None else _add(sums, new_sums)
+      total.add(self._step(params, batch))
+    sums = total.sums()
     if sums is None:
       raise ValueError(
         f'{self._dataset.mixture_or_task_name} has no example in split '
@@ -312,10 +315,6 @@ class _Feed:
     return global_batch.place(
       next(self._batches), self._mesh, self._batch_size, self._first_row
     )
-
-
-def _add(a, b):
-  return jax.tree.map(jnp.add, a, b)
 
 
 def _check_counts(**counts: int) -> None:

@@ -100,6 +100,8 @@ def same_noun(prediction: str, example) -> str:
   ours, theirs = words(prediction), words(noun)
   if not ours:
     return ''  # Wrong, whatever the label is.
+  if not theirs:
+    return 'False'
   # "Bob" is not "Bob's hat".
   same_owner = ("'" in prediction) == ("'" in noun)
   return str(same_owner and (ours <= theirs or theirs <= ours))
