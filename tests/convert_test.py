@@ -30,9 +30,9 @@ from sparse_experts.convert import (
   t5x,
 )
 from sparse_experts.convert.arguments import arguments, differences
-from sparse_experts.data import prompts
+from sparse_experts.data import dataset, prompts
 from sparse_experts.models import layout
-from sparse_experts.training import checkpoints
+from sparse_experts.training import checkpoints, infer
 
 DATA = pathlib.Path(__file__).parent / 'data'
 HF = ('hf_switch_tiny', 'hf_mixtral_tiny', 'hf_olmoe_tiny')
@@ -154,6 +154,35 @@ def test_writes_what_transformers_writes(name, tmp_path):
     'hf_switch_tiny': {'load_balance': 0.001, 'router_z': 0.001},
   }
   assert model.loss_weights == coefficients[name]
+
+
+def test_infer_answers_token_ids_as_transformers(tmp_path):
+  """Of any task: its vocabulary, which the model has not, is not asked."""
+  stored = np.load(DATA / 'hf_mixtral_tiny/generated.npz')
+  convert(as_generated(tmp_path, 'hf_mixtral_tiny'), tmp_path / 'native')
+  model = config.model_of((tmp_path / 'native/config.gin').read_text())
+  rows = [
+    row[:length].tolist()
+    for row, length in zip(stored['prompts'], stored['lengths'])
+  ]
+  questions = tmp_path / 'questions.jsonl'
+  questions.write_text(
+    '\n'.join(json.dumps({'inputs': row}) for row in rows) + '\n'
+  )
+  sums = dataset.Dataset(
+    'tiny_sums',
+    {'inputs': 12, 'targets': 10},
+    batch_size=8,
+    pack=False,
+    modules=['tiny_tasks'],
+  )
+  answers = infer.infer(model, str(tmp_path / 'native'), sums, input=questions)
+  for answer, theirs in zip(answers, stored['answers'].tolist()):
+    ends = [i + 1 for i, token in enumerate(theirs) if token in (134, 99)]
+    assert answer['prediction'] == theirs[: min([*ends, 10])]
+  questions.write_text('{"inputs": "a text"}\n')
+  with pytest.raises(ValueError, match='359 token ids'):
+    infer.infer(model, str(tmp_path / 'native'), sums, input=questions)
 
 
 @pytest.mark.parametrize('name', HF)
