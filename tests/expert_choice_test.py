@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy import sparse
 from scipy.optimize import linprog
 
-from sparse_experts import sharding
+from sparse_experts import config, sharding
 from sparse_experts.moe.routers.expert_choice import ExpertChoice, choose
 
 G, S, E, D = 2, 9, 4, 5
@@ -141,7 +141,7 @@ def test_a_cap_spreads_what_all_experts_want():
   logits = jnp.log(jnp.asarray(scores))[None]
   assignment, _ = choose(logits, k=1)
   assert assignment.expert_GxSxK.tolist() == [[[3, 1, 2], [0, 3, 3], [3] * 3]]
-  assignment, _ = choose(logits, k=1, max_experts=1)
+  assignment, _ = run(logits, np.ones((1, 3), bool), k=1, max_experts=1)
   assert assignment.expert_GxSxK[0, :, 0].tolist() == [1, 0, 2]
   np.testing.assert_allclose(
     assignment.gate_GxSxK[0, :, 0], [0.31, 0.6, 0.25], rtol=1e-5
@@ -172,9 +172,6 @@ def hard(tokens, experts):
   )
 
 
-big = pytest.mark.slow  # A round over eleven such groups is milliseconds.
-
-
 @pytest.mark.parametrize(
   'tokens, experts, k, cap',
   [
@@ -184,11 +181,16 @@ big = pytest.mark.slow  # A round over eleven such groups is milliseconds.
     (64, 8, 2, 2),
     (64, 8, 2, 3),
     *[
-      pytest.param(512, 32, k, cap, marks=big)
-      for k, cap in [(1, 1), (1, 2), (2, 2), (2, 3), (2, 4), (3, 3)]
+      pytest.param(*sizes, marks=pytest.mark.slow)
+      for sizes in [
+        (256, 16, 3, 3),
+        (512, 4, 1, 1),
+        (512, 32, 1, 2),
+        (512, 32, 2, 2),
+        (512, 32, 2, 3),
+        (512, 32, 3, 5),
+      ]
     ],
-    pytest.param(512, 4, 2, 2, marks=big),
-    pytest.param(256, 16, 3, 5, marks=big),
   ],
 )
 def test_a_cap_fills_every_expert_near_the_optimum(tokens, experts, k, cap):
@@ -210,7 +212,9 @@ def test_a_cap_fills_every_expert_near_the_optimum(tokens, experts, k, cap):
 def test_ties_go_to_the_earlier_token_and_the_lower_expert():
   # All scores are 1/2. Both experts bid for tokens 0 and 1; the lower has them.
   # Then the other takes those that are free.
-  assignment, _ = choose(jnp.zeros((1, 4, 2)), k=1, max_experts=1)
+  assignment, _ = run(
+    np.zeros((1, 4, 2)), np.ones((1, 4), bool), k=1, max_experts=1
+  )
   assert assignment.expert_GxSxK[0, :, 0].tolist() == [0, 0, 1, 1]
   assert assignment.place_GxSxK[0, :, 0].tolist() == [0, 1, 0, 1]
 
@@ -220,8 +224,8 @@ def test_too_few_tokens_for_all_slots_are_shared_out():
   # 0, of which the scores are .9 + .8 + .7, and 1 for expert 1. It gets token
   # 2: .9 + .8 + .3 = 2.0 against .9 + .2 + .7 = 1.8 and .1 + .8 + .7 = 1.6.
   scores = jnp.array([[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], *[[0.5, 0.5]] * 5]])
-  assignment, _ = choose(
-    jnp.log(scores), k=1, max_experts=1, mask_GxS=jnp.arange(8)[None] < 3
+  assignment, _ = run(
+    jnp.log(scores), np.arange(8)[None] < 3, k=1, max_experts=1
   )
   assert assignment.expert_GxSxK[0, :, 0].tolist() == [0, 0, 1, *[2] * 5]
 
@@ -324,6 +328,17 @@ def test_extreme_logits_and_nan_padding_stay_finite(cap):
     assert np.isfinite(leaf).all()
   assert not assignment.chosen()[~mask].any()
   assert assignment.chosen()[0].any()
+
+
+def test_a_file_with_an_argument_of_before_says_what_to_do(tmp_path):
+  file = tmp_path / 'config.gin'
+  file.write_text(
+    'from __gin__ import dynamic_registration\n'
+    'from sparse_experts.moe.routers import expert_choice\n'
+    'expert_choice.ExpertChoice.iterations = 100\n'
+  )
+  with pytest.raises(ValueError, match=r"'iterations'.*line 3.*CHANGELOG\.md"):
+    config.parse([str(file)], [], [])
 
 
 def test_what_cannot_be_is_refused():
