@@ -158,7 +158,7 @@ def choose(
       'confidence': (score_GxSxE.max(-1) * mask_GxS).sum(),
     },
     logits=logits_GxSxE,
-    log_z=logsumexp(logits_GxSxE, -1),
+    log_z=jax.nn.logsumexp(logits_GxSxE, -1),
   )
 
 
