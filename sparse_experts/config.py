@@ -223,7 +223,13 @@ def _one_line(function, *args):
   try:
     return function(*args)
   except Exception as error:
-    raise ValueError(first_line(error)) from error
+    line = first_line(error)
+    if "doesn't have a parameter named" in line:  # Maybe not any more.
+      line += (
+        '; if an earlier version wrote it, CHANGELOG.md says what came of that '
+        'argument: delete or rename it there.'
+      )
+    raise ValueError(line) from error
 
 
 def _macros() -> set[str]:

@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 
 from sparse_experts import sharding
+from sparse_experts.analysis import hlo
 from sparse_experts.arrays import Aux
 from sparse_experts.layers.mlp import Mlp
 from sparse_experts.models import auxiliary
@@ -337,3 +338,30 @@ def test_any_router_with_logits_has_a_z_loss():
   )
   # Of the raw logits: noise is for the choice.
   np.testing.assert_allclose(aux.losses['router_z'], np.log(4) ** 2, rtol=1e-6)
+
+
+def test_counting_a_batch_first_costs_a_forward_pass(inputs):
+  batch, params = inputs
+  flops = {}
+  for scope in ('group', 'batch_so_far', 'last_step', 'batch'):
+    model = make_model(balance_over=scope)
+    balance = ()
+    if scope == 'last_step':
+      balance = jax.eval_shape(partial(model.loss, train=False), params, batch)
+      balance = balance[1]['balance']
+    zero = jnp.int32(0)
+    take = partial(
+      step.train_step,
+      model=model,
+      optimizer=optax.identity(),
+      seed=0,
+      microbatches=4,
+    )
+    before = state.TrainState(zero, params, optax.EmptyState(), zero, balance)
+    text = jax.jit(take).lower(before, batch).compile().as_text()
+    flops[scope] = hlo.Program(text).total.flops
+  for scope in ('batch_so_far', 'last_step'):
+    assert flops[scope] == pytest.approx(flops['group'], rel=0.02)
+  # A step is three passes, one forward and two backward. The first pass ends
+  # with the last router: half of these two layers' FFNs and no logits.
+  assert 1.1 < flops['batch'] / flops['group'] < 4 / 3

@@ -9,62 +9,49 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+from scipy import sparse
 from scipy.optimize import linprog
 
-from sparse_experts.moe.routers import expert_choice
+from sparse_experts import config, sharding
 from sparse_experts.moe.routers.expert_choice import ExpertChoice, choose
 
 G, S, E, D = 2, 9, 4, 5
 
 
-def log_plan(scores, *, n, b, mask, entropy, iterations):
-  """Dykstra's algorithm for one group, entry by entry, in logarithms."""
+def top(scores, mask, n):
+  """The list of tokens of each expert of one group without a cap."""
   tokens = [s for s in range(S) if mask[s]]
-  share = min(n, len(tokens), len(tokens) * b / E)
-  a = {(s, e): scores[s, e] / entropy for s in tokens for e in range(E)}
-  of_token, of_entry = dict.fromkeys(tokens, 0.0), dict.fromkeys(a, 0.0)
-
-  def total(entries):
-    return np.logaddexp.reduce([a[entry] for entry in entries])
-
-  for _ in range(iterations):
-    for e in range(E):
-      excess = total((s, e) for s in tokens) - np.log(share)
-      for s in tokens:
-        a[s, e] -= excess
-    for s in tokens:
-      for e in range(E):
-        a[s, e] += of_token[s]
-      of_token[s] = max(total((s, e) for e in range(E)) - np.log(b), 0)
-      for e in range(E):
-        a[s, e] -= of_token[s]
-    for entry in a:
-      a[entry] += of_entry[entry]
-      of_entry[entry] = max(a[entry], 0)
-      a[entry] -= of_entry[entry]
-  return a
-
-
-def decide(scores, mask, *, n, b=None, entropy=0.05, iterations=100):
-  """The list of tokens of each expert of one group, best first."""
-  tokens = [s for s in range(S) if mask[s]]
-  keys = {(s, e): (scores[s, e],) for s in tokens for e in range(E)}
-  if b is not None:
-    plan = log_plan(
-      scores, n=n, b=b, mask=mask, entropy=entropy, iterations=iterations
-    )
-    keys = {entry: (plan[entry], scores[entry]) for entry in keys}
-  lists = [
-    sorted(tokens, key=lambda s, e=e: [-v for v in keys[s, e]] + [s])[:n]
-    for e in range(E)
+  return [
+    sorted(tokens, key=lambda s, e=e: (-scores[s, e], s))[:n] for e in range(E)
   ]
-  if b is None:
-    return lists
-  keep = {}
-  for s in tokens:
-    mine = [e for e in range(E) if s in lists[e]]
-    keep[s] = sorted(mine, key=lambda e, s=s: (-keys[s, e][0], e))[:b]
-  return [[s for s in lists[e] if e in keep[s]] for e in range(E)]
+
+
+def optimum(scores, loads, b):
+  """The highest total of scores [S, E]: `loads` tokens an expert, b a token."""
+  tokens, experts = scores.shape
+  found = linprog(
+    -scores.ravel(),
+    A_eq=sparse.kron(np.ones((1, tokens)), sparse.eye(experts)),
+    b_eq=loads,
+    A_ub=sparse.kron(sparse.eye(tokens), np.ones((1, experts))),
+    b_ub=np.full(tokens, b),
+    bounds=(0, 1),
+  )
+  assert found.status == 0
+  return -found.fun
+
+
+def loads_of(scores, mask, n, b):
+  """Tokens of each expert of one group under a cap, as `capped` says."""
+  places = mask.sum() * b
+  if places >= n * len(scores[0]):
+    return [n] * len(scores[0])
+  loads = [places // len(scores[0])] * len(scores[0])
+  total = scores[mask].sum(0)
+  for e in np.argsort(-total, kind='stable')[: places - sum(loads)]:
+    loads[e] += 1
+  return loads
 
 
 def lists_of(assignment, g):
@@ -84,11 +71,9 @@ def probs_of(logits):
   return np.apply_along_axis(oracle.softmax, -1, np.asarray(logits, float))
 
 
-@functools.partial(jax.jit, static_argnames=('k', 'max_experts', 'entropy'))
-def run(logits, mask, k=2, max_experts=None, entropy=0.05):
-  return choose(
-    logits, k=k, max_experts=max_experts, mask_GxS=mask, entropy=entropy
-  )
+@functools.partial(jax.jit, static_argnames=('k', 'max_experts'))
+def run(logits, mask, k=2, max_experts=None):
+  return choose(logits, k=k, max_experts=max_experts, mask_GxS=mask)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -101,7 +86,7 @@ def run(logits, mask, k=2, max_experts=None, entropy=0.05):
 def test_choices_are_the_oracle(seed, cap, masked, ties):
   rng = np.random.default_rng(seed)
   logits = rng.normal(size=(G, S, E)).astype(np.float32)
-  if ties and cap is None:  # Equal tokens; the plan's ties are round-off's.
+  if ties:  # Equal tokens.
     logits = logits[:, rng.integers(0, 3, S)]
   mask = rng.random((G, S)) < 0.6 if masked else np.ones((G, S), bool)
   assignment, aux = jax.tree.map(np.asarray, run(logits, mask, max_experts=cap))
@@ -110,18 +95,22 @@ def test_choices_are_the_oracle(seed, cap, masked, ties):
   # Equal in float32 where the oracle's float64 might see a difference.
   scores = np.asarray(jax.nn.softmax(jnp.asarray(logits)), float)
   for g in range(G):
-    expected = decide(scores[g], mask[g], n=n, b=cap)
-    assert lists_of(assignment, g) == expected
-    for e, line in enumerate(expected):
+    lists = lists_of(assignment, g)
+    if cap is None:
+      assert lists == top(scores[g], mask[g], n)
+    else:
+      loads = loads_of(scores[g], mask[g], n, cap)
+      assert [len(line) for line in lists] == loads
+      total = sum(scores[g, line, e].sum() for e, line in enumerate(lists))
+      assert total >= 0.995 * optimum(scores[g][mask[g]], loads, cap)
+    for e, line in enumerate(lists):
+      assert line == sorted(line, key=lambda s: (-scores[g, s, e], s))
       for s in line:
         gate = assignment.gate_GxSxK[g, s][assignment.expert_GxSxK[g, s] == e]
         np.testing.assert_allclose(gate, probs[g, s, e], rtol=1e-5)
   chosen = assignment.chosen()
   assert (assignment.gate_GxSxK[~chosen] == 0).all()
   assert chosen.shape[-1] == (cap or E) and not chosen[~mask].any()
-  if cap is None:  # Every expert is full, or has all tokens there are.
-    full = np.minimum(n, mask.sum(1))[:, None]
-    assert (chosen.sum(1) == full).all()
   entropy = -(probs * np.log(probs))[mask].sum()
   np.testing.assert_allclose(aux.metrics['entropy'], entropy, rtol=1e-4)
   np.testing.assert_allclose(
@@ -152,47 +141,128 @@ def test_a_cap_spreads_what_all_experts_want():
   logits = jnp.log(jnp.asarray(scores))[None]
   assignment, _ = choose(logits, k=1)
   assert assignment.expert_GxSxK.tolist() == [[[3, 1, 2], [0, 3, 3], [3] * 3]]
-  assignment, _ = choose(logits, k=1, max_experts=1, iterations=500)
+  assignment, _ = run(logits, np.ones((1, 3), bool), k=1, max_experts=1)
   assert assignment.expert_GxSxK[0, :, 0].tolist() == [1, 0, 2]
   np.testing.assert_allclose(
     assignment.gate_GxSxK[0, :, 0], [0.31, 0.6, 0.25], rtol=1e-5
   )
 
 
-def test_the_plan_solves_its_linear_programme():
-  # lambda H(A) is at most lambda * S E / e, so the plan's value is within that
-  # of the optimum, which scipy finds; and its sums are as demanded.
-  rng = np.random.default_rng(0)
-  # Tokens that are nearly indifferent, whom all experts want, and others.
-  logits = rng.normal(size=(S, E)) * np.where(np.arange(S) < 4, 0.3, 6)[:, None]
-  scores = probs_of(logits)
-  n, b, entropy = 4, 2, 1e-2
-  plan = np.exp(
-    expert_choice.capped_log_plan(
-      jnp.asarray(scores[None], jnp.float32),
-      n=n,
-      max_experts=b,
-      mask_GxS=jnp.ones((1, S), bool),
-      entropy=entropy,
-      iterations=3000,
-    )
-  )[0]
-  experts = np.kron(np.ones(S), np.eye(E))
-  tokens = np.kron(np.eye(S), np.ones(E))
-  best = linprog(
-    -scores.ravel(),
-    A_eq=experts,
-    b_eq=np.full(E, n),
-    A_ub=tokens,
-    b_ub=np.full(S, b),
-    bounds=(0, 1),
+def hard(tokens, experts):
+  """Logits [G, S, E] and masks, easy and hard to share out."""
+  rng = np.random.default_rng(tokens)
+  normal = rng.normal(size=(tokens, experts))
+  all_there = np.ones(tokens, bool)
+  half = np.arange(tokens) < tokens // 2
+  return zip(
+    *[
+      (0.1 * normal, all_there),
+      (normal, all_there),
+      (3 * normal, all_there),
+      (3 * normal, half),  # Too few for all places.
+      (normal, rng.random(tokens) < 0.9),
+      (0 * normal, all_there),
+      (0 * normal + normal[0], all_there),  # One token, many times.
+      (normal + 8 * (np.arange(experts) == 1), all_there),  # All want one.
+      (3 * normal[rng.integers(0, 4, tokens)], all_there),  # Duplicates.
+      (np.where(normal > 1.5, 50, -50), all_there),  # Scores 0, 1 and 1 / n.
+      (normal * np.where(half, 0.3, 6)[:, None], half[::-1]),
+    ],
+    strict=True,
   )
-  # So the cap binds: without it the experts' top n are worth more.
-  assert -best.fun < np.sort(scores, 0)[-n:].sum() - 0.01
-  assert plan.max() <= 1 and (plan.sum(1) <= b + 1e-2).all()
-  np.testing.assert_allclose(plan.sum(0), n, atol=1e-2)
-  gap = -best.fun - (plan * scores).sum()
-  assert -0.01 < gap < entropy * S * E / np.e
+
+
+@pytest.mark.parametrize(
+  'tokens, experts, k, cap',
+  [
+    (16, 4, 1, 1),
+    (18, 4, 3, 4),  # n is 13.5, rounded up to 14.
+    (22, 8, 1, 1),  # n is 2.75, rounded up: 24 slots, 22 tokens.
+    (64, 8, 2, 2),
+    (64, 8, 2, 3),
+    *[
+      pytest.param(*sizes, marks=pytest.mark.slow)
+      for sizes in [
+        (256, 16, 3, 3),
+        (512, 4, 1, 1),
+        (512, 32, 1, 2),
+        (512, 32, 2, 2),
+        (512, 32, 2, 3),
+        (512, 32, 3, 5),
+      ]
+    ],
+  ],
+)
+def test_a_cap_fills_every_expert_near_the_optimum(tokens, experts, k, cap):
+  logits, mask = (np.array(list(part)) for part in hard(tokens, experts))
+  logits = logits.astype(np.float32)
+  scores = np.asarray(jax.nn.softmax(jnp.asarray(logits)), float)
+  assignment, _ = run(logits, mask, k=k, max_experts=cap)
+  expert = np.asarray(assignment.expert_GxSxK)
+  taken = np.stack([(expert == e).sum(-1) for e in range(experts)], -1)
+  assert taken.max() == 1 and taken.sum(-1).max() <= cap
+  assert not taken[~mask].any()
+  for g in range(len(logits)):
+    loads = loads_of(scores[g], mask[g], round(tokens * k / experts), cap)
+    assert taken[g].sum(0).tolist() == loads
+    best = optimum(scores[g][mask[g]], loads, cap)
+    assert (taken[g] * scores[g]).sum() >= 0.995 * best, g
+
+
+def test_ties_go_to_the_earlier_token_and_the_lower_expert():
+  # All scores are 1/2. Both experts bid for tokens 0 and 1; the lower has them.
+  # Then the other takes those that are free.
+  assignment, _ = run(
+    np.zeros((1, 4, 2)), np.ones((1, 4), bool), k=1, max_experts=1
+  )
+  assert assignment.expert_GxSxK[0, :, 0].tolist() == [0, 0, 1, 1]
+  assert assignment.place_GxSxK[0, :, 0].tolist() == [0, 1, 0, 1]
+
+
+def test_too_few_tokens_for_all_slots_are_shared_out():
+  # n = round(8 / 2) = 4, but there are 3 tokens, one expert each: 2 for expert
+  # 0, of which the scores are .9 + .8 + .7, and 1 for expert 1. It gets token
+  # 2: .9 + .8 + .3 = 2.0 against .9 + .2 + .7 = 1.8 and .1 + .8 + .7 = 1.6.
+  scores = jnp.array([[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], *[[0.5, 0.5]] * 5]])
+  assignment, _ = run(
+    jnp.log(scores), np.arange(8)[None] < 3, k=1, max_experts=1
+  )
+  assert assignment.expert_GxSxK[0, :, 0].tolist() == [0, 0, 1, *[2] * 5]
+
+
+def test_a_group_is_capped_alone():
+  # The first group is done in a round; the others take more.
+  logits, mask = (np.array(list(part)) for part in hard(16, 4))
+  together, _ = run(logits.astype(np.float32), mask, k=1, max_experts=1)
+  for g in (1, 7):
+    alone, _ = run(
+      logits[g : g + 1].astype(np.float32), mask[g : g + 1], k=1, max_experts=1
+    )
+    assert (alone.expert_GxSxK[0] == together.expert_GxSxK[g]).all()
+
+
+def test_a_token_of_nan_does_not_hold_up_the_auction():
+  # A training step that is not finite is skipped, but has to end.
+  logits = np.random.default_rng(0).normal(size=(G, S, E)).astype(np.float32)
+  logits[0, 3] = np.nan
+  assignment, _ = run(logits, np.ones((G, S), bool), max_experts=2)
+  for e in range(E):
+    assert ((assignment.expert_GxSxK == e).sum((1, 2)) == 4).all()
+
+
+def test_devices_that_cap_their_groups_exchange_no_token():
+  mesh = sharding.make_mesh(8, 1, 1)
+  logits = jax.ShapeDtypeStruct(
+    (8, 16, 4),
+    jnp.float32,
+    sharding=NamedSharding(mesh, PartitionSpec('data')),
+  )
+  capped = jax.jit(functools.partial(choose, k=1, max_experts=2))
+  text = capped.lower(logits).compile().as_text()
+  # That all are done is the one thing they tell each other in the loop.
+  assert ' all-reduce(' in text
+  for kind in ('all-gather', 'all-to-all', 'collective-permute'):
+    assert f' {kind}(' not in text and f' {kind}-start(' not in text
 
 
 @pytest.mark.parametrize('cap', [None, 2])
@@ -203,7 +273,7 @@ def test_gradients_are_the_oracle(cap):
     'kernel': rng.normal(size=(D, E)),
   }
   mask = np.arange(S)[None] < np.array([S, S - 2])[:, None]
-  router = ExpertChoice(E, max_experts=cap, entropy=0.05)
+  router = ExpertChoice(E, max_experts=cap)
   weight = rng.normal(size=(G, S, cap or E))
 
   @jax.jit
@@ -258,6 +328,17 @@ def test_extreme_logits_and_nan_padding_stay_finite(cap):
     assert np.isfinite(leaf).all()
   assert not assignment.chosen()[~mask].any()
   assert assignment.chosen()[0].any()
+
+
+def test_a_file_with_an_argument_of_before_says_what_to_do(tmp_path):
+  file = tmp_path / 'config.gin'
+  file.write_text(
+    'from __gin__ import dynamic_registration\n'
+    'from sparse_experts.moe.routers import expert_choice\n'
+    'expert_choice.ExpertChoice.iterations = 100\n'
+  )
+  with pytest.raises(ValueError, match=r"'iterations'.*line 3.*CHANGELOG\.md"):
+    config.parse([str(file)], [], [])
 
 
 def test_what_cannot_be_is_refused():

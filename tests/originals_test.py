@@ -56,6 +56,8 @@ NOT_FOLLOWED = {
   ('mesh_tensorflow', 'switch', 'padded', 'load_balance'),
   ('mesh_tensorflow', 'batch_prioritised', 'padded', 'load_balance'),
   ('mesh_tensorflow', 'no_token_left_behind', 'padded', 'load_balance'),
+  # Groups weigh alike there, by their tokens here.
+  ('praxis', 'gshard', 'padded_per_token', 'load_balance'),
   # Every attempt counts, whether it is made or not.
   ('mesh_tensorflow', 'no_token_left_behind', 'plain', 'load_balance'),
 }

@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 
 EIGHT = "--gin.MESH={'data': 2, 'expert': 4}"
-STEPS = ('--gin.TRAIN_STEPS=4', '--gin.LOG_PERIOD=1')
+# Balance is of the whole batch, wherever its rows are.
+STEPS = (
+  '--gin.TRAIN_STEPS=4',
+  '--gin.LOG_PERIOD=1',
+  '--gin.BALANCE_OVER=batch',
+)
 
 
 def _losses(model_dir: pathlib.Path) -> list[float]:

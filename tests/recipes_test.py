@@ -2,17 +2,21 @@
 
 import functools
 import json
+import math
 import pathlib
 import re
 
 import command
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
 from sparse_experts import config
 from sparse_experts.analysis import ledger, published
+from sparse_experts.convert.arguments import arguments
 from sparse_experts.data import batches
+from sparse_experts.models import auxiliary
 from sparse_experts.moe.bias import update_biases
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -25,7 +29,7 @@ ONE_A_FOLDER = {file.rpartition('/')[0]: file for file in RECIPES}.values()
 
 def model_of(file, *bindings):
   config.parse([file], bindings, [])
-  return config.value('MODEL'), config.value('TASK_FEATURE_LENGTHS')
+  return config.model(), config.value('TASK_FEATURE_LENGTHS')
 
 
 @functools.cache
@@ -138,6 +142,73 @@ def test_the_page_of_recipes_has_the_tables(name):
       assert f'| {" | ".join(cells)} |' in page
       if value['because']:
         assert value['because'] in re.sub(r'\s+', ' ', page)
+
+
+def auxiliary_loss(model, num_layers):
+  """What routers of equal logits add to the loss, by name."""
+  router = model.module.decoder.make_block.keywords['make_moe'].keywords[
+    'make_router'
+  ]()
+  E = router.num_experts
+  _, aux = router.apply(
+    {'params': {'kernel': jnp.zeros((1, E))}}, jnp.ones((2, E, 1))
+  )
+  auxes = {f'decoder/layers_{i}': aux for i in range(num_layers)}
+  totals = auxiliary.Totals(jnp.float32(1), {'decoder': aux.tokens})
+  scope = model.balance_over
+  auxes = auxiliary.of_layers(auxes, scope, totals)
+  combined = auxiliary.over_layers(auxes, model.layer_reduction, scope, totals)
+  return {
+    name: float(weight * combined[name])
+    for name, weight in model.loss_weights.items()
+  }
+
+
+@pytest.mark.parametrize(
+  'file, bindings, num_layers, expected',
+  [
+    # transformers: the joint loss is k at balance, of weight .02.
+    ('mixtral/8x7b', (), 32, {'load_balance': 0.04}),
+    # MegaBlocks: 1 of weight .01; z, of 64 equal logits, log(64)^2 / 8 of .001.
+    (
+      'olmoe/1b_7b',
+      (),
+      16,
+      {'load_balance': 0.01, 'router_z': 1e-3 * math.log(64) ** 2 / 8},
+    ),
+    (
+      'olmoe/1b_7b',
+      ('NUM_SELECTED_EXPERTS=2',),
+      16,
+      {'load_balance': 0.01, 'router_z': 1e-3 * math.log(64) ** 2 / 2},
+    ),
+    # DeepSpeed: its code adds .01 of every layer.
+    ('prmoe/350m_moe', (), 12, {'load_balance': 0.12}),
+  ],
+)
+def test_auxiliary_losses_at_balance_are_their_codes(
+  file, bindings, num_layers, expected
+):
+  model, _ = model_of(f'gin/models/{file}.gin', *bindings)
+  found = auxiliary_loss(model, num_layers)
+  assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_deepspeed_s_choice_of_whom_to_drop_is_random():
+  for file in RECIPES:
+    if '/prmoe/' in file:
+      found = arguments(model_of(file)[0])
+      name = 'decoder.make_block.make_moe.make_router.priority'
+      assert found[name] == 'random'
+
+
+def test_glam_s_slots_are_a_multiple_of_four():
+  # praxis: floor(2 * 1000 / 64) = 31 slots, and then 32.
+  model, _ = model_of('gin/models/glam/0.1b_64e.gin')
+  rule = model.module.decoder.make_block.keywords['make_moe'].keywords[
+    'capacity_rule'
+  ]
+  assert rule(2.0, tokens=1000, num_experts=64, k=2) == 32
 
 
 def test_agreement():

@@ -336,5 +336,9 @@ def test_a_layer_of_it_compiles_once_and_leaves_the_device_alone(name):
   ]
   with jax.transfer_guard('disallow'):
     for each in arguments:
-      run(*each)
+      _, aux = run(*each)
   assert run._cache_size() == 1
+  # Whoever multiplies tokens with a matrix has logits, and so the z-loss.
+  learned = set(router.params or ()) - {'value_kernel', 'value_bias'}
+  if learned and name not in ('dselect_k', 'soft_moe'):
+    assert aux.losses['router_z'] > 0

@@ -49,8 +49,9 @@ class Model:
         MegaBlocks, Megatron: there, on one device).
       'batch': all tokens of a step (Qiu et al. 2025,
         https://arxiv.org/abs/2501.11873), exactly: with microbatches, a first
-        forward pass over all of them counts choices, with the same draws. It
-        costs that pass, a quarter to a third of a step.
+        forward pass over all of them, up to the last router, counts choices,
+        with the same draws. It costs a third of a step at most, a quarter where
+        remat makes a step of four passes.
       'batch_so_far': the step's microbatches up to this one, an approximation
         that costs nothing (their buffer; Megatron's `global_aux_loss`).
       'last_step': f of the step before and P of this one, an approximation

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.scipy.special import entr, logsumexp
+from jax.scipy.special import entr
 
 from sparse_experts.arrays import Array, Aux
 from sparse_experts.moe.assignment import Assignment, largest
@@ -25,8 +25,6 @@ class ExpertChoice(Router):
   Attributes:
     k: average experts of a token; the paper's capacity factor c.
     max_experts: experts a token can have, at least k; None: any number.
-    entropy: lambda of the capped choice.
-    iterations: of the capped choice.
     kernel_init: initialiser of W, [D, E].
 
   Example:
@@ -44,8 +42,6 @@ class ExpertChoice(Router):
 
   k: int = 2
   max_experts: int | None = None
-  entropy: float = 1e-3
-  iterations: int = 100
   kernel_init: nn.initializers.Initializer = KERNEL_INIT
 
   is_causal = False
@@ -66,8 +62,6 @@ class ExpertChoice(Router):
       k=self.k,
       max_experts=self.max_experts,
       mask_GxS=mask_GxS,
-      entropy=self.entropy,
-      iterations=self.iterations,
     )
 
 
@@ -77,32 +71,33 @@ def choose(
   k: int,
   max_experts: int | None = None,
   mask_GxS: Array | None = None,
-  entropy: float = 1e-3,
-  iterations: int = 100,
 ) -> tuple[Assignment, Aux]:
   """Expert choice on given logits.
 
   Each expert takes its n = round(S * k / E) tokens of the highest score
   softmax(logits), over experts; ties go to the earlier token. With
-  `max_experts` it takes those of the highest entry in `capped_log_plan`, ties
-  to the higher score. That plan is fractional and found in a limited number of
-  iterations, so its top n can still give a token too many experts (the paper
-  leaves them); here the token keeps those of the largest entry, and the others
-  have fewer tokens.
+  `max_experts` a token has no more of them than that, every expert is full all
+  the same, and the total score is near the highest there is, see `capped`.
+
+  There the paper solves a linear programme with an entropy (lambda 0.001) by
+  Dykstra's algorithm, 100 iterations, and takes each expert's top n of that
+  fractional plan, which can still give a token too many experts. Here the
+  programme without the entropy is solved, in whole tokens: nothing is rounded.
 
   Args:
     logits_GxSxE: float32 router logits.
     k: average experts of a token.
     max_experts: experts a token can have; None: any number.
     mask_GxS: boolean, False for padding, which no expert takes. n counts all
-      positions: an expert with fewer than n unmasked tokens takes them all.
-    entropy, iterations: of `capped_log_plan`.
+      positions: without a cap an expert with fewer than n unmasked tokens
+      takes them all.
 
   Returns:
     Assignment, whose gates are the scores, and Aux without losses and with
     metrics `entropy` and `confidence`. Without a cap, column e of the choices
-    is expert e (K = E); with one, a token's experts in order of the plan
-    (K = max_experts). A place is the rank among an expert's tokens.
+    is expert e (K = E); with one, a token's experts in order of the score, ties
+    to the lower (K = max_experts). A place is the rank of the score among an
+    expert's tokens.
 
   Raises:
     ValueError: n is 0, or max_experts is not between k and E.
@@ -139,25 +134,16 @@ def choose(
     )
     gate_GxSxK = probs_GxSxE
   else:
-    plan_GxSxE = capped_log_plan(
-      score_GxSxE,
-      n=n,
-      max_experts=max_experts,
-      mask_GxS=mask_GxS,
-      entropy=entropy,
-      iterations=iterations,
+    taken_GxSxE = capped(
+      score_GxSxE, n=n, max_experts=max_experts, mask_GxS=mask_GxS
     )
-    rank_GxSxE = _rank(real_GxSx1, plan_GxSxE, score_GxSxE)
-    top_GxSxE = (rank_GxSxE < n) & real_GxSx1
-    expert_GxSxK = largest(
-      jnp.where(top_GxSxE, plan_GxSxE, -jnp.inf), max_experts
-    )
+    expert_GxSxK = largest(jnp.where(taken_GxSxE, score_GxSxE, -1), max_experts)
     onehot_GxSxKxE = jax.nn.one_hot(expert_GxSxK, E, dtype=bool)
-    onehot_GxSxKxE &= top_GxSxE[:, :, None]
-    place_GxSxE = _rank(onehot_GxSxKxE.any(2), plan_GxSxE, score_GxSxE)
+    onehot_GxSxKxE &= taken_GxSxE[:, :, None]
+    place_GxSxE = _rank(taken_GxSxE, score_GxSxE)
     taken_GxSxK = onehot_GxSxKxE.any(-1)
     place_GxSxK = (place_GxSxE[:, :, None] * onehot_GxSxKxE).sum(-1)
-    gate_GxSxK = (probs_GxSxE[:, :, None] * onehot_GxSxKxE).sum(-1)
+    gate_GxSxK = jnp.where(onehot_GxSxKxE, probs_GxSxE[:, :, None], 0).sum(-1)
 
   assignment = Assignment(
     expert_GxSxK=jnp.where(taken_GxSxK, expert_GxSxK, E),
@@ -172,67 +158,142 @@ def choose(
       'confidence': (score_GxSxE.max(-1) * mask_GxS).sum(),
     },
     logits=logits_GxSxE,
-    log_z=logsumexp(logits_GxSxE, -1),
+    log_z=jax.nn.logsumexp(logits_GxSxE, -1),
   )
 
 
-def capped_log_plan(
-  scores_GxSxE: Array,
-  *,
-  n: int,
-  max_experts: int,
-  mask_GxS: Array,
-  entropy: float = 1e-3,
-  iterations: int = 100,
+def capped(
+  scores_GxSxE: Array, *, n: int, max_experts: int, mask_GxS: Array
 ) -> Array:
-  """Log of the plan A that maximises <scores, A> + entropy * H(A), [G, S, E].
+  """Full experts of a high total score, b = `max_experts` a token at most.
 
-  Subject to: every expert has n tokens, no token more than `max_experts`
-  experts, and 0 <= A <= 1. Found by Dykstra's alternating projections. Where
-  too few tokens are unmasked for n, an expert has an equal share of them.
+  The linear programme of section 3.3 without its entropy: maximise the sum of
+  the scores taken, where expert e takes n_e tokens and a token has at most b
+  experts. Its optimum is integral. n_e is n. Only where the T unmasked tokens
+  have too few places, T b < E n, are all T b shared out: each expert has
+  T b / E of them rounded down or, those of the highest sum of scores, up.
+
+  Found by an auction. In a round every expert that is not full bids for as many
+  tokens as it lacks, those of the highest score less price, up to what the best
+  of the other tokens is worth to it and epsilon more. A token keeps its b
+  highest bids; the lowest of them is its price, which is 0 while it has room.
+  Ties go to the earlier token and to the lower expert.
+
+  It ends with every expert full, for a round that takes no new place raises the
+  bids by epsilon at least, and no bid exceeds E (1 + epsilon). The total is
+  within E n epsilon of the optimum, with the epsilon of the last round; the
+  optimum is at least n. Epsilon is (1 + t / 32) / (256 E) in round t: an
+  auction that is soon done is nearly exact, and a long one ends. For N = E n it
+  takes at most N + 181 E sqrt(N) + 4 E N rounds.
+
+  What it takes is far less. With S up to 512 and E up to 32: some 20 rounds
+  where places are left, T b > E n, hundreds if tokens are duplicates or scores
+  saturate; up to 1,300 where none is left, as with b = k, for then the places
+  that nobody wants must be taken too. The total was at least .998 of the
+  optimum. All groups take as many rounds as the slowest, which changes none.
 
   Args:
-    scores_GxSxE: in 0 to 1.
+    scores_GxSxE: float32, from 0 to 1; NaN counts as 0.
     n: tokens of an expert.
-    max_experts: b, experts of a token.
+    max_experts: b, experts of a token, from 1 to E.
     mask_GxS: tokens there are.
-    entropy: lambda; the paper's is 0.001.
-    iterations: the paper needs at most 100.
+
+  Returns:
+    Boolean [G, S, E]. No gradient.
+
+  Example:
+    >>> scores_GxSxE = jnp.array([[[0.9, 0.8], [0.5, 0.1]]])
+    >>> mask_GxS = jnp.ones((1, 2), bool)
+    >>> capped(scores_GxSxE, n=1, max_experts=1, mask_GxS=mask_GxS).tolist()
+    [[[False, True], [True, False]]]
 
   References:
-    Zhou et al. 2022, section 3.3. In logarithms, for exp(scores / 0.001)
-    overflows; Dykstra's algorithm in the Kullback-Leibler geometry as in
-    Benamou et al. 2015, https://arxiv.org/abs/1412.5154, section 3.
+    Bertsekas and Castanon 1989, "The auction algorithm for the transportation
+    problem": experts are the persons, the places of a token similar objects.
   """
   E = scores_GxSxE.shape[-1]
-  tokens_G = mask_GxS.sum(1).astype(jnp.float32)
-  share_G = jnp.minimum(jnp.minimum(n, tokens_G), tokens_G * (max_experts / E))
-  log_share_Gx1x1 = jnp.log(jnp.maximum(share_G, 1e-9))[:, None, None]
-  # Far below any score, yet finite: differences of infinities are NaN.
-  log_plan_GxSxE = jnp.where(mask_GxS[..., None], scores_GxSxE / entropy, -1e9)
+  scores_GxSxE = jnp.nan_to_num(jax.lax.stop_gradient(scores_GxSxE))
+  scores_GxSxE = jnp.where(mask_GxS[..., None], scores_GxSxE, 0)
+  # Ranks by the sum of scores, ties to the lower expert.
+  rank_GxE = jnp.argsort(jnp.argsort(-scores_GxSxE.sum(1), axis=-1), axis=-1)
+  places_Gx1 = mask_GxS.sum(1, keepdims=True) * max_experts
+  n_GxE = jnp.minimum(n, places_Gx1 // E + (rank_GxE < places_Gx1 % E))
 
-  def project(_, carry):
-    log_plan_GxSxE, token_GxSx1, entry_GxSxE = carry
-    # On the experts' sums; an equality needs no correction.
-    log_plan_GxSxE += log_share_Gx1x1 - logsumexp(
-      log_plan_GxSxE, axis=1, keepdims=True
+  def lacks(bid_GxSxE):
+    return n_GxE - (bid_GxSxE > 0).sum(1)
+
+  def auction(carry):
+    bid_GxSxE, t = carry
+    epsilon = (1 + t / 32) / (256 * E)
+    has_GxSxE = bid_GxSxE > 0  # Every bid is epsilon at least.
+    price_GxS = jnp.where(
+      has_GxSxE.sum(-1) < max_experts,
+      0,
+      jnp.where(has_GxSxE, bid_GxSxE, jnp.inf).min(-1),
     )
-    # On the tokens' sums, with the correction of the projection before.
-    log_plan_GxSxE += token_GxSx1
-    excess_GxSx1 = logsumexp(log_plan_GxSxE, axis=2, keepdims=True)
-    token_GxSx1 = jnp.maximum(excess_GxSx1 - jnp.log(float(max_experts)), 0)
-    log_plan_GxSxE -= token_GxSx1
-    # On the entries.
-    log_plan_GxSxE += entry_GxSxE
-    entry_GxSxE = jnp.maximum(log_plan_GxSxE, 0)
-    return log_plan_GxSxE - entry_GxSxE, token_GxSx1, entry_GxSxE
+    worth_GxSxE = jnp.where(
+      has_GxSxE | ~mask_GxS[..., None],
+      -jnp.inf,
+      scores_GxSxE - price_GxS[..., None],
+    )
+    wants_GxSxE, next_Gx1xE = _best(worth_GxSxE, lacks(bid_GxSxE)[:, None])
+    # No other token: then all have room for all.
+    next_Gx1xE = jnp.where(next_Gx1xE == -jnp.inf, 0, next_Gx1xE)
+    bid_GxSxE = jnp.where(
+      wants_GxSxE, scores_GxSxE - next_Gx1xE + epsilon, bid_GxSxE
+    )
+    kept_GxSxK = largest(bid_GxSxE, max_experts)
+    kept_GxSxE = jax.nn.one_hot(kept_GxSxK, E, dtype=bool).any(2)
+    return jnp.where(kept_GxSxE, bid_GxSxE, 0), t + 1
 
-  start = (
-    log_plan_GxSxE,
-    jnp.zeros_like(log_plan_GxSxE[..., :1]),
-    jnp.zeros_like(log_plan_GxSxE),
+  bid_GxSxE, _ = jax.lax.while_loop(
+    lambda carry: (lacks(carry[0]) > 0).any(),
+    auction,
+    (jnp.zeros_like(scores_GxSxE), 0),
   )
-  return jax.lax.fori_loop(0, iterations, project, start)[0]
+  return bid_GxSxE > 0
+
+
+def _best(worth_GxSxE: Array, count_Gx1xE: Array) -> tuple[Array, Array]:
+  """An expert's `count` tokens of highest worth, and what the next is worth.
+
+  Ties go to the earlier token. By bisection: a count of those above a threshold
+  is a sum, where a sort in every round took ten times as long.
+  """
+  bits_GxSxE = jax.lax.bitcast_convert_type(worth_GxSxE, jnp.int32)
+  # Integers in the order of the floats.
+  key_GxSxE = bits_GxSxE ^ ((bits_GxSxE >> 31) & jnp.int32(0x7FFFFFFF))
+
+  def halve(_, carry):
+    low_Gx1xE, high_Gx1xE = carry  # More than `count` are above low, not high.
+    middle_Gx1xE = (low_Gx1xE & high_Gx1xE) + ((low_Gx1xE ^ high_Gx1xE) >> 1)
+    above_Gx1xE = (key_GxSxE > middle_Gx1xE).sum(1, keepdims=True)
+    more_Gx1xE = above_Gx1xE > count_Gx1xE
+    return (
+      jnp.where(more_Gx1xE, middle_Gx1xE, low_Gx1xE),
+      jnp.where(more_Gx1xE, high_Gx1xE, middle_Gx1xE),
+    )
+
+  ends = jnp.iinfo(jnp.int32)
+  _, next_Gx1xE = jax.lax.fori_loop(
+    0,
+    32,
+    halve,
+    (
+      jnp.full_like(count_Gx1xE, ends.min),
+      jnp.full_like(count_Gx1xE, ends.max),
+    ),
+  )
+  above_GxSxE = key_GxSxE > next_Gx1xE
+  ties_GxSxE = key_GxSxE == next_Gx1xE
+  room_Gx1xE = count_Gx1xE - above_GxSxE.sum(1, keepdims=True)
+  chosen_GxSxE = above_GxSxE | (
+    ties_GxSxE & (jnp.cumsum(ties_GxSxE, axis=1) <= room_Gx1xE)
+  )
+  next_Gx1xE = jnp.where(ties_GxSxE, worth_GxSxE, -jnp.inf).max(
+    1, keepdims=True
+  )
+  return chosen_GxSxE, next_Gx1xE
 
 
 def _rank(eligible_GxSxE: Array, *keys_GxSxE: Array) -> Array:
