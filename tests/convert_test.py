@@ -287,7 +287,7 @@ def test_what_training_says_that_config_json_cannot(tmp_path):
   ]
 
 
-def test_untied_switch_has_a_table_of_each_stack(tmp_path):
+def test_what_formats_have_of_the_table_of_tokens(tmp_path):
   gin_text = '\n'.join(
     [
       "include 'gin/models/encoder_decoder.gin'",
@@ -305,6 +305,15 @@ def test_untied_switch_has_a_table_of_each_stack(tmp_path):
       'TIED_LOGITS = False',
     ]
   )
+  # T5X's have neither other padding nor logits against the bare table.
+  for more, *words in [
+    ('PAD_ID = 3', 'pads with 3'),
+    ('START_ID = 2', 'begins with 2'),
+    ('TIED_LOGITS = True\nSCALED_LOGITS = False', 'sqrt(EMBED_DIM)'),
+  ]:
+    write_native(tmp_path / 'native', f'{gin_text}\n{more}', seed=0)
+    refused(tmp_path / 'native', tmp_path, *words, target='t5x')
+    shutil.rmtree(tmp_path / 'native')
   write_native(tmp_path / 'native', gin_text, seed=0)
   convert(tmp_path / 'native', tmp_path / 'hf', target='hf')
   tensors = safetensors.numpy.load_file(tmp_path / 'hf/model.safetensors')
