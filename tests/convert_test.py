@@ -315,7 +315,9 @@ def test_what_formats_have_of_the_table_of_tokens(tmp_path):
     refused(tmp_path / 'native', tmp_path, *words, target='t5x')
     shutil.rmtree(tmp_path / 'native')
   write_native(tmp_path / 'native', gin_text, seed=0)
-  convert(tmp_path / 'native', tmp_path / 'hf', target='hf')
+  report = convert(tmp_path / 'native', tmp_path / 'hf', target='hf')
+  # Three tables and a matrix of logits, 8 x 8 each, are two more than there.
+  assert report['bytes'] == 4 * (report['parameters'] + 2 * 8 * 8)
   tensors = safetensors.numpy.load_file(tmp_path / 'hf/model.safetensors')
   for stack in ('encoder', 'decoder'):
     np.testing.assert_array_equal(

@@ -126,7 +126,7 @@ def convert(
     'step': checkpoint.step,
     'parameters': parameters,
     'tensors': len(shapes),
-    'bytes': 4 * parameters,
+    'bytes': 4 * sum(math.prod(shape) for shape in shapes.values()),
     'unused': checkpoint.unused,
     'missing': [],
     'unsaid': FORMATS[target].unsaid(checkpoint.model),

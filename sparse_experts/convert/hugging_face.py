@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -78,7 +79,16 @@ def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
     ValueError: config.json cannot say what the model is.
   """
   _describe(model)
-  return places.theirs(ARCHITECTURES[_kind(model)].table, names)
+  known = ARCHITECTURES[_kind(model)]
+  found = places.theirs(known.table, names)
+  if not model.module.tied_logits:
+    # transformers makes the copies of the embedding by itself only where logits
+    # are tied to it; else those that are not there are drawn at random.
+    others = {place.name for place in found.values()}
+    copies = tuple(name for name in known.copies if name not in others)
+    embedding = found['embed/embedding']
+    found['embed/embedding'] = dataclasses.replace(embedding, copies=copies)
+  return found
 
 
 def unsaid(model: Model) -> list[str]:
@@ -105,21 +115,7 @@ class Writer(safetensors.Writer):
   ):
     del parts, step
     self._config = _describe(model)
-    # transformers makes copies of the table by itself only where logits are
-    # tied to it; else it would draw those that are not there at random.
-    known, self._copies = ARCHITECTURES[_kind(model)], {}
-    if not model.module.tied_logits:
-      embedding = known.table[0][1]
-      self._copies[embedding] = sorted(set(known.copies) - shapes.keys())
-    copied = {
-      copy: shapes[name] for name in self._copies for copy in self._copies[name]
-    }
-    super().__init__(folder, {**shapes, **copied})
-
-  def write(self, name: str, index: tuple, array: np.ndarray) -> None:
-    """Writes a whole tensor, and its copies."""
-    for each in (name, *self._copies.get(name, ())):
-      super().write(each, index, array)
+    super().__init__(folder, shapes)
 
   def finish(self, gin: str) -> None:
     """Writes what says what the tensors are."""
