@@ -230,6 +230,19 @@ def test_too_few_tokens_for_all_slots_are_shared_out():
   assert assignment.expert_GxSxK[0, :, 0].tolist() == [0, 0, 1, *[2] * 5]
 
 
+def test_an_expert_that_needs_every_token_has_them():
+  # n = round(4 * 2 / 4) = 2. The 2 tokens have 6 places: experts 0 and 1, of
+  # the highest sums, get both tokens, though expert 0 is worth least to token 0
+  # and has three rivals for its three places. Experts 2 and 3 get one each:
+  # tokens 0 and 1, .3 + .02, against .2 + .02.
+  scores = np.array([[0.1, 0.4, 0.3, 0.2], [0.9, 0.06, 0.02, 0.02]])
+  logits = np.zeros((1, 4, 4), np.float32)
+  logits[0, :2] = np.log(scores)
+  assignment, _ = run(logits, np.arange(4)[None] < 2, max_experts=3)
+  expected = [[1, 2, 0], [0, 1, 3], [4] * 3, [4] * 3]
+  assert assignment.expert_GxSxK[0].tolist() == expected
+
+
 def test_a_group_is_capped_alone():
   # The first group is done in a round; the others take more.
   logits, mask = (np.array(list(part)) for part in hard(16, 4))

@@ -215,7 +215,8 @@ def capped(
   scores_GxSxE = jnp.where(mask_GxS[..., None], scores_GxSxE, 0)
   # Ranks by the sum of scores, ties to the lower expert.
   rank_GxE = jnp.argsort(jnp.argsort(-scores_GxSxE.sum(1), axis=-1), axis=-1)
-  places_Gx1 = mask_GxS.sum(1, keepdims=True) * max_experts
+  tokens_Gx1 = mask_GxS.sum(1, keepdims=True)
+  places_Gx1 = tokens_Gx1 * max_experts
   n_GxE = jnp.minimum(n, places_Gx1 // E + (rank_GxE < places_Gx1 % E))
 
   def lacks(bid_GxSxE):
@@ -236,8 +237,6 @@ def capped(
       scores_GxSxE - price_GxS[..., None],
     )
     wants_GxSxE, next_Gx1xE = _best(worth_GxSxE, lacks(bid_GxSxE)[:, None])
-    # No other token: then all have room for all.
-    next_Gx1xE = jnp.where(next_Gx1xE == -jnp.inf, 0, next_Gx1xE)
     bid_GxSxE = jnp.where(
       wants_GxSxE, scores_GxSxE - next_Gx1xE + epsilon, bid_GxSxE
     )
@@ -245,10 +244,12 @@ def capped(
     kept_GxSxE = jax.nn.one_hot(kept_GxSxK, E, dtype=bool).any(2)
     return jnp.where(kept_GxSxE, bid_GxSxE, 0), t + 1
 
+  # An expert of every token has no other to compare with: it gets them first.
+  all_GxSxE = (n_GxE == tokens_Gx1)[:, None] & mask_GxS[..., None]
   bid_GxSxE, _ = jax.lax.while_loop(
     lambda carry: (lacks(carry[0]) > 0).any(),
     auction,
-    (jnp.zeros_like(scores_GxSxE), 0),
+    (jnp.where(all_GxSxE, jnp.inf, 0), 0),
   )
   return bid_GxSxE > 0
 
