@@ -181,13 +181,13 @@ def capped(
   It ends with every expert full, for a round that takes no new place raises the
   bids by epsilon at least, and no bid exceeds E (1 + epsilon). The total is
   within E n epsilon of the optimum, with the epsilon of the last round; the
-  optimum is at least n. Epsilon is (1 + t / 32) / (256 E) in round t: an
+  optimum is at least n. Epsilon is (1 + t / 128) / (256 E) in round t: an
   auction that is soon done is nearly exact, and a long one ends. For N = E n it
-  takes at most N + 181 E sqrt(N) + 4 E N rounds.
+  takes at most N + 363 E sqrt(N) + 4 E N rounds.
 
   What it takes is far less. With S up to 512 and E up to 32: some 20 rounds
   where places are left, T b > E n, hundreds if tokens are duplicates or scores
-  saturate; up to 1,300 where none is left, as with b = k, for then the places
+  saturate; up to 2,800 where none is left, as with b = k, for then the places
   that nobody wants must be taken too. The total was at least .998 of the
   optimum. All groups take as many rounds as the slowest, which changes none.
 
@@ -224,7 +224,7 @@ def capped(
 
   def auction(carry):
     bid_GxSxE, t = carry
-    epsilon = (1 + t / 32) / (256 * E)
+    epsilon = (1 + t / 128) / (256 * E)
     has_GxSxE = bid_GxSxE > 0  # Every bid is epsilon at least.
     price_GxS = jnp.where(
       has_GxSxE.sum(-1) < max_experts,
