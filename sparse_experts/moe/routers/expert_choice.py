@@ -187,8 +187,8 @@ def capped(
 
   What it takes is far less. With S up to 512 and E up to 32: some 20 rounds
   where places are left, T b > E n, hundreds if tokens are duplicates or scores
-  saturate; up to 2,800 where none is left, as with b = k, for then the places
-  that nobody wants must be taken too. The total was at least .998 of the
+  saturate; up to 3,500 where none is left, as with b = k, for then the places
+  that nobody wants must be taken too. The total was at least .997 of the
   optimum. All groups take as many rounds as the slowest, which changes none.
 
   Args:
