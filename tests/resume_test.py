@@ -15,6 +15,8 @@ import pytest
 from sparse_experts.training import preemption
 
 EVERY_STEP = '--gin.CHECKPOINT_PERIOD=1'
+# The counts of a step are what the next goes on with.
+BALANCE = '--gin.BALANCE_OVER=last_step'
 
 # All that a run without a terminal says on stderr.
 LINE = re.compile(
@@ -28,7 +30,7 @@ def _start(model_dir) -> subprocess.Popen:
   model_dir = f'--gin.MODEL_DIR={model_dir}'
   return command.start(
     *('-m', 'sparse_experts', 'train', command.TINY, model_dir, '--json'),
-    *(command.NO_EVALUATION, EVERY_STEP),
+    *(command.NO_EVALUATION, EVERY_STEP, BALANCE),
   )
 
 
@@ -69,7 +71,7 @@ def _latest(model_dir) -> int:
 def whole(tmp_path_factory):
   """MODEL_DIR of twenty steps in one go."""
   model_dir = tmp_path_factory.mktemp('whole')
-  command.train(model_dir)
+  command.train(model_dir, BALANCE)
   return model_dir
 
 
@@ -77,7 +79,7 @@ def whole(tmp_path_factory):
 def half(tmp_path_factory):
   """MODEL_DIR of a run of ten steps."""
   model_dir = tmp_path_factory.mktemp('half')
-  command.train(model_dir, '--gin.TRAIN_STEPS=10')
+  command.train(model_dir, BALANCE, '--gin.TRAIN_STEPS=10')
   return model_dir
 
 
@@ -93,11 +95,14 @@ def interrupted(tmp_path_factory):
 
 
 def test_no_schedule_knows_the_number_of_steps(whole, half):
-  command.assert_same_bits(command.saved(whole, 10), command.saved(half, 10))
+  first, second = (command.saved(folder, 10) for folder in (whole, half))
+  command.assert_same_bits(first, second)
+  [counted] = [name for name in first if name.endswith('counted_GxE')]
+  assert first[counted].sum() > 0
 
 
 def test_ten_and_ten_steps_are_twenty(whole, half):
-  outcome = command.train(half)
+  outcome = command.train(half, BALANCE)
   assert 'resumed at step 10\n' in outcome.stderr
   command.assert_same_bits(command.saved(whole, 20), command.saved(half, 20))
   for folder in (whole, half):
@@ -117,7 +122,7 @@ def test_sigterm_saves_and_ends_well(whole, interrupted):
   assert lines[-1] == f'saved step {step}'
   assert _latest(model_dir) == step
 
-  outcome = command.train(model_dir)
+  outcome = command.train(model_dir, BALANCE)
   assert f'resumed at step {step}\n' in outcome.stderr
   command.assert_same_bits(
     command.saved(whole, 20), command.saved(model_dir, 20)
@@ -129,7 +134,7 @@ def test_sigkill_costs_what_was_not_saved(whole, interrupted):
   assert step <= _latest(model_dir) < 20
   # As a kill leaves it in the middle of a save.
   (model_dir / 'checkpoints' / '19.orbax-checkpoint-tmp').mkdir()
-  command.train(model_dir)
+  command.train(model_dir, BALANCE)
   command.assert_same_bits(
     command.saved(whole, 20), command.saved(model_dir, 20)
   )
@@ -157,7 +162,7 @@ def test_killed_at_any_moment(whole, tmp_path):
     assert saved == step + 1
     step = _latest(tmp_path)
     assert saved <= step < 20
-  command.train(tmp_path)
+  command.train(tmp_path, BALANCE)
   command.assert_same_bits(
     command.saved(whole, 20), command.saved(tmp_path, 20)
   )
