@@ -32,6 +32,7 @@ from sparse_experts.convert import (
 from sparse_experts.convert.arguments import arguments, differences
 from sparse_experts.data import dataset, prompts
 from sparse_experts.models import layout
+from sparse_experts.models.special_tokens import SpecialTokens
 from sparse_experts.training import checkpoints, infer
 
 DATA = pathlib.Path(__file__).parent / 'data'
@@ -285,6 +286,50 @@ def test_what_training_says_that_config_json_cannot(tmp_path):
     'z_loss 0.0001, there 0.0',
     'capacity_factor_train 2.0, there 1.25',
   ]
+
+
+def test_special_tokens_of_our_own_decoders(tmp_path):
+  lines = [
+    "include 'gin/models/decoder_only.gin'",
+    "include 'gin/routers/mixtral.gin'",
+    'NUM_EMBEDDINGS = 8',
+    'NUM_LAYERS = 1',
+    'EMBED_DIM = 8',
+    'NUM_HEADS = 2',
+    'HEAD_DIM = 4',
+    'MLP_DIM = 4',
+    'NUM_EXPERTS = 2',
+    'SPARSE_LAYERS = 1',
+    'SHARED_BIAS = None',
+    'SCALED_ATTENTION = True',
+    "ACTIVATION = 'silu'",
+    'ROTARY_BASE = 1e4',
+  ]
+  write_native(tmp_path / 'native', '\n'.join(lines), seed=0)
+  report = convert(tmp_path / 'native', tmp_path / 'hf', target='hf')
+  # It pads and begins with 0, which it never writes, and ends with 1.
+  assert json.loads((tmp_path / 'hf/generation_config.json').read_text()) == {
+    'bos_token_id': 0,
+    'eos_token_id': 1,
+    'pad_token_id': 0,
+    'suppress_tokens': [0],
+  }
+  found = json.loads((tmp_path / 'hf/config.json').read_text())
+  assert found['max_position_embeddings'] == 4096 * 32
+  assert found['router_aux_loss_coef'] == 0.02
+  assert report['unsaid'] == [
+    'z_loss 0.0001, there 0.0',
+    'capacity_factor_train 1.25, there None',
+    'max_length None, there 131072',
+  ]
+  convert(tmp_path / 'hf', tmp_path / 'again')
+  model = config.model_of((tmp_path / 'again/config.gin').read_text())
+  assert model.special_tokens == SpecialTokens()
+  # Tied logits of ours are scaled, and those of the format are not.
+  write_native(
+    tmp_path / 'tied', '\n'.join([*lines, 'TIED_LOGITS = True']), seed=0
+  )
+  refused(tmp_path / 'tied', tmp_path, 'SCALED_LOGITS = False', target='hf')
 
 
 def test_what_formats_have_of_the_table_of_tokens(tmp_path):

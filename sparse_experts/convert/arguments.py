@@ -13,15 +13,14 @@ from sparse_experts.models.model import Model
 # They change how a model is trained, not what it computes exactly.
 _TRAINING = {
   *('balance_counts', 'capacity_rule', 'dropout_rate', 'jitter'),
-  *('losses_over', 'noise', 'policy_train', 'priority'),
+  *('losses_over', 'max_length', 'noise', 'policy_train', 'priority'),
 }
 # Nor do these, by which it was begun or is run, or `choose_by` but for logits
 # so close that their probabilities are one number.
 _SILENT = _TRAINING | {
   *('allow_non_causal_routing', 'choose_by', 'dispatch', 'dtype'),
   'exact_dispatch',
-  *('group_size', 'init_scale', 'kernel_init', 'max_length', 'remat', 'scan'),
-  'unroll',
+  *('group_size', 'init_scale', 'kernel_init', 'remat', 'scan', 'unroll'),
 }
 
 

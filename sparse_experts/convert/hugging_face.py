@@ -216,6 +216,7 @@ def _describe(model: Model) -> dict[str, Any]:
   known = ARCHITECTURES[kind]
   try:
     written = {
+      **known.absent,  # What transformers would take, where nothing says it.
       'model_type': kind,
       'architectures': [known.name],
       'dtype': 'float32',
