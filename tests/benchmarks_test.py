@@ -24,6 +24,7 @@ from sparse_experts.data import (
 )
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.tasks import benchmark, finetuning, glam, glue, mc4
+from sparse_experts.models.special_tokens import T5
 from sparse_experts.training import task_metrics
 
 pytestmark = pytest.mark.usefixtures('forget_new_tasks')
@@ -369,7 +370,9 @@ def test_what_options_end_with_is_ranked(ends, accuracy, boolq):
 
   row = dataclasses.replace(ROWS['glam_boolq'], options=('a', 'bbb'), ends=ends)
   dataset = Dataset(in_bytes(row).name, LENGTHS, 2, split='validation')
-  model = types.SimpleNamespace(converter='decoder', score=score)
+  model = types.SimpleNamespace(
+    converter='decoder', special_tokens=T5, score=score
+  )
   mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
   with sharding.use_mesh(mesh):
     judge = task_metrics.TaskMetrics(model, dataset, mesh, None, True)

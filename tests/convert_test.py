@@ -1,5 +1,6 @@
 """Checkpoints of T5X and Hugging Face: in, out, and what is refused."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -20,10 +21,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparse_experts import config, sharding
-from sparse_experts.convert import conversion, convert, load, places, t5x
+from sparse_experts.convert import (
+  conversion,
+  convert,
+  hugging_face,
+  load,
+  places,
+  t5x,
+)
 from sparse_experts.convert.arguments import arguments, differences
+from sparse_experts.data import dataset, prompts
 from sparse_experts.models import layout
-from sparse_experts.training import checkpoints
+from sparse_experts.models.special_tokens import SpecialTokens
+from sparse_experts.training import checkpoints, infer
 
 DATA = pathlib.Path(__file__).parent / 'data'
 HF = ('hf_switch_tiny', 'hf_mixtral_tiny', 'hf_olmoe_tiny')
@@ -65,6 +75,305 @@ def test_logits_of_hugging_face(name):
   compare_logits(DATA / name, DATA / name / 'expected.npz')
 
 
+def as_generated(folder, name):
+  """The checkpoint of `generated.npz`: one of HF with another config.json."""
+  source = folder / name
+  shutil.copytree(DATA / name, source)
+  changes = json.loads((DATA / name / 'generated.json').read_text())
+  if name == 'hf_mixtral_tiny':  # The file that has the last word.
+    said = {k: changes.pop(k) for k in ('eos_token_id', 'bos_token_id')}
+    (source / 'generation_config.json').write_text(json.dumps(said))
+  found = json.loads((source / 'config.json').read_text())
+  (source / 'config.json').write_text(json.dumps({**found, **changes}))
+  if changes.get('tie_word_embeddings'):
+    file = source / 'model.safetensors'
+    tensors = safetensors.numpy.load_file(file)
+    del tensors['lm_head.weight']
+    safetensors.numpy.save_file(tensors, file)
+  return source
+
+
+@pytest.mark.parametrize('name', HF)
+def test_writes_what_transformers_writes(name, tmp_path):
+  """Logits, greedy answers to unequal prompts, and the routers' losses."""
+  model, params = load(as_generated(tmp_path, name))
+  special_tokens = model.special_tokens
+  stored = np.load(DATA / name / 'generated.npz')
+  lengths_B = stored['lengths']
+  is_token_BxL = np.arange(lengths_B.max()) < lengths_B[:, None]
+  tokens_BxL = np.where(is_token_BxL, stored['prompts'], special_tokens.pad)
+  batch = {
+    'decoder_input_tokens': tokens_BxL,
+    'decoder_target_tokens': tokens_BxL,
+  }
+  if model.converter == 'encoder_decoder':
+    shifted_BxT = np.insert(stored['targets'], 0, special_tokens.start, 1)
+    batch = {
+      'encoder_input_tokens': tokens_BxL,
+      'decoder_input_tokens': shifted_BxT[:, :-1],
+      'decoder_target_tokens': stored['targets'],
+    }
+    is_token_BxL = np.ones(stored['targets'].shape, bool)
+  # Answers: a prompt is all that a decoder reads.
+  begun = dataclasses.replace(special_tokens, start=None)
+  asked = [
+    prompts.features(model.converter, row[:length], len(row), begun)
+    for row, length in zip(stored['prompts'], lengths_B)
+  ]
+  questions = {name: np.stack([a[name] for a in asked]) for name in asked[0]}
+  # transformers' Switch counts padding in its losses: on what all rows have.
+  without = dict(batch)
+  if 'encoder_input_tokens' in batch:
+    fewest = lengths_B.min()
+    without['encoder_input_tokens'] = tokens_BxL[:, :fewest]
+
+  @jax.jit
+  def run(params):
+    answers, _ = model.decode(params, questions, max_tokens=10)
+    _, sums = model.loss(params, without, train=False)
+    return model.logits(params, batch), answers, sums['aux_losses']
+
+  logits, answers, losses = run(params)
+  far = np.abs(np.asarray(logits) - stored['logits'])[is_token_BxL].max()
+  assert far < 1e-5 * np.abs(stored['logits']).max()
+  for ours, theirs in zip(np.asarray(answers), stored['answers']):
+    ends = np.flatnonzero(special_tokens.is_eos(theirs))
+    length = ends[0] + 1 if ends.size else len(theirs)
+    np.testing.assert_array_equal(ours[:length], theirs[:length])
+    assert (ours[length:] == special_tokens.pad).all()
+    if special_tokens.pad >= 0:
+      np.testing.assert_array_equal(ours, theirs)
+  expected = {'load_balance': stored['losses'][0]}
+  if 'encoder_input_tokens' in batch:  # Encoder's and decoder's, and z.
+    of_encoder, of_decoder, *of_z = stored['losses']
+    expected = {'load_balance': of_encoder + of_decoder, 'router_z': sum(of_z)}
+  for loss, value in expected.items():
+    np.testing.assert_allclose(losses[loss], value, rtol=1e-5, err_msg=loss)
+  coefficients = {
+    'hf_mixtral_tiny': {'load_balance': 0.03},
+    'hf_olmoe_tiny': {'load_balance': 0.01},
+    'hf_switch_tiny': {'load_balance': 0.001, 'router_z': 0.001},
+  }
+  assert model.loss_weights == coefficients[name]
+
+
+def test_infer_answers_token_ids_as_transformers(tmp_path):
+  """Of any task: its vocabulary, which the model has not, is not asked."""
+  stored = np.load(DATA / 'hf_mixtral_tiny/generated.npz')
+  convert(as_generated(tmp_path, 'hf_mixtral_tiny'), tmp_path / 'native')
+  model = config.model_of((tmp_path / 'native/config.gin').read_text())
+  rows = [
+    row[:length].tolist()
+    for row, length in zip(stored['prompts'], stored['lengths'])
+  ]
+  questions = tmp_path / 'questions.jsonl'
+  questions.write_text(
+    '\n'.join(json.dumps({'inputs': row}) for row in rows) + '\n'
+  )
+  sums = dataset.Dataset(
+    'tiny_sums',
+    {'inputs': 12, 'targets': 10},
+    batch_size=8,
+    pack=False,
+    modules=['tiny_tasks'],
+  )
+  answers = infer.infer(model, str(tmp_path / 'native'), sums, input=questions)
+  for answer, theirs in zip(answers, stored['answers'].tolist()):
+    ends = [i + 1 for i, token in enumerate(theirs) if token in (134, 99)]
+    assert answer['prediction'] == theirs[: min([*ends, 10])]
+  questions.write_text('{"inputs": "a text"}\n')
+  with pytest.raises(ValueError, match='359 token ids'):
+    infer.infer(model, str(tmp_path / 'native'), sums, input=questions)
+
+
+@pytest.mark.parametrize('name', HF)
+def test_what_config_json_says_survives(name, tmp_path):
+  """Special tokens, coefficients and the tokenizer, there and back."""
+  source = as_generated(tmp_path, name)
+  (source / 'tokenizer.json').write_text('{"of": "transformers"}')
+  (source / 'spiece.model').write_bytes(b'pieces')
+  (source / 'README.md').write_text('no part of it')
+  there = convert(source, tmp_path / 'native')
+  back = convert(
+    tmp_path / 'native/checkpoints/0', tmp_path / 'hf', target='hf'
+  )
+  assert back['unsaid'] == []
+  for report, folder in ((there, 'native'), (back, 'hf')):
+    assert report['tokenizer'] == ['spiece.model', 'tokenizer.json']
+    assert (tmp_path / folder / 'spiece.model').read_bytes() == b'pieces'
+    assert not (tmp_path / folder / 'README.md').exists()
+  theirs = json.loads((source / 'config.json').read_text())
+  if (source / 'generation_config.json').exists():
+    theirs |= json.loads((source / 'generation_config.json').read_text())
+  ours = json.loads((tmp_path / 'hf/config.json').read_text())
+  generation = json.loads((tmp_path / 'hf/generation_config.json').read_text())
+  keys = [
+    'eos_token_id',
+    'pad_token_id',
+    'bos_token_id',
+    'router_aux_loss_coef',
+  ]
+  keys += ['max_position_embeddings']
+  if name == 'hf_switch_tiny':
+    keys[2:] = ['decoder_start_token_id', 'router_aux_loss_coef']
+    keys += ['router_z_loss_coef', 'router_jitter_noise', 'dropout_rate']
+  assert {k: ours[k] for k in keys} == {k: theirs[k] for k in keys}
+  assert generation == {
+    k: theirs[k]
+    for k in keys
+    if k.endswith('token_id') and theirs[k] is not None
+  }
+
+
+def test_losses_and_noise_of_a_switch(tmp_path):
+  source = edited(tmp_path, 'hf_switch_tiny', lambda tensors: None)
+  file = source / 'config.json'
+  found = json.loads(file.read_text())
+  changes = {
+    'router_aux_loss_coef': 0.02,
+    'router_z_loss_coef': 0.0,
+    'router_jitter_noise': 0.03,
+    'dropout_rate': 0.04,
+  }
+  file.write_text(json.dumps({**found, **changes}))
+  model, _ = load(source)
+  assert model.loss_weights == {'load_balance': 0.02}
+  assert (model.layer_reduction, model.z_loss) == ('joint', 0.0)
+  values = arguments(model)
+  for stack in ('encoder', 'decoder'):
+    block = f'{stack}.make_block'
+    assert values[f'{block}.make_moe.make_router.jitter'] == 0.03
+    assert values[f'{block}.dropout_rate'] == 0.04
+    assert values[f'{block}.make_moe.make_expert.dropout_rate'] == 0.04
+  # Without a step transformers has one sparse block, the second, though
+  # num_sparse_encoder_layers says none; absent values are its class's.
+  for key in (*changes, 'encoder_sparse_step'):
+    del found[key]
+  found['num_sparse_encoder_layers'] = 0
+  said = hugging_face._gin(found)
+  values = arguments(config.model_of(said))
+  assert list(values['encoder.sparse_layers']) == [1]
+  assert values['encoder.make_block.dropout_rate'] == 0.1
+  assert values['encoder.make_block.make_moe.make_router.jitter'] == 0.01
+
+
+def test_no_expert_of_an_exported_switch_is_full(tmp_path):
+  convert(DATA / 'hf_switch_tiny', tmp_path / 'native')
+  convert(tmp_path / 'native', tmp_path / 'hf', target='hf')
+  found = json.loads((tmp_path / 'hf/config.json').read_text())
+  assert found['expert_capacity'] == 2**31 - 1
+
+
+def test_what_training_says_that_config_json_cannot(tmp_path):
+  gin_text = (DATA.parent.parent / 'gin/quickstart.gin').read_text()
+  gin_text += '\nNUM_EMBEDDINGS = 8\nEMBED_DIM = 8\nMLP_DIM = 4\n'
+  write_native(tmp_path / 'native', gin_text, seed=0)
+  # Its first block is sparse, which no step of the format says.
+  refused(
+    tmp_path / 'native',
+    tmp_path,
+    'sparse_layers is (True, False) and would be (False, True)',
+    '1, 1 + n, 1 + 2 n',
+    target='hf',
+  )
+  shutil.rmtree(tmp_path / 'native')
+  write_native(tmp_path / 'native', gin_text + 'SPARSE_LAYERS = (1,)\n', seed=0)
+  report = convert(
+    tmp_path / 'native', tmp_path / 'hf', target='hf', dry_run=True
+  )
+  assert report['unsaid'] == [
+    "layer_reduction 'sum', there 'joint'",
+    'z_loss 0.0001, there 0.0',
+    'capacity_factor_train 2.0, there 1.25',
+  ]
+
+
+def test_special_tokens_of_our_own_decoders(tmp_path):
+  lines = [
+    "include 'gin/models/decoder_only.gin'",
+    "include 'gin/routers/mixtral.gin'",
+    'NUM_EMBEDDINGS = 8',
+    'NUM_LAYERS = 1',
+    'EMBED_DIM = 8',
+    'NUM_HEADS = 2',
+    'HEAD_DIM = 4',
+    'MLP_DIM = 4',
+    'NUM_EXPERTS = 2',
+    'SPARSE_LAYERS = 1',
+    'SHARED_BIAS = None',
+    'SCALED_ATTENTION = True',
+    "ACTIVATION = 'silu'",
+    'ROTARY_BASE = 1e4',
+  ]
+  write_native(tmp_path / 'native', '\n'.join(lines), seed=0)
+  report = convert(tmp_path / 'native', tmp_path / 'hf', target='hf')
+  # It pads and begins with 0, which it never writes, and ends with 1.
+  assert json.loads((tmp_path / 'hf/generation_config.json').read_text()) == {
+    'bos_token_id': 0,
+    'eos_token_id': 1,
+    'pad_token_id': 0,
+    'suppress_tokens': [0],
+  }
+  found = json.loads((tmp_path / 'hf/config.json').read_text())
+  assert found['max_position_embeddings'] == 4096 * 32
+  assert found['router_aux_loss_coef'] == 0.02
+  assert report['unsaid'] == [
+    'z_loss 0.0001, there 0.0',
+    'capacity_factor_train 1.25, there None',
+    'max_length None, there 131072',
+  ]
+  convert(tmp_path / 'hf', tmp_path / 'again')
+  model = config.model_of((tmp_path / 'again/config.gin').read_text())
+  assert model.special_tokens == SpecialTokens()
+  # Tied logits of ours are scaled, and those of the format are not.
+  write_native(
+    tmp_path / 'tied', '\n'.join([*lines, 'TIED_LOGITS = True']), seed=0
+  )
+  refused(tmp_path / 'tied', tmp_path, 'SCALED_LOGITS = False', target='hf')
+
+
+def test_what_formats_have_of_the_table_of_tokens(tmp_path):
+  gin_text = '\n'.join(
+    [
+      "include 'gin/models/encoder_decoder.gin'",
+      "include 'gin/routers/switch.gin'",
+      'NUM_EMBEDDINGS = 8',
+      'NUM_LAYERS = 2',
+      'EMBED_DIM = 8',
+      'NUM_HEADS = 2',
+      'HEAD_DIM = 4',
+      'MLP_DIM = 4',
+      'NUM_EXPERTS = 2',
+      'SPARSE_LAYERS = 2',
+      'GATED = False',
+      "ACTIVATION = 'relu'",
+      'TIED_LOGITS = False',
+    ]
+  )
+  # T5X's have neither other padding nor logits against the bare table.
+  for more, *words in [
+    ('PAD_ID = 3', 'pads with 3'),
+    ('START_ID = 2', 'begins with 2'),
+    ('TIED_LOGITS = True\nSCALED_LOGITS = False', 'sqrt(EMBED_DIM)'),
+  ]:
+    write_native(tmp_path / 'native', f'{gin_text}\n{more}', seed=0)
+    refused(tmp_path / 'native', tmp_path, *words, target='t5x')
+    shutil.rmtree(tmp_path / 'native')
+  write_native(tmp_path / 'native', gin_text, seed=0)
+  report = convert(tmp_path / 'native', tmp_path / 'hf', target='hf')
+  # Three tables and a matrix of logits, 8 x 8 each, are two more than there.
+  assert report['bytes'] == 4 * (report['parameters'] + 2 * 8 * 8)
+  tensors = safetensors.numpy.load_file(tmp_path / 'hf/model.safetensors')
+  for stack in ('encoder', 'decoder'):
+    np.testing.assert_array_equal(
+      tensors[f'{stack}.embed_tokens.weight'], tensors['shared.weight']
+    )
+  assert (tensors['lm_head.weight'] != tensors['shared.weight']).any()
+  report = convert(tmp_path / 'hf', tmp_path / 'again')
+  assert len(report['unused']) == 2
+  assert_same(params_of(tmp_path / 'native'), params_of(tmp_path / 'again'))
+
+
 @pytest.mark.parametrize('name', T5X)
 def test_logits_of_t5x(name, t5x_folder):
   compare_logits(t5x_folder / T5X[name], t5x_folder / f'expected_{name}.npz')
@@ -86,7 +395,7 @@ def test_to_native_and_back_to_hugging_face(name, tmp_path):
     json.loads((folder / 'config.json').read_text())
     for folder in (tmp_path / 'hf', DATA / name)
   )
-  free = {'router_jitter_noise', 'rope_parameters', 'head_dim'}
+  free = {'expert_capacity', 'rope_parameters', 'head_dim'}
   shared = ours.keys() & theirs.keys() - free
   assert {k: ours[k] for k in shared} == {k: theirs[k] for k in shared}
 
@@ -422,6 +731,7 @@ def test_config_of_something_else(tmp_path):
   known = json.loads(file.read_text())
   for change, *words in [
     ({'sliding_window': 4}, 'sliding_window=4'),
+    ({'hidden_act': 'mish'}, "hidden_act='mish'", 'gelu_pytorch_tanh'),
     ({'model_type': 'llama'}, 'llama', 'mixtral'),
     ({'num_hidden_layers': 2}, 'unknown', 'model.layers.2.'),
     ({'rope_parameters': {'rope_type': 'yarn'}}, 'yarn'),

@@ -14,6 +14,7 @@ from sparse_experts import sharding
 from sparse_experts.models import decoding
 from sparse_experts.models.decoding import BeamSearch, Sampling
 from sparse_experts.models.language_model import answered
+from sparse_experts.models.special_tokens import NO_TOKEN, T5, SpecialTokens
 from sparse_experts.moe import grouped_matmul
 from sparse_experts.moe.routers.hash import Hash
 
@@ -223,7 +224,7 @@ ENDLESS_TxVxV = TABLE_TxVxV.copy()
 ENDLESS_TxVxV[:, :, EOS] = -np.inf
 
 
-def search(width, alpha, logits_TxVxV=TABLE_TxVxV):
+def search(width, alpha, logits_TxVxV=TABLE_TxVxV, special_tokens=T5):
   """Tokens [N, T] and scores [N] of the table's start."""
 
   def step(cache, token_B):  # Every row counts its own positions.
@@ -233,7 +234,11 @@ def search(width, alpha, logits_TxVxV=TABLE_TxVxV):
   logits_2xV = jnp.broadcast_to(logits_TxVxV[0, 0], (2, V))
   tokens, scores = jax.jit(
     lambda logits_2xV: BeamSearch(width, alpha)(
-      logits_2xV, step, jnp.ones(2, jnp.int32), max_tokens=len(logits_TxVxV)
+      logits_2xV,
+      step,
+      jnp.ones(2, jnp.int32),
+      max_tokens=len(logits_TxVxV),
+      special_tokens=special_tokens,
     )
   )(logits_2xV)
   np.testing.assert_array_equal(tokens[0], tokens[1])
@@ -294,6 +299,25 @@ def test_a_narrow_beam_is_its_definition(width, alpha):
     ended.sort(key=lambda answer: -score(answer, alpha, TABLE_TxVxV))
     ended = ended[:width]
   check(search(width, alpha), ended, alpha, TABLE_TxVxV)
+
+
+def test_a_narrow_beam_of_several_ends_and_a_token_0():
+  # 0 and 3 go on, 1 and 2 end: of (1 + 2) * 2 continuations, as there.
+  live, ended, ends = [()], [], (1, 2)
+  for _ in range(T):
+    candidates = [(*answer, word) for answer in live for word in range(V)]
+    candidates.sort(key=lambda answer: -log_prob(answer, TABLE_TxVxV))
+    best = candidates[: 3 * 2]
+    live = [answer for answer in best if answer[-1] not in ends][:2]
+    ended += [answer for answer in best if answer[-1] in ends]
+    ended.sort(key=lambda answer: -score(answer, 0.6, TABLE_TxVxV))
+    ended = ended[:2]
+  special_tokens = SpecialTokens(pad=NO_TOKEN, eos=ends, suppressed=())
+  tokens, scores = search(2, 0.6, TABLE_TxVxV, special_tokens)
+  padded = [[*answer, *[NO_TOKEN] * (T - len(answer))] for answer in ended]
+  assert tokens.tolist() == padded
+  expected = [score(answer, 0.6, TABLE_TxVxV) for answer in ended]
+  np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize('size, k', [(9, 9), (128, 3), (1000, 6), (2560, 4)])

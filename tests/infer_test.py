@@ -55,6 +55,27 @@ def test_every_line_is_answered_as_if_alone(trained, answers):
   )
 
 
+def test_token_ids_in_and_out(trained, answers):
+  # Of the tiny task, whose inputs end with EOS: a text, and the same by all the
+  # ids that a decoder reads of it.
+  ids = vocabularies.byte().encode(QUESTIONS[0])
+  lines = [
+    json.dumps({'inputs': [0, *ids, EOS], 'targets': [*ids, EOS]}),
+    json.dumps({'inputs': QUESTIONS[0], 'targets': QUESTIONS[0]}),
+  ]
+  by_ids, by_text = ask(trained, 'ids.jsonl', lines, '--score')
+  assert by_ids['inputs'] == [0, *ids, EOS]
+  assert by_text['prediction'] == answers[0]['prediction']
+  predicted = by_ids['prediction']
+  assert isinstance(predicted, list) and 0 not in predicted
+  text = ''.join(
+    '</s>' if i == EOS else vocabularies.byte().decode([i]) for i in predicted
+  )
+  assert text == by_text['prediction']
+  for name in ('log_prob', 'target_log_prob'):
+    assert by_ids[name] == pytest.approx(by_text[name], abs=1e-5)
+
+
 def test_what_was_stopped_is_continued(trained, answers):
   output = trained / 'questions.txt.answers.jsonl'
   content = output.read_bytes()
@@ -192,6 +213,11 @@ MISTAKES = {
     ['line 1 of', 'no JSON object'],
   ),
   'no file': (None, [], ['there is no input file']),
+  'an id too many': (
+    b'{"inputs": [5, 9999]}\n',
+    ['.jsonl'],
+    ['token 9999', 'tokens 0 to'],
+  ),
   'task': (
     b'1+1\n',
     ['--gin.MIXTURE_OR_TASK_NAME=tiny_sum'],

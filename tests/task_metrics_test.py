@@ -17,6 +17,7 @@ from sparse_experts.data import metrics, vocabularies
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.metrics import Member
 from sparse_experts.data.tasks import benchmark, finetuning, glue
+from sparse_experts.models.special_tokens import T5
 from sparse_experts.training import task_metrics
 
 
@@ -338,7 +339,9 @@ def test_options_begin_with_the_sentinel_that_targets_begin_with():
     is_sum = value_B == inputs_BxL[:, 0] + inputs_BxL[:, 2]
     return jnp.where((first_B == 358) & is_sum, -1.0, -2.0)
 
-  model = types.SimpleNamespace(converter='encoder_decoder', score=score)
+  model = types.SimpleNamespace(
+    converter='encoder_decoder', special_tokens=T5, score=score
+  )
   mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
   with sharding.use_mesh(mesh):
     judge = task_metrics.TaskMetrics(

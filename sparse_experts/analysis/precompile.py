@@ -97,8 +97,12 @@ class Run:
 
   def questions(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Of a batch that `infer` answers."""
-    length, none = self.lengths('decode')['inputs'], np.zeros(0, np.int32)
-    row = prompts.features(self.model.converter, none, length)
+    row = prompts.features(
+      self.model.converter,
+      np.zeros(1, np.int32),
+      self.lengths('decode')['inputs'],
+      self.model.special_tokens,
+    )
     return {
       name: jax.ShapeDtypeStruct((self.batch_size, *x.shape), x.dtype)
       for name, x in row.items()

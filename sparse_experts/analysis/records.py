@@ -199,7 +199,7 @@ def record(
     )
 
     def pairs():
-      for batch in dataset.evaluation(model.converter):
+      for batch in dataset.evaluation(model.converter, model.special_tokens):
         placed = global_batch.place(batch, built_mesh, dataset.batch_size, 0)
         yield batch, take(params, placed)
 

@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> None:
   for result in results[:SHOWN] if args.output else results:
     for name in ('inputs', 'prediction', 'targets'):
       if name in result:
-        print(f'{name + ":":12}{" ".join(result[name].split())}')
+        text = result[name]
+        words = text.split() if isinstance(text, str) else map(str, text)
+        print(f'{name + ":":12}{" ".join(words)}')
     if 'log_prob' in result:
       print(f'{"log prob:":12}{result["log_prob"]:.1f} nats\n')
     else:

@@ -9,13 +9,29 @@ from typing import Any
 from sparse_experts.convert import tables
 from sparse_experts.convert.tables import Row
 from sparse_experts.models.layout import kinds
+from sparse_experts.models.special_tokens import NO_TOKEN
 
+# Several names of transformers' are one function.
 _ACTIVATIONS = {
   'relu': 'relu',
-  'gelu_new': 'gelu',
   'gelu': 'gelu_exact',
+  'gelu_python': 'gelu_exact',
+  'gelu_new': 'gelu',
+  'gelu_pytorch_tanh': 'gelu',
+  'gelu_python_tanh': 'gelu',
+  'gelu_accurate': 'gelu',
+  'gelu_fast': 'gelu',
+  'silu': 'silu',
+  'swish': 'silu',
+}
+_THEIR_ACTIVATION = {
+  'relu': 'relu',
+  'gelu_exact': 'gelu',
+  'gelu': 'gelu_new',
   'silu': 'silu',
 }
+# Slots of an expert in a sequence: more than one has tokens, so none is lost.
+_NO_CAPACITY = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +45,11 @@ class Architecture:
     same: keys of config.json, our gin names, and where the value stands among
       `arguments` of a model.
     fixed: keys that must have this value, or be absent.
-    absent: what other keys are where they are absent.
+    absent: what other keys are where they are absent, as in transformers.
     read: the rest of the gin bindings, from config.json.
-    write: the rest of config.json, from arguments of a model.
+    write: the rest of config.json, from arguments of a model, and of what
+      trains it (`arguments.training`).
+    remedies: what to do about an argument, by its name, that it has no key for.
     copies: tensors that may repeat the embedding, the table's first; the
       logits' only where they are tied.
   """
@@ -44,6 +62,7 @@ class Architecture:
   absent: Mapping[str, Any]
   read: Callable[[Mapping[str, Any]], dict[str, Any]]
   write: Callable[[Mapping[str, Any]], dict[str, Any]]
+  remedies: Mapping[str, str]
   copies: tuple[str, ...] = ()
 
 
@@ -60,7 +79,7 @@ def _read_switch(found: Mapping[str, Any]) -> dict[str, Any]:
 
   def steps(stack, num_layers):
     number = found[f'num_sparse_{stack}_layers']
-    derived = num_layers // number if number else 0
+    derived = num_layers // number if number else num_layers
     return sparse(num_layers, found.get(f'{stack}_sparse_step', derived))
 
   return {
@@ -70,7 +89,18 @@ def _read_switch(found: Mapping[str, Any]) -> dict[str, Any]:
     'encoder/transformer.Stack.sparse_layers': steps(
       'encoder', found['num_layers']
     ),
-    'ACTIVATION': _ACTIVATIONS[found['dense_act_fn']],
+    'ACTIVATION': _our_activation(found, 'dense_act_fn'),
+    'LOSS_WEIGHTS': _loss_weights(
+      load_balance=found['router_aux_loss_coef'],
+      router_z=found['router_z_loss_coef'],
+    ),
+    'top_k.TopK.jitter': float(found['router_jitter_noise']),
+    'DROPOUT_RATE': found['dropout_rate'],
+    'EXPERT_DROPOUT_RATE': found['dropout_rate'],
+    # As T5's, which begin with padding.
+    **_read_tokens(
+      found, found.get('decoder_start_token_id', found['pad_token_id'])
+    ),
   }
 
 
@@ -92,19 +122,57 @@ def _write_switch(found: Mapping[str, Any]) -> dict[str, Any]:
     **sparse('decoder'),
     'dense_act_fn': _their_activation(found),
     'dropout_rate': found[f'{_BLOCK}.dropout_rate'],
-    'expert_capacity': 64,
-    'router_jitter_noise': 0.0,
+    'expert_capacity': _NO_CAPACITY,
+    'router_jitter_noise': found[f'{_MOE}.make_router.jitter'],
+    'router_aux_loss_coef': found['loss_weights'].get('load_balance', 0.0),
+    'router_z_loss_coef': found['loss_weights'].get('router_z', 0.0),
     'router_dtype': 'float32',
     'is_encoder_decoder': True,
-    'decoder_start_token_id': 0,
-    'pad_token_id': 0,
-    'eos_token_id': 1,
+    **_write_tokens(found, 'decoder_start_token_id'),
   }
 
 
+def _our_activation(found: Mapping[str, Any], key: str) -> str:
+  if found[key] not in _ACTIVATIONS:
+    raise ValueError(
+      f'config.json has {key}={found[key]!r}, which has no counterpart here; '
+      f'it must be one of {", ".join(_ACTIVATIONS)}.'
+    )
+  return _ACTIVATIONS[found[key]]
+
+
 def _their_activation(found: Mapping[str, Any]) -> str:
-  theirs = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
-  return theirs[found[f'{_MOE}.make_expert.activation']]
+  return _THEIR_ACTIVATION[found[f'{_MOE}.make_expert.activation']]
+
+
+def _loss_weights(**weights: float) -> dict[str, float]:
+  return {name: weight for name, weight in weights.items() if weight}
+
+
+def _read_tokens(found: Mapping[str, Any], start: int | None) -> dict[str, Any]:
+  """Macros of `SpecialTokens`; the keys are generation_config.json's, too."""
+  eos = found['eos_token_id']
+  eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+  pad = found['pad_token_id']
+  if pad is None or pad in eos:  # Which some use as padding: it is a token.
+    pad = NO_TOKEN
+  return {
+    'PAD_ID': pad,
+    'EOS_IDS': eos,
+    'START_ID': start,
+    'SUPPRESSED_IDS': tuple(found.get('suppress_tokens') or ()),
+  }
+
+
+def _write_tokens(found: Mapping[str, Any], start: str) -> dict[str, Any]:
+  """Keys of config.json; `start`: the one of a decoder's first input."""
+  eos, pad = found['special_tokens.eos'], found['special_tokens.pad']
+  return {
+    'pad_token_id': None if pad == NO_TOKEN else pad,
+    'eos_token_id': list(eos) if len(eos) > 1 else (*eos, None)[0],
+    start: found['special_tokens.start'],
+    'suppress_tokens': list(found['special_tokens.suppressed']) or None,
+  }
 
 
 def _read_decoder(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,16 +182,31 @@ def _read_decoder(found: Mapping[str, Any]) -> dict[str, Any]:
     'HEAD_DIM': found.get('head_dim') or found['hidden_size'] // heads,
     'ROTARY_BASE': float(rope['rope_theta']),
     'SPARSE_LAYERS': 1,
-    'ACTIVATION': _ACTIVATIONS[found['hidden_act']],
+    'ACTIVATION': _our_activation(found, 'hidden_act'),
+    'LOSS_WEIGHTS': _loss_weights(load_balance=found['router_aux_loss_coef']),
+    'attention.Attention.dropout_rate': found.get('attention_dropout', 0.0),
+    'MAX_LENGTH': found['max_position_embeddings'],
+    **_read_tokens(found, found['bos_token_id']),
   }
 
 
 def _write_decoder(found: Mapping[str, Any]) -> dict[str, Any]:
-  base = found[f'{_ATTENTION}.rotary_base']
+  base, length = found[f'{_ATTENTION}.rotary_base'], found['max_length']
   return {
     'rope_theta': base,  # Before transformers 5.
     'rope_parameters': {'rope_theta': base, 'rope_type': 'default'},
     'hidden_act': _their_activation(found),
+    'attention_dropout': found[f'{_ATTENTION}.dropout_rate'],
+    'router_aux_loss_coef': found['loss_weights'].get('load_balance', 0.0),
+    **_write_tokens(found, 'bos_token_id'),
+    **({} if length is None else {'max_position_embeddings': length}),
+  }
+
+
+def _read_mixtral(found: Mapping[str, Any]) -> dict[str, Any]:
+  return {
+    **_read_decoder(found),
+    'top_k.TopK.jitter': float(found['router_jitter_noise']),
   }
 
 
@@ -131,6 +214,7 @@ def _write_mixtral(found: Mapping[str, Any]) -> dict[str, Any]:
   return {
     **_write_decoder(found),
     'head_dim': found[f'{_ATTENTION}.head_width'],
+    'router_jitter_noise': found[f'{_MOE}.make_router.jitter'],
   }
 
 
@@ -163,6 +247,11 @@ include 'gin/routers/{router}.gin'
 SHARED_BIAS = None
 SCALED_ATTENTION = True
 GATED = True
+SCALED_LOGITS = False
+Z_LOSS = 0.0
+top_k.TopK.choose_by = 'probs'
+LAYER_REDUCTION = 'joint'
+BALANCE_OVER = 'microbatch'  # All tokens that it sees at once.
 TRAIN_CAPACITY_FACTOR = None
 EVAL_CAPACITY_FACTOR = None
 """
@@ -171,6 +260,13 @@ _DECODER_FIXED = {
   'sliding_window': None,
   'clip_qkv': None,
   'rope_scaling': None,
+}
+_DECODER_REMEDIES = {
+  'sparse_layers': 'every block of that format is sparse: SPARSE_LAYERS = 1',
+  'scaled_logits': (
+    'that format does not scale tied logits: SCALED_LOGITS = False, or '
+    'TIED_LOGITS = False'
+  ),
 }
 
 ARCHITECTURES = {
@@ -181,6 +277,9 @@ ARCHITECTURES = {
 include 'gin/models/encoder_decoder.gin'
 include 'gin/routers/switch.gin'
 GATED = False
+Z_LOSS = 0.0
+LAYER_REDUCTION = 'joint'
+BALANCE_OVER = 'group'  # A sequence.
 EVAL_CAPACITY_FACTOR = None
 """,
     same=[
@@ -204,9 +303,24 @@ EVAL_CAPACITY_FACTOR = None
       ),
     ],
     fixed={'router_bias': False, 'is_gated_act': False},
-    absent={'tie_word_embeddings': True},
+    absent={
+      'tie_word_embeddings': True,
+      'pad_token_id': 0,
+      'eos_token_id': 1,
+      'dropout_rate': 0.1,
+      'router_jitter_noise': 0.01,
+      'router_aux_loss_coef': 0.001,
+      'router_z_loss_coef': 0.001,
+    },
     read=_read_switch,
     write=_write_switch,
+    remedies={
+      'sparse_layers': (
+        'the sparse blocks of that format are all, none, or 1, 1 + n, 1 + 2 n '
+        'and so on: train with such SPARSE_LAYERS, for instance (1,)'
+      ),
+      'scaled_logits': 'that format scales tied logits: SCALED_LOGITS = True',
+    },
     copies=(
       'encoder.embed_tokens.weight',
       'decoder.embed_tokens.weight',
@@ -222,9 +336,18 @@ EVAL_CAPACITY_FACTOR = None
       ('num_local_experts', 'NUM_EXPERTS', f'{_MOE}.make_router.num_experts'),
     ],
     fixed=_DECODER_FIXED,
-    absent={'tie_word_embeddings': False},
-    read=_read_decoder,
+    absent={
+      'tie_word_embeddings': False,
+      'pad_token_id': None,
+      'bos_token_id': 1,
+      'eos_token_id': 2,
+      'max_position_embeddings': 4096 * 32,
+      'router_aux_loss_coef': 0.001,
+      'router_jitter_noise': 0.0,
+    },
+    read=_read_mixtral,
     write=_write_mixtral,
+    remedies=_DECODER_REMEDIES,
   ),
   'olmoe': Architecture(
     name='OlmoeForCausalLM',
@@ -235,8 +358,16 @@ EVAL_CAPACITY_FACTOR = None
       ('num_experts', 'NUM_EXPERTS', f'{_MOE}.make_router.num_experts'),
     ],
     fixed=_DECODER_FIXED,
-    absent={'tie_word_embeddings': False},
+    absent={
+      'tie_word_embeddings': False,
+      'pad_token_id': 1,
+      'bos_token_id': None,
+      'eos_token_id': 50279,
+      'max_position_embeddings': 4096,
+      'router_aux_loss_coef': 0.01,
+    },
     read=_read_olmoe,
     write=_write_olmoe,
+    remedies=_DECODER_REMEDIES,
   ),
 }

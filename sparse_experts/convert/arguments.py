@@ -10,12 +10,17 @@ from typing import Any
 from sparse_experts.models.layout import kinds
 from sparse_experts.models.model import Model
 
-# They change how a model is trained or run, not what it computes exactly.
-_SILENT = {
-  *('allow_non_causal_routing', 'balance_counts', 'capacity_rule'),
-  *('dispatch', 'dropout_rate', 'dtype', 'exact_dispatch', 'group_size'),
-  *('init_scale', 'jitter', 'kernel_init', 'losses_over', 'noise'),
-  *('policy_train', 'priority', 'remat', 'scan', 'unroll'),
+# They change how a model is trained, not what it computes exactly.
+_TRAINING = {
+  *('balance_counts', 'capacity_rule', 'dropout_rate', 'jitter'),
+  *('losses_over', 'max_length', 'noise', 'policy_train', 'priority'),
+}
+# Nor do these, by which it was begun or is run, or `choose_by` but for logits
+# so close that their probabilities are one number.
+_SILENT = _TRAINING | {
+  *('allow_non_causal_routing', 'choose_by', 'dispatch', 'dtype'),
+  'exact_dispatch',
+  *('group_size', 'init_scale', 'kernel_init', 'remat', 'scan', 'unroll'),
 }
 
 
@@ -25,6 +30,20 @@ def arguments(model: Model) -> dict[str, Any]:
   Example: 'decoder.make_block.make_attention.num_heads' -> 12.
   """
   return dict(_flat(model.module, ''))
+
+
+def training(model: Model) -> dict[str, Any]:
+  """What a model says of its training: its own arguments, and by path."""
+  found = {
+    field.name: getattr(model, field.name)
+    for field in dataclasses.fields(model)
+    if field.name not in ('module', 'capacity_factor_eval')
+  }
+  return found | {
+    path: value
+    for path, value in _found(model).items()
+    if _TRAINING & set(path.split('.'))
+  }
 
 
 def differences(ours: Model, theirs: Model) -> dict[str, tuple[Any, Any]]:
@@ -38,7 +57,18 @@ def differences(ours: Model, theirs: Model) -> dict[str, tuple[Any, Any]]:
 
 
 def _speaking(model: Model) -> dict[str, Any]:
+  return {
+    path: value
+    for path, value in _found(model).items()
+    if not _SILENT & set(path.split('.'))
+  }
+
+
+def _found(model: Model) -> dict[str, Any]:
+  """Its arguments in one form of several, without those that change nothing."""
   found = arguments(model)
+  if not found['tied_logits']:
+    del found['embed.scaled_logits']
   never = []  # Parts that no block of a stack has.
   for path, value in found.items():
     stem = path.rpartition('.')[0]
@@ -58,7 +88,7 @@ def _speaking(model: Model) -> dict[str, Any]:
   return {
     path: value
     for path, value in found.items()
-    if not _SILENT & set(path.split('.')) and not path.startswith(tuple(never))
+    if not path.startswith(tuple(never))
   }
 
 

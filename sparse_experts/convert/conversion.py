@@ -22,8 +22,14 @@ from sparse_experts.convert import native, places
 from sparse_experts.convert.formats import FORMATS, Checkpoint, look
 from sparse_experts.convert.places import Places
 from sparse_experts.convert.selection import select
+from sparse_experts.training import checkpoints
 
 _JOURNAL = 'journal.jsonl'
+_TOKENIZER = (  # What a tokenizer of Hugging Face may be written in.
+  *('added_tokens.json', 'chat_template.jinja', 'merges.txt'),
+  *('special_tokens_map.json', 'spiece.model', 'tokenizer.json'),
+  *('tokenizer.model', 'tokenizer_config.json', 'vocab.json', 'vocab.txt'),
+)
 
 
 def load(path: str | pathlib.Path, format: str | None = None):
@@ -86,7 +92,9 @@ def convert(
 
   Returns:
     A report: step; parameters; tensors and bytes written; unused, what was not
-    converted; missing, which is empty. Unless `dry_run` also sha256 of the
+    converted; missing, which is empty; unsaid, what of the model's training the
+    output does not say; tokenizer, files beside the checkpoint that are copied
+    as they are. Unless `dry_run` also sha256 of the
     parameters, the same in every format, and resumed, the number of pieces that
     were there.
 
@@ -118,9 +126,11 @@ def convert(
     'step': checkpoint.step,
     'parameters': parameters,
     'tensors': len(shapes),
-    'bytes': 4 * parameters,
+    'bytes': 4 * sum(math.prod(shape) for shape in shapes.values()),
     'unused': checkpoint.unused,
     'missing': [],
+    'unsaid': FORMATS[target].unsaid(checkpoint.model),
+    'tokenizer': [file.name for file in _tokenizer(checkpoint.path)],
   }
   if not dry_run:
     report |= _write(checkpoint, where, target, output)
@@ -144,12 +154,22 @@ def _write(
     )
     _move(checkpoint, where, writer.write, journal)
     writer.finish(checkpoint.gin)
+    for file in _tokenizer(checkpoint.path):
+      shutil.copy(file, partial)
   except ValueError:  # The checkpoint cannot be read: no use in going on.
     shutil.rmtree(partial)
     raise
   sha256 = journal.close()
   os.replace(partial, output)
   return {'sha256': sha256, 'resumed': resumed}
+
+
+def _tokenizer(path: pathlib.Path) -> list[pathlib.Path]:
+  """The files of a tokenizer beside a checkpoint, or in its MODEL_DIR."""
+  folder = pathlib.Path(checkpoints.root_of(path))
+  if folder.name.startswith('checkpoint_'):  # T5X's.
+    folder = folder.parent
+  return [folder / n for n in _TOKENIZER if (folder / n).is_file()]
 
 
 def _move(checkpoint: Checkpoint, where: Places, write, journal) -> None:

@@ -5,6 +5,7 @@ A format is a module with
     read(path) -> Found
     source_places(model, names, tensors) -> Places of a checkpoint that is there
     target_places(model, names) -> Places of one to be written
+    unsaid(model) -> what of its training such a checkpoint does not say
     Writer(folder, model, shapes, parts, step), with write(name, index, array)
       and finish(gin), see the modules.
 """

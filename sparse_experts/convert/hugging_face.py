@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -13,10 +14,19 @@ import numpy as np
 from sparse_experts import config
 from sparse_experts.convert import places, safetensors, torch_files
 from sparse_experts.convert.architectures import ARCHITECTURES, Architecture
-from sparse_experts.convert.arguments import arguments, differences
+from sparse_experts.convert.arguments import arguments, differences, training
 from sparse_experts.convert.places import Place
 from sparse_experts.convert.tensors import Found, Shapes, Tensor
 from sparse_experts.models.model import Model
+
+_GENERATION = 'generation_config.json'
+_SPECIAL = (
+  'bos_token_id',
+  'decoder_start_token_id',
+  'eos_token_id',
+  'pad_token_id',
+  'suppress_tokens',
+)
 
 
 def read(path: pathlib.Path) -> Found:
@@ -33,6 +43,10 @@ def read(path: pathlib.Path) -> Found:
     )
   found = json.loads(file.read_text())
   known = _architecture(found)
+  if (generation := path / _GENERATION).is_file():
+    # It is what `generate` of transformers reads; config.json has the rest.
+    said = json.loads(generation.read_text())
+    found |= {key: said[key] for key in _SPECIAL if said.get(key) is not None}
   tensors = _tensors(path)
   original, unused = known.table[0][1], []
   for copy in known.copies:
@@ -65,11 +79,31 @@ def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
     ValueError: config.json cannot say what the model is.
   """
   _describe(model)
-  return places.theirs(ARCHITECTURES[_kind(model)].table, names)
+  known = ARCHITECTURES[_kind(model)]
+  found = places.theirs(known.table, names)
+  if not model.module.tied_logits:
+    # transformers makes the copies of the embedding by itself only where logits
+    # are tied to it; else those that are not there are drawn at random.
+    others = {place.name for place in found.values()}
+    copies = tuple(name for name in known.copies if name not in others)
+    embedding = found['embed/embedding']
+    found['embed/embedding'] = dataclasses.replace(embedding, copies=copies)
+  return found
+
+
+def unsaid(model: Model) -> list[str]:
+  """What of a model's training config.json cannot say, and says instead."""
+  ours = training(model)
+  theirs = training(config.model_of(_gin(_describe(model))))
+  return [
+    f'{name} {ours.get(name)!r}, there {theirs.get(name)!r}'
+    for name in [*ours, *(theirs.keys() - ours.keys())]
+    if ours.get(name) != theirs.get(name)
+  ]
 
 
 class Writer(safetensors.Writer):
-  """Writes safetensors files and config.json."""
+  """Writes safetensors files, config.json and generation_config.json."""
 
   def __init__(
     self,
@@ -84,10 +118,18 @@ class Writer(safetensors.Writer):
     super().__init__(folder, shapes)
 
   def finish(self, gin: str) -> None:
-    """Writes config.json."""
+    """Writes what says what the tensors are."""
     del gin
-    text = json.dumps(self._config, indent=2, sort_keys=True)
-    (self.folder / 'config.json').write_text(text + '\n')
+    said = {
+      key: self._config[key]
+      for key in _SPECIAL
+      if self._config.get(key) is not None
+    }
+    # Suppressing is of generation alone: transformers refuses it elsewhere.
+    kept = {k: v for k, v in self._config.items() if k != 'suppress_tokens'}
+    for name, contents in (('config.json', kept), (_GENERATION, said)):
+      text = json.dumps(contents, indent=2, sort_keys=True)
+      (self.folder / name).write_text(text + '\n')
 
 
 def _tensors(folder: pathlib.Path) -> dict[str, Tensor]:
@@ -170,10 +212,11 @@ def _describe(model: Model) -> dict[str, Any]:
   Raises:
     ValueError: no architecture we know says the same; names what differs.
   """
-  found, kind = arguments(model), _kind(model)
+  found, kind = arguments(model) | training(model), _kind(model)
   known = ARCHITECTURES[kind]
   try:
     written = {
+      **known.absent,  # What transformers would take, where nothing says it.
       'model_type': kind,
       'architectures': [known.name],
       'dtype': 'float32',
@@ -189,9 +232,12 @@ def _describe(model: Model) -> dict[str, Any]:
   wrong = differences(model, config.model_of(_gin(written)))
   if wrong:
     path, (mine, other) = next(iter(wrong.items()))
+    remedy = known.remedies.get(
+      path.rpartition('.')[2], 'that format has no other'
+    )
     raise ValueError(
       f'this model cannot be {kind}: {path or "the model"} is {mine!r} and '
-      f'would be {other!r}; that format has no other.'
+      f'would be {other!r}; {remedy}.'
     )
   return written
 

@@ -37,11 +37,13 @@ class Place:
     name: of the tensor; one with `{e}` in it holds one expert.
     rule: see `axes`; of one expert's part where `name` has `{e}`.
     stack: it is layer `index` of `length` along axis `axis` of the tensor.
+    copies: tensors that repeat this one.
   """
 
   name: str
   rule: str = ''
   stack: tuple[int, int, int] | None = None  # axis, index, length
+  copies: tuple[str, ...] = ()
 
   def shapes(self, plain: Shape) -> dict[str, Shape]:
     """The shapes of its tensors, for the shape of the plain parameter."""
@@ -52,7 +54,7 @@ class Place:
     if self.stack is not None:
       axis, _, length = self.stack
       shape.insert(axis, length)
-    return {self.name: tuple(shape)}
+    return dict.fromkeys((self.name, *self.copies), tuple(shape))
 
   def index(self, experts: slice | None) -> tuple[Any, ...]:
     """The part of its one tensor that holds these experts."""
@@ -114,8 +116,10 @@ def write(
 ) -> None:
   """Writes the plain array of a piece where it lies."""
   if '{e}' not in place.name:
-    index = place.index(piece.experts)
-    return write_tensor(place.name, index, axes.to_theirs(array, place.rule))
+    theirs = axes.to_theirs(array, place.rule)
+    for name in (place.name, *place.copies):
+      write_tensor(name, place.index(piece.experts), theirs)
+    return
   for i, e in enumerate(range(piece.experts.start, piece.experts.stop)):
     name = place.name.format(e=e)
     write_tensor(name, (), axes.to_theirs(array[i], place.rule))

@@ -12,6 +12,7 @@ from flax import serialization, traverse_util
 
 from sparse_experts import config
 from sparse_experts.convert import flaxformer, places, tables, zarr
+from sparse_experts.convert.arguments import arguments
 from sparse_experts.convert.places import Place, Places
 from sparse_experts.convert.tensors import Found, Shapes, Tensor
 from sparse_experts.models.model import Model
@@ -57,9 +58,29 @@ def source_places(
 
 
 def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
-  """Where they lie without scan."""
-  del model
+  """Where they lie without scan.
+
+  Raises:
+    ValueError: it is of a model that T5X's cannot be.
+  """
+  tokens, found = model.special_tokens, arguments(model)
+  if (tokens.pad, tokens.start) != (0, 0):
+    raise ValueError(
+      f'this model pads with {tokens.pad} and begins with {tokens.start}, and '
+      "T5X's with 0; convert it to native or hf."
+    )
+  if found['tied_logits'] and not found['embed.scaled_logits']:
+    raise ValueError(
+      'this model does not scale its tied logits, and flaxformer divides them '
+      'by sqrt(EMBED_DIM); convert it to native or hf.'
+    )
   return places.theirs(tables.T5X, names)
+
+
+def unsaid(model: Model) -> list[str]:
+  """Nothing: our gin file of the model lies beside the checkpoint."""
+  del model
+  return []
 
 
 def _orbax(folder):

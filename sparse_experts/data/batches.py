@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from sparse_experts.data import converters, host_tensorflow, tasks
+from sparse_experts.models.special_tokens import T5, SpecialTokens
 
 if typing.TYPE_CHECKING:
   import tensorflow as tf
@@ -126,6 +127,7 @@ class Batches(Iterator[Batch]):
     num_shards: int = 1,
     rows: slice = slice(None),
     modules: Sequence[str] = (),
+    special_tokens: SpecialTokens = T5,
   ):
     """Opens the streams that `rows` needs.
 
@@ -143,6 +145,7 @@ class Batches(Iterator[Batch]):
         process is too slow.
       rows: the contiguous rows of the global batch that this process needs.
       modules: further modules that register tasks.
+      special_tokens: the model's.
 
     Raises:
       ValueError: unknown task, split or converter; features that the task does
@@ -161,6 +164,8 @@ class Batches(Iterator[Batch]):
       'task_ids': task_ids,
       'shuffle': shuffle,
       'num_shards': num_shards,
+      'pad': special_tokens.pad,
+      'start': special_tokens.first(),
       'corpus': digests(task_name, modules),
     }
     size = batch_size // num_shards
@@ -177,6 +182,7 @@ class Batches(Iterator[Batch]):
         seed=int(np.random.SeedSequence([seed, i]).generate_state(1)[0]),
         shard=(i, num_shards),
         num_epochs=None,
+        special_tokens=special_tokens,
       )  # fmt: skip
       dataset = dataset.batch(size, drop_remainder=True).prefetch(2)
       self._iterators[i] = iter(dataset)
@@ -235,7 +241,8 @@ class Batches(Iterator[Batch]):
       raise FileNotFoundError(f'no saved batches: {file} does not exist')
     saved = json.loads(file.read_text())
     drawn = saved.pop('batches_drawn')
-    saved.setdefault('task_ids', False)  # Once there were none.
+    for name in ('task_ids', 'pad', 'start'):  # Once there were none.
+      saved.setdefault(name, 0)
     for key, ours in self.identity.items():
       if saved[key] != ours:
         raise ValueError(
@@ -267,11 +274,12 @@ def eval_batches(
   task_ids: bool = False,
   num_batches: int | None = None,
   modules: Sequence[str] = (),
+  special_tokens: SpecialTokens = T5,
 ) -> Iterator[Batch]:
   """Yields a split once, in order, the same in every process.
 
-  The last batch is filled up with rows of zeros, whose `decoder_loss_weights`
-  are zero too.
+  The last batch is filled up with rows of padding, whose
+  `decoder_loss_weights` are zero.
 
   Args:
     num_batches: stop after so many batches; None for the whole split.
@@ -286,14 +294,18 @@ def eval_batches(
   dataset = _dataset(
     task, split, feature_lengths, converter, pack, task_ids,
     shuffle=False, seed=0, shard=(0, 1), num_epochs=1,
+    special_tokens=special_tokens,
   )  # fmt: skip
   # Without drop_remainder; the loop below fills up the last batch.
   batches = dataset.batch(batch_size).prefetch(2).as_numpy_iterator()
+
+  def fill_up(name, rows):
+    fill = special_tokens.pad if name.endswith('_tokens') else 0
+    missing = [(0, batch_size - len(rows)), (0, 0)]
+    return np.pad(rows, missing, constant_values=fill)
+
   for batch in itertools.islice(batches, num_batches):
-    yield {
-      name: np.pad(rows, [(0, batch_size - len(rows)), (0, 0)])
-      for name, rows in batch.items()
-    }
+    yield {name: fill_up(name, rows) for name, rows in batch.items()}
 
 
 def vocabulary_size(task_name: str, modules: Sequence[str] = ()) -> int:
@@ -314,12 +326,16 @@ def vocabulary_size(task_name: str, modules: Sequence[str] = ()) -> int:
 
 
 def check_vocabulary(
-  task_name: str, embeddings: int, modules: Sequence[str] = ()
+  task_name: str,
+  embeddings: int,
+  modules: Sequence[str] = (),
+  special_tokens: SpecialTokens = T5,
 ) -> None:
   """Checks that a model with so many embeddings knows all ids of a task.
 
   Raises:
-    ValueError: it does not. (Out-of-range ids would be clamped in silence.)
+    ValueError: it does not (out-of-range ids would be clamped in silence), or
+      its answers end with another token than the task's texts.
   """
   size = vocabulary_size(task_name, modules)
   if size > embeddings:
@@ -327,6 +343,14 @@ def check_vocabulary(
       f'task {task_name!r} has {size} token ids, but the model embeds only '
       f'{embeddings}: give the model a vocabulary of at least {size}'
     )
+  for name, feature in tasks.find(task_name, modules).output_features.items():
+    eos = feature.vocabulary.eos_id
+    if eos is not None and eos not in special_tokens.eos:
+      raise ValueError(
+        f'{name!r} of task {task_name!r} end with token {eos}, but answers of '
+        f'the model with {" or ".join(map(str, special_tokens.eos)) or "none"}'
+        f': take a task of its vocabulary, or train it with EOS_IDS = ({eos},)'
+      )
 
 
 def decode_tokens(
@@ -377,6 +401,8 @@ def token_pieces(
   }
 
   def piece(i):
+    if i < 0:  # Padding of a model that has no id of its own for it.
+      return '<pad>'
     if i in controls:
       return controls[i]
     sentinel = vocabulary.vocab_size - 1 - i
@@ -420,7 +446,7 @@ def task_names(task_name: str, modules: Sequence[str] = ()) -> tuple[str, ...]:
 
 def _dataset(
   task, split, feature_lengths, converter, pack, task_ids, shuffle, seed,
-  shard, num_epochs,
+  shard, num_epochs, special_tokens,
 ):  # fmt: skip
   """Rows of model features: read, preprocessed, packed or padded."""
   tf = host_tensorflow.load()
@@ -459,7 +485,7 @@ def _dataset(
     # A cache in memory would become part of every saved iterator.
     try_in_mem_cache=False,
   )
-  convert = converters.make(converter, pack, task_ids)
+  convert = converters.make(converter, pack, task_ids, special_tokens)
   options = tf.data.Options()
   options.deterministic = True
   return convert(dataset, feature_lengths).with_options(options)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 
 from sparse_experts.data import batches
+from sparse_experts.models.special_tokens import T5, SpecialTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,12 @@ class Dataset:
       self.task_ids,
     )
 
-  def training(self, converter: str, rows: slice) -> batches.Batches:
+  def training(
+    self,
+    converter: str,
+    rows: slice,
+    special_tokens: SpecialTokens = T5,
+  ) -> batches.Batches:
     """The endless stream of these rows of each global batch."""
     return batches.Batches(
       self.mixture_or_task_name,
@@ -67,9 +73,12 @@ class Dataset:
       num_shards=self.num_shards,
       rows=rows,
       modules=self.modules,
+      special_tokens=special_tokens,
     )
 
-  def evaluation(self, converter: str) -> Iterator[batches.Batch]:
+  def evaluation(
+    self, converter: str, special_tokens: SpecialTokens = T5
+  ) -> Iterator[batches.Batch]:
     """The split once, in order, whole batches in every process."""
     return batches.eval_batches(
       self.mixture_or_task_name,
@@ -81,12 +90,15 @@ class Dataset:
       task_ids=self.task_ids,
       num_batches=self.num_batches,
       modules=self.modules,
+      special_tokens=special_tokens,
     )
 
-  def check_vocabulary(self, embeddings: int) -> None:
-    """Raises ValueError where the task has ids that the model has not."""
+  def check_vocabulary(
+    self, embeddings: int, special_tokens: SpecialTokens = T5
+  ) -> None:
+    """Raises ValueError where the task's ids are not those of the model."""
     batches.check_vocabulary(
-      self.mixture_or_task_name, embeddings, self.modules
+      self.mixture_or_task_name, embeddings, self.modules, special_tokens
     )
 
   def corpus(self) -> dict[str, str]:

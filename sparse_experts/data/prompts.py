@@ -2,6 +2,8 @@
 
 A text file asks once a line. A file that ends in .jsonl holds objects, one a
 line, with the text 'inputs' and maybe 'targets', the answer one hopes for.
+Either may be a list of token ids instead: all that the model reads, to which
+nothing is added.
 """
 
 from __future__ import annotations
@@ -16,11 +18,15 @@ from etils import epath
 
 from sparse_experts.data import tasks
 from sparse_experts.data.dataset import Dataset
+from sparse_experts.models.special_tokens import T5, SpecialTokens
 
 MOST_BYTES = 1_000_000  # Of a line. Models read far less.
 
 
-def read(path: epath.PathLike) -> list[dict[str, str]]:
+Text = str | list[int]
+
+
+def read(path: epath.PathLike) -> list[dict[str, Text]]:
   """The examples of a file, with 'inputs' and maybe 'targets'.
 
   Raises:
@@ -54,21 +60,40 @@ def read(path: epath.PathLike) -> list[dict[str, str]]:
   return examples
 
 
-def _parse_text(line: str, where: str) -> dict[str, str]:
+def _parse_text(line: str, where: str) -> dict[str, Text]:
   return {'inputs': line.removesuffix('\r')}
 
 
-def _parse_json(line: str, where: str) -> dict[str, str]:
+def _parse_json(line: str, where: str) -> dict[str, Text]:
   try:
     example = json.loads(line)
     texts = {k: example[k] for k in ('inputs', 'targets') if k in example}
-    texts['inputs'].encode() + texts.get('targets', '').encode()
+    for text in texts['inputs'], texts.get('targets', ''):
+      if not is_ids(text):
+        text.encode()
   except (ValueError, TypeError, LookupError, AttributeError) as error:
     raise ValueError(
       f'{where} is no JSON object with a text "inputs" and maybe a text '
-      '"targets": write {"inputs": "..."}.'
+      '"targets", or lists of token ids: write {"inputs": "..."}.'
     ) from error
   return texts
+
+
+def is_ids(text: Any) -> bool:
+  """Whether a text is given by its token ids."""
+  return isinstance(text, list) and all(type(i) is int for i in text)
+
+
+def check_ids(read: Sequence[Mapping[str, Text]], embeddings: int) -> None:
+  """Raises ValueError where a token id is none of so many."""
+  for number, example in enumerate(read, 1):
+    for name, ids in example.items():
+      wrong = [i for i in ids if not 0 <= i < embeddings] if is_ids(ids) else []
+      if wrong:
+        raise ValueError(
+          f'{name!r} of example {number} has token {wrong[0]}, and the model '
+          f'has tokens 0 to {embeddings - 1}: give ids of its vocabulary.'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +103,8 @@ class Example:
   Attributes:
     features: what the model is asked, see `LanguageModel.start`; int32 [L].
     targets: token ids of that answer; empty if unknown.
-    texts: 'inputs' and, if known, 'targets'; 'inputs_cut' says how many tokens
-      of a file's line did not fit.
+    texts: 'inputs' and, if known, 'targets', as they were given; 'inputs_cut'
+      says how many tokens of a file's line did not fit.
   """
 
   features: Mapping[str, np.ndarray]
@@ -87,9 +112,11 @@ class Example:
   texts: Mapping[str, Any]
 
 
-def of_task(dataset: Dataset, converter: str) -> Iterator[Example]:
+def of_task(
+  dataset: Dataset, converter: str, special_tokens: SpecialTokens = T5
+) -> Iterator[Example]:
   """The examples of a dataset that is not packed, in order."""
-  for batch in dataset.evaluation(converter):
+  for batch in dataset.evaluation(converter, special_tokens):
     for i in np.flatnonzero(batch['decoder_loss_weights'].any(1)):
       row = {name: x[i] for name, x in batch.items()}
       wanted = row['decoder_loss_weights'] > 0
@@ -97,6 +124,8 @@ def of_task(dataset: Dataset, converter: str) -> Iterator[Example]:
       inputs = row.get('encoder_input_tokens', ())
       if 'decoder_causal_attention' in row:
         inputs = row['decoder_target_tokens'][~wanted]
+      inputs = np.asarray(inputs, int)
+      inputs = inputs[special_tokens.is_token(inputs)]
       texts = {
         'inputs': dataset.text('inputs', inputs) if len(inputs) else '',
         'targets': dataset.text('targets', targets),
@@ -105,7 +134,10 @@ def of_task(dataset: Dataset, converter: str) -> Iterator[Example]:
 
 
 def of_file(
-  read: Sequence[Mapping[str, str]], dataset: Dataset, converter: str
+  read: Sequence[Mapping[str, Text]],
+  dataset: Dataset,
+  converter: str,
+  special_tokens: SpecialTokens = T5,
 ) -> Iterator[Example]:
   """The examples of `read`, in the vocabulary and lengths of a dataset.
 
@@ -115,13 +147,15 @@ def of_file(
   lengths = dataset.feature_lengths
   asks = 'inputs' in task.output_features
 
-  def tokenize(name: str, text: str, end: bool) -> tuple[np.ndarray, int]:
+  def tokenize(name: str, text: Text, end: bool) -> tuple[np.ndarray, int]:
     """Token ids of a text, and how many more would not fit."""
-    feature = task.output_features[name]
-    ids = feature.vocabulary.encode(text)
-    room = lengths[name] - end
-    eos = [feature.vocabulary.eos_id] * end
-    return np.array(ids[:room] + eos, np.int32), max(0, len(ids) - room)
+    if is_ids(text):
+      ids, last = text, []
+    else:
+      vocabulary = task.output_features[name].vocabulary
+      ids, last = vocabulary.encode(text), [vocabulary.eos_id] * end
+    room = lengths[name] - len(last)
+    return np.array(ids[:room] + last, np.int32), max(0, len(ids) - room)
 
   for texts in read:
     name = 'inputs' if asks else 'targets'
@@ -130,26 +164,47 @@ def of_file(
     targets = np.zeros(0, np.int32)
     if 'targets' in texts:
       targets, _ = tokenize('targets', texts['targets'], end=True)
+    start = None if is_ids(texts['inputs']) else special_tokens.start
+    begun = dataclasses.replace(special_tokens, start=start)
     yield Example(
-      features(converter, tokens, lengths[name]),
+      features(converter, tokens, lengths[name], begun),
       targets,
       {**texts, **({'inputs_cut': cut} if cut else {})},
     )
 
 
 def features(
-  converter: str, tokens: np.ndarray, length: int
+  converter: str,
+  tokens: np.ndarray,
+  length: int,
+  special_tokens: SpecialTokens = T5,
 ) -> dict[str, np.ndarray]:
   """The features of one prompt of at most `length` tokens, padded to it.
+
+  A decoder alone has room for a start token before it.
+
+  Raises:
+    ValueError: a decoder has nothing to begin with.
 
   >>> features('decoder', np.array([7, 8]), 3)['decoder_input_tokens'].tolist()
   [0, 7, 8, 0]
   """
-  padded = np.pad(tokens.astype(np.int32), (0, length - len(tokens)))
+  tokens = tokens.astype(np.int32)
+  if converter == 'decoder':
+    length += 1
+    if special_tokens.start is not None:
+      tokens = np.append(np.int32(special_tokens.start), tokens)
+    if not len(tokens):
+      raise ValueError(
+        'a prompt is empty, and the model has no start token to begin with: '
+        'give each at least one token.'
+      )
+  fill = (0, length - len(tokens))
+  padded = np.pad(tokens, fill, constant_values=special_tokens.pad)
   if converter == 'encoder_decoder':
     return {'encoder_input_tokens': padded}
-  is_prompt = np.arange(length + 1) <= len(tokens)
+  is_prompt = np.arange(length) < len(tokens)
   return {
-    'decoder_input_tokens': np.pad(padded, (1, 0)),
+    'decoder_input_tokens': padded,
     'decoder_causal_attention': is_prompt.astype(np.int32),
   }

@@ -17,11 +17,14 @@ class TokenEmbed(nn.Module):
     vocab_size: V, at least the vocabulary's size; a multiple of 128 serves TPU.
     width: D, the model's width.
     dtype: of the activations; every layer follows the dtype of its input.
+    scaled_logits: logits against the table are divided by sqrt(D), as T5's
+      (Mesh TF); Hugging Face's decoders do not.
   """
 
   vocab_size: int
   width: int
   dtype: jnp.dtype = jnp.float32
+  scaled_logits: bool = True
 
   def setup(self):
     self.embedding = self.param(
@@ -38,8 +41,9 @@ class TokenEmbed(nn.Module):
     return self.embedding[tokens_BxL].astype(self.dtype)
 
   def attend(self, x_BxLxD: Array) -> Array:
-    """Logits [B, L, V] against the table, scaled by 1 / sqrt(D) as in T5."""
-    x_BxLxD = x_BxLxD / np.sqrt(self.width).astype(x_BxLxD.dtype)
+    """Logits [B, L, V] against the table."""
+    if self.scaled_logits:
+      x_BxLxD = x_BxLxD / np.sqrt(self.width).astype(x_BxLxD.dtype)
     return jnp.einsum(
       'BLD,VD->BLV', x_BxLxD, self.embedding.astype(x_BxLxD.dtype)
     )

@@ -79,10 +79,30 @@ def over_layers(
 ) -> dict[str, Array]:
   """Each loss over all layers; arguments as of `of_layers`, its result given.
 
-  A joint balance loss is that of the layers' tokens taken together: f and P
-  are means over layers, too, before they are multiplied. Other losses are the
-  mean over layers then.
+  A joint balance loss is that of the tokens of a stack's layers taken together:
+  f and P are means over layers, too, before they are multiplied. Other losses
+  are the mean over a stack's layers then, and those of two stacks add.
   """
+  if layer_reduction != 'joint':
+    return _over(auxes, layer_reduction, balance_over, totals)
+  stacks: dict[str, dict[str, Aux]] = {}
+  for name, aux in auxes.items():
+    stacks.setdefault(name.split('/')[0], {})[name] = aux
+  combined: dict[str, Array] = {}
+  for of_stack in stacks.values():
+    part = _over(of_stack, layer_reduction, balance_over, totals)
+    for name, value in part.items():
+      combined[name] = combined.get(name, 0) + value
+  return combined
+
+
+def _over(
+  auxes: Mapping[str, Aux],
+  layer_reduction: str,
+  balance_over: str,
+  totals: Totals,
+) -> dict[str, Array]:
+  """`over_layers` of one stack, or of all as if they were one."""
   values: dict[str, list[Array]] = {}
   for aux in auxes.values():
     for name, value in aux.losses.items():

@@ -1,8 +1,8 @@
 """Writing tokens one by one: greedy, sampled, or by beam search.
 
 A strategy is a value, `Sampling` or `BeamSearch`, that says which tokens the
-answers go on with; the loop is the same for both. Token 0 is padding, which
-is never written, and 1 (EOS) ends an answer.
+answers go on with; the loop is the same for both. Which tokens end an answer
+and which fill it up is the model's to say, by its `SpecialTokens`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from sparse_experts.arrays import Array
+from sparse_experts.models.special_tokens import NO_TOKEN, T5, SpecialTokens
 from sparse_experts.moe.assignment import largest
-
-PAD, EOS = 0, 1
 
 Step = Callable[[Any, Array], tuple[Any, Array]]
 MapRows = Callable[[Callable[[Array], Array], Any], Any]
@@ -30,7 +29,7 @@ class Answers:
   """What sampling has written, one answer a row.
 
   Attributes:
-    tokens_BxT: int32, 0 where nothing is written.
+    tokens_BxT: int32, padding where nothing is written.
     log_prob_B: float32, of the tokens written, under the model.
     done_B: EOS is written.
   """
@@ -47,7 +46,7 @@ class Beams:
   Attributes:
     live_BxNxT: int32, those that go on.
     log_prob_BxN: float32, theirs; -inf where there is none.
-    ended_BxNxT: int32, the best of those that wrote EOS, 0 after it.
+    ended_BxNxT: int32, the best of those that wrote EOS, padded after it.
     score_BxN: float32, theirs; -inf where there is none.
     done_B: no live one can still become one of the N best.
   """
@@ -106,43 +105,49 @@ class Sampling:
     *,
     max_tokens: int,
     map_rows: MapRows = jax.tree.map,
+    special_tokens: SpecialTokens = T5,
   ) -> tuple[Array, Array]:
     """Continues every row until it writes EOS or `max_tokens` tokens.
 
     Args:
       logits_BxV: of each row's first token.
-      step: (cache, tokens_B) -> (cache, logits_BxV of the next token).
+      step: (cache, tokens_B) -> (cache, logits_BxV of the next token); a row
+        that is done has NO_TOKEN.
       cache: what `step` carries.
       keys_B: a key per row; the draw at position t uses fold_in(key, t), so a
         row's answer depends on its key and not on its neighbours. Greedy needs
         none.
       max_tokens: T, tokens at most.
       map_rows: not needed, as no row changes its place.
+      special_tokens: the model's.
 
     Returns:
-      tokens [B, T], 0 after EOS, and each row's log-probability under the model
-      (temperature 1), float32 [B].
+      tokens [B, T], padded after EOS, and each row's log-probability under the
+      model (temperature 1), float32 [B].
     """
     del map_rows
 
     def advance(t, answers, log_probs_BxV):
-      token_B = self.draw(keys_B, t, log_probs_BxV)
-      token_B = jnp.where(answers.done_B, PAD, token_B)
+      token_B, done_B = self.draw(keys_B, t, log_probs_BxV), answers.done_B
       log_prob_B = jnp.take_along_axis(log_probs_BxV, token_B[:, None], 1)[:, 0]
       answers = Answers(
-        answers.tokens_BxT.at[:, t].set(token_B),
-        answers.log_prob_B + jnp.where(answers.done_B, 0, log_prob_B),
-        answers.done_B | (token_B == EOS),
+        answers.tokens_BxT.at[:, t].set(
+          jnp.where(done_B, special_tokens.pad, token_B)
+        ),
+        answers.log_prob_B + jnp.where(done_B, 0, log_prob_B),
+        done_B | special_tokens.is_eos(token_B),
       )
-      return answers, token_B, None
+      return answers, jnp.where(done_B, NO_TOKEN, token_B), None
 
     B = logits_BxV.shape[0]
     start = Answers(
-      jnp.zeros((B, max_tokens), jnp.int32),
+      jnp.full((B, max_tokens), special_tokens.pad, jnp.int32),
       jnp.zeros(B, jnp.float32),
       jnp.zeros(B, bool),
     )
-    end = _write(advance, start, logits_BxV, step, cache, max_tokens)
+    end = _write(
+      advance, start, logits_BxV, step, cache, max_tokens, special_tokens
+    )
     return end.tokens_BxT, end.log_prob_B
 
   def draw(
@@ -189,7 +194,8 @@ class BeamSearch:
   with EOS in the length (Wu et al. 2016, https://arxiv.org/abs/1609.08144,
   equation 14, without coverage). At each step the N most probable continuations
   that do not end go on, and an end counts if fewer than 2N continuations are
-  more probable: the N best ends of all steps are kept, apart from those that go
+  more probable, (1 + e) N where e > 1 tokens end an answer, as in transformers:
+  the N best ends of all steps are kept, apart from those that go
   on, which they do until none can still score as much as the worst of N ends.
   The answers are the ends; where a sequence has none after T tokens, those that
   went on. Width 1 is greedy.
@@ -222,26 +228,35 @@ class BeamSearch:
     *,
     max_tokens: int,
     map_rows: MapRows = jax.tree.map,
+    special_tokens: SpecialTokens = T5,
   ) -> tuple[Array, Array]:
     """The N best answers of every row found.
 
     Args:
-      logits_BxV, step, cache, max_tokens: as in `Sampling`; `step` is called
-        with B * N rows.
+      logits_BxV, step, cache, max_tokens, special_tokens: as in `Sampling`;
+        `step` is called with B * N rows.
       keys_B: not needed, as nothing is drawn.
       map_rows: (function, cache) -> cache, applies a function of arrays
         [rows, ...] to every array of a cache.
 
     Returns:
-      tokens [B, N, T], the best first, 0 after EOS; their scores, float32
-      [B, N]. Where fewer than N were found, the rest are 0 and score -inf.
+      tokens [B, N, T], the best first, padded after EOS; their scores, float32
+      [B, N]. Where fewer than N were found, the rest are padding, of score
+      -inf.
     """
     del keys_B
     if self.width == 1:
       tokens_BxT, log_prob_B = GREEDY(
-        logits_BxV, step, cache, None, max_tokens=max_tokens
+        logits_BxV,
+        step,
+        cache,
+        None,
+        max_tokens=max_tokens,
+        special_tokens=special_tokens,
       )
-      score_B = self.score(log_prob_B, (tokens_BxT != PAD).sum(1))
+      ends_BxT = special_tokens.is_eos(tokens_BxT)
+      before_BxT = jnp.cumsum(ends_BxT, 1) - ends_BxT  # Ends before each token.
+      score_B = self.score(log_prob_B, (before_BxT == 0).sum(1))
       return tokens_BxT[:, None], score_B[:, None]
     B, N = logits_BxV.shape[0], self.width
 
@@ -249,7 +264,7 @@ class BeamSearch:
       return jnp.repeat(x_Bx___, N, axis=0)
 
     none_BxN = jnp.full((B, N), -jnp.inf, jnp.float32)
-    empty_BxNxT = jnp.zeros((B, N, max_tokens), jnp.int32)
+    empty_BxNxT = jnp.full((B, N, max_tokens), special_tokens.pad, jnp.int32)
     start = Beams(
       live_BxNxT=empty_BxNxT,
       log_prob_BxN=none_BxN.at[:, 0].set(0),  # All N would be the same.
@@ -258,12 +273,13 @@ class BeamSearch:
       done_B=jnp.zeros(B, bool),
     )
     end = _write(
-      functools.partial(self._advance, max_tokens),
+      functools.partial(self._advance, max_tokens, special_tokens),
       start,
       repeat(logits_BxV),
       step,
       map_rows(repeat, cache),
       max_tokens,
+      special_tokens,
       map_rows,
     )
     endless_Bx1 = jnp.isneginf(end.score_BxN).all(1, keepdims=True)
@@ -274,50 +290,52 @@ class BeamSearch:
       endless_Bx1[..., None], end.live_BxNxT, end.ended_BxNxT
     )
     exists_BxN = score_BxN > -jnp.inf
-    return jnp.where(exists_BxN[..., None], tokens_BxNxT, PAD), score_BxN
+    tokens_BxNxT = jnp.where(
+      exists_BxN[..., None], tokens_BxNxT, special_tokens.pad
+    )
+    return tokens_BxNxT, score_BxN
 
   def score(self, log_prob: Array, length: Array | int) -> Array:
     """Log-probabilities over the length penalty."""
     return log_prob / ((5 + length) / 6) ** self.alpha
 
-  def _advance(self, max_tokens, t, beams, log_probs_BNxV):
+  def _advance(self, max_tokens, special_tokens, t, beams, log_probs_BNxV):
     """The hypotheses with token t; see `_write`."""
     (B, N), V = beams.log_prob_BxN.shape, log_probs_BNxV.shape[-1]
     total_BxNxV = beams.log_prob_BxN[..., None] + jnp.where(
       beams.done_B[:, None, None], -jnp.inf, log_probs_BNxV.reshape(B, N, V)
     )
-    # Of 2N at least N do not end, as each hypothesis has one end.
-    total_Bx2N, best_Bx2N = _best(total_BxNxV.reshape(B, N * V), 2 * N)
-    from_Bx2N, token_Bx2N = best_Bx2N // V, best_Bx2N % V
-    tokens_Bx2NxT = _take(beams.live_BxNxT, from_Bx2N)
-    tokens_Bx2NxT = tokens_Bx2NxT.at[..., t].set(token_Bx2N)
-    ends_Bx2N = token_Bx2N == EOS
-    log_prob_BxN, live_BxN = _best(
-      jnp.where(ends_Bx2N, -jnp.inf, total_Bx2N), N
-    )
-    score_Bx2N = jnp.where(ends_Bx2N, self.score(total_Bx2N, t + 1), -jnp.inf)
+    # Of these M at least N do not end, as a hypothesis has so many ends.
+    M = (1 + max(1, len(special_tokens.eos))) * N
+    total_BxM, best_BxM = _best(total_BxNxV.reshape(B, N * V), M)
+    from_BxM, token_BxM = best_BxM // V, best_BxM % V
+    tokens_BxMxT = _take(beams.live_BxNxT, from_BxM)
+    tokens_BxMxT = tokens_BxMxT.at[..., t].set(token_BxM)
+    ends_BxM = special_tokens.is_eos(token_BxM)
+    log_prob_BxN, live_BxN = _best(jnp.where(ends_BxM, -jnp.inf, total_BxM), N)
+    score_BxM = jnp.where(ends_BxM, self.score(total_BxM, t + 1), -jnp.inf)
     score_BxN, ended_BxN = _best(
-      jnp.concatenate([beams.score_BxN, score_Bx2N], 1), N
+      jnp.concatenate([beams.score_BxN, score_BxM], 1), N
     )
-    ended_Bx3NxT = jnp.concatenate([beams.ended_BxNxT, tokens_Bx2NxT], 1)
+    ended_BxNMxT = jnp.concatenate([beams.ended_BxNxT, tokens_BxMxT], 1)
     # What goes on becomes less probable, and no longer than this.
     possible_B = self.score(log_prob_BxN[:, 0], max_tokens)
     done_B = score_BxN[:, -1] >= possible_B
-    from_BxN = _take(from_Bx2N, live_BxN)
-    token_BxN = _take(token_Bx2N, live_BxN)
+    from_BxN = _take(from_BxM, live_BxN)
+    token_BxN = _take(token_BxM, live_BxN)
 
     def rows(x_BNx___):
       x_BxNx___ = x_BNx___.reshape(B, N, *x_BNx___.shape[1:])
       return _take(x_BxNx___, from_BxN).reshape(x_BNx___.shape)
 
     beams = Beams(
-      live_BxNxT=_take(tokens_Bx2NxT, live_BxN),
+      live_BxNxT=_take(tokens_BxMxT, live_BxN),
       log_prob_BxN=log_prob_BxN,
-      ended_BxNxT=_take(ended_Bx3NxT, ended_BxN),
+      ended_BxNxT=_take(ended_BxNMxT, ended_BxN),
       score_BxN=score_BxN,
       done_B=done_B,
     )
-    token_BxN = jnp.where(done_B[:, None], PAD, token_BxN)
+    token_BxN = jnp.where(done_B[:, None], NO_TOKEN, token_BxN)
     return beams, token_BxN.reshape(-1), rows
 
 
@@ -349,6 +367,7 @@ def _write(
   step: Step,
   cache: Any,
   max_tokens: int,
+  special_tokens: SpecialTokens,
   map_rows: MapRows = jax.tree.map,
 ) -> Any:
   """The state when all rows are done or `max_tokens` tokens are written.
@@ -356,7 +375,8 @@ def _write(
   Args:
     advance: (t, state, log_probs_BxV) -> (the state with token t, the token_B
       that each row wrote, how rows were taken from the rows before or None).
-      Padding has log-probability -inf; it is the token of rows that are done.
+      What is suppressed has log-probability -inf; a row that is done writes
+      NO_TOKEN.
     state: at the start; its done_B says which rows are done.
   """
   if max_tokens < 1:
@@ -364,8 +384,10 @@ def _write(
 
   def extend(t, state, logits_BxV):
     log_probs_BxV = jax.nn.log_softmax(logits_BxV.astype(jnp.float32))
-    is_text_V = jnp.arange(log_probs_BxV.shape[1]) != PAD
-    return advance(t, state, jnp.where(is_text_V, log_probs_BxV, -jnp.inf))
+    allowed_V = special_tokens.may_be_written(
+      jnp.arange(log_probs_BxV.shape[1])
+    )
+    return advance(t, state, jnp.where(allowed_V, log_probs_BxV, -jnp.inf))
 
   def proceed(carry):
     t, state, *_ = carry

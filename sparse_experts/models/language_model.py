@@ -10,6 +10,7 @@ from flax import linen as nn
 from sparse_experts.arrays import Array, Aux
 from sparse_experts.layers.embed import TokenEmbed
 from sparse_experts.layers.linear import Linear
+from sparse_experts.models.special_tokens import T5, SpecialTokens
 from sparse_experts.models.transformer import Context
 from sparse_experts.sharding import constrain
 
@@ -20,8 +21,7 @@ class LanguageModel(nn.Module):
   Batches are dictionaries with the feature names of seqio's converters:
   `encoder_input_tokens`, `decoder_input_tokens`, `decoder_target_tokens`, and
   where examples are packed `*_segment_ids`; for routers that need them,
-  `encoder_task_ids` and `decoder_task_ids`, int32 [B, L]. Token 0 is
-  padding and the decoder's first input.
+  `encoder_task_ids` and `decoder_task_ids`, int32 [B, L].
 
   Attributes:
     embed: the token table, of both stacks.
@@ -33,6 +33,9 @@ class LanguageModel(nn.Module):
     bidirectional_prefix: a decoder's inputs (`decoder_causal_attention`) see
       one another (prefix LM, Raffel et al. 2020, section 3.2.1).
     init_scale: of the logits' matrix, see `linear.Linear`.
+    special_tokens: which ids are padding, an end, the decoder's first input.
+    max_length: the longest sequence it is made for, which other programs are
+      told; None: it is not said.
   """
 
   embed: TokenEmbed
@@ -41,6 +44,8 @@ class LanguageModel(nn.Module):
   tied_logits: bool = False
   bidirectional_prefix: bool = False
   init_scale: float = 1.0
+  special_tokens: SpecialTokens = T5
+  max_length: int | None = None
 
   @property
   def converter(self) -> str:
@@ -86,7 +91,7 @@ class LanguageModel(nn.Module):
         task_ids_BxL=batch.get('decoder_task_ids'),
         attend_BxLxM=self._attend(batch),
         memory_BxMxD=memory_BxMxD,
-        attend_memory_BxLxM=_attend_memory(batch),
+        attend_memory_BxLxM=self._attend_memory(batch),
         step=step,
         capacity_factor=capacity_factor,
         deterministic=deterministic,
@@ -98,9 +103,12 @@ class LanguageModel(nn.Module):
 
   def masks(self, batch: Mapping[str, Array]) -> dict[str, Array]:
     """By stack, the tokens that its layers route, boolean [B, L]."""
-    masks = {'decoder': batch['decoder_target_tokens'] > 0}
+    is_token = self.special_tokens.is_token
+    masks = {}
+    if 'decoder_target_tokens' in batch:
+      masks['decoder'] = is_token(batch['decoder_target_tokens'])
     if self.encoder is not None:
-      masks['encoder'] = batch['encoder_input_tokens'] > 0
+      masks['encoder'] = is_token(batch['encoder_input_tokens'])
     return masks
 
   def start(self, batch: Mapping[str, Array], max_length: int) -> Array:
@@ -121,11 +129,14 @@ class LanguageModel(nn.Module):
       prompt_BxL = batch.get('decoder_causal_attention')
       attend_BxLxL = self._attend(batch)
     else:
-      tokens_BxL = jnp.zeros((memory_BxMxD.shape[0], 1), jnp.int32)
+      start = self.special_tokens.first()
+      tokens_BxL = jnp.full((memory_BxMxD.shape[0], 1), start, jnp.int32)
       prompt_BxL = None
       attend_BxLxL = jnp.ones((1, 1, 1), bool)
       self.put_variable(
-        'cache', 'attend_memory', batch['encoder_input_tokens'] > 0
+        'cache',
+        'attend_memory',
+        self.masks(batch)['encoder'],
       )
     B, L = tokens_BxL.shape
     lengths_B = jnp.ones(B, int) if prompt_BxL is None else prompt_BxL.sum(1)
@@ -145,7 +156,7 @@ class LanguageModel(nn.Module):
         task_ids_BxL=task_ids_BxL,
         attend_BxLxM=attend_BxLxL,
         memory_BxMxD=memory_BxMxD,
-        attend_memory_BxLxM=_attend_memory(batch),
+        attend_memory_BxLxM=self._attend_memory(batch),
         cache='fill',
         cache_length=max_length,
       ),
@@ -154,7 +165,11 @@ class LanguageModel(nn.Module):
     return self._logits(jnp.take_along_axis(y_BxLxD, last_Bx1x1, axis=1))[:, 0]
 
   def step(self, tokens_B: Array) -> Array:
-    """Takes one more token of each answer; logits [B, V] of the next."""
+    """Takes one more token of each answer; logits [B, V] of the next.
+
+    Args:
+      tokens_B: int32; below 0 where an answer has ended, which is padding.
+    """
     position_B = self.get_variable('cache', 'position')
     written_BxM = self.get_variable('cache', 'written')
     keys_1xM = jnp.arange(written_BxM.shape[1])[None]
@@ -167,8 +182,7 @@ class LanguageModel(nn.Module):
     y_Bx1xD, _ = self.decoder(
       self._embed(tokens_B[:, None]),
       Context(
-        # The start token, or padding after the end of an answer.
-        mask_BxL=((tokens_B > 0) | (position_B == 0))[:, None],
+        mask_BxL=(tokens_B >= 0)[:, None],
         attend_BxLxM=written_BxM[:, None],
         queries_BxL=position_B[:, None],
         keys_BxM=keys_1xM,
@@ -193,7 +207,7 @@ class LanguageModel(nn.Module):
     if self.encoder is None:
       return None, {}
     tokens_BxM = batch['encoder_input_tokens']
-    mask_BxM = batch['encoder_input_tokens'] > 0
+    mask_BxM = self.masks(batch)['encoder']
     segments_BxM = batch.get('encoder_segment_ids', mask_BxM)
     y_BxMxD, auxes = self.encoder(
       self._embed(tokens_BxM),
@@ -224,7 +238,19 @@ class LanguageModel(nn.Module):
       attend_BxLxL &= segments_BxL[:, :, None] == segments_BxL[:, None, :]
     return attend_BxLxL
 
+  def _attend_memory(self, batch: Mapping[str, Array]) -> Array | None:
+    """Which targets may look at which inputs, boolean [B, L or 1, M]."""
+    if 'encoder_segment_ids' in batch:
+      return (
+        batch['decoder_segment_ids'][:, :, None]
+        == batch['encoder_segment_ids'][:, None, :]
+      )
+    if self.encoder is not None:
+      return self.masks(batch)['encoder'][:, None, :]
+    return None
+
   def _embed(self, tokens_BxL: Array) -> Array:
+    # Padding may be -1, the table's last line here: nothing looks at it.
     return constrain(self.embed(tokens_BxL), 'batch', 'length', 'act_embed')
 
   def _logits(self, y_BxLxD: Array) -> Array:
@@ -238,14 +264,17 @@ class LanguageModel(nn.Module):
 
 
 def answered(
-  batch: Mapping[str, Array], answers_BxT: Array
+  batch: Mapping[str, Array],
+  answers_BxT: Array,
+  special_tokens: SpecialTokens = T5,
 ) -> dict[str, Array]:
   """The batch whose targets are these answers, as `Model.score` takes it.
 
   Args:
     batch: inputs or prompts, as `LanguageModel.start` takes them. Targets that
       it has are replaced.
-    answers_BxT: int32, 0 after their end.
+    answers_BxT: int32, padded after their end.
+    special_tokens: the model's.
 
   Returns:
     The batch with decoder features of the answers, which follow the prompts.
@@ -258,9 +287,11 @@ def answered(
   features = {
     name: x for name, x in batch.items() if name.startswith('encoder_')
   }
-  (B, T), prompts_BxL = answers_BxT.shape, jnp.zeros((len(answers_BxT), 1), int)
+  (B, T), pad = answers_BxT.shape, special_tokens.pad
   lengths_B = jnp.ones(B, int)
-  if not features:
+  if features:
+    prompts_BxL = jnp.full((B, 1), special_tokens.first(), int)
+  else:
     prompts_BxL = batch['decoder_input_tokens']
     if 'decoder_causal_attention' in batch:
       lengths_B = batch['decoder_causal_attention'].sum(1)
@@ -269,14 +300,20 @@ def answered(
   position_1xL = jnp.arange(length)[None]
   index_BxL = position_1xL - (lengths_B - 1)[:, None]
   answer_BxL = jnp.take_along_axis(
-    jnp.pad(answers_BxT, ((0, 0), (0, 1))), jnp.clip(index_BxL, 0, T), axis=1
+    jnp.pad(answers_BxT, ((0, 0), (0, 1)), constant_values=pad),
+    jnp.clip(index_BxL, 0, T),
+    axis=1,
   )
   prompt_BxL = jnp.pad(prompts_BxL[:, 1:], ((0, 0), (0, T)))
   targets_BxL = jnp.where(index_BxL >= 0, answer_BxL, prompt_BxL)
   features |= {
     'decoder_target_tokens': targets_BxL,
-    'decoder_input_tokens': jnp.pad(targets_BxL, ((0, 0), (1, 0)))[:, :-1],
-    'decoder_loss_weights': (index_BxL >= 0) & (targets_BxL > 0),
+    'decoder_input_tokens': jnp.concatenate(
+      [prompts_BxL[:, :1], targets_BxL[:, :-1]], axis=1
+    ),
+    'decoder_loss_weights': (
+      (index_BxL >= 0) & special_tokens.is_token(targets_BxL)
+    ),
   }
   if 'decoder_causal_attention' in batch:
     prompt_BxL = position_1xL < lengths_B[:, None]
@@ -286,18 +323,6 @@ def answered(
       batch['decoder_task_ids'][:, :1], targets_BxL.shape
     )
   return features
-
-
-def _attend_memory(batch: Mapping[str, Array]) -> Array | None:
-  """Which targets may look at which inputs, boolean [B, L or 1, M]."""
-  if 'encoder_segment_ids' in batch:
-    return (
-      batch['decoder_segment_ids'][:, :, None]
-      == batch['encoder_segment_ids'][:, None, :]
-    )
-  if 'encoder_input_tokens' in batch:
-    return (batch['encoder_input_tokens'] > 0)[:, None, :]
-  return None
 
 
 def _context(length: int, **fields) -> Context:

@@ -16,6 +16,7 @@ from sparse_experts.arrays import Array, Aux
 from sparse_experts.models import auxiliary, reward
 from sparse_experts.models.auxiliary import Totals
 from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
+from sparse_experts.models.special_tokens import SpecialTokens
 from sparse_experts.models.transformer import map_rows
 
 Batch = Mapping[str, Array]
@@ -37,9 +38,10 @@ class Model:
     loss_weights: weight of each auxiliary loss the routers return, by name.
     layer_reduction: auxiliary losses are combined over sparse layers by 'sum'
       (Mesh TF, so Switch and ST-MoE as published), 'mean' (flaxformer,
-      MegaBlocks), or 'joint': the balance loss is of all layers' tokens
-      together, whose f and P are averaged before they are multiplied
-      (transformers' Mixtral and OLMoE); other losses are the mean.
+      MegaBlocks), or 'joint': the balance loss is of all tokens of a stack's
+      layers together, whose f and P are averaged before they are multiplied;
+      other losses are the mean over a stack's layers, and stacks add
+      (transformers: Mixtral, OLMoE, Switch).
     balance_over: the tokens that f and P of the balance loss are means over.
       'group': each group of a layer, as routers return it (Mesh TF,
         DeepSeek-V3's sequences).
@@ -97,6 +99,18 @@ class Model:
     """Which of seqio's feature converters makes the batches."""
     return self.module.converter
 
+  @property
+  def special_tokens(self) -> SpecialTokens:
+    """Which token ids are padding, an end, a decoder's first input."""
+    return self.module.special_tokens
+
+  def target_weights(self, batch: Batch) -> Array:
+    """How much each target counts, float32 [B, L]."""
+    weights_BxL = batch.get('decoder_loss_weights')
+    if weights_BxL is None:
+      weights_BxL = self.special_tokens.is_token(batch['decoder_target_tokens'])
+    return weights_BxL.astype(jnp.float32)
+
   def init(self, rng: Array, shapes: Mapping[str, jax.ShapeDtypeStruct]):
     """Boxed parameters (with axis names) for batches of these shapes.
 
@@ -148,7 +162,7 @@ class Model:
       return loss, sums
     loss_1, sums_1, logits_1 = one_pass(jax.random.fold_in(rng, 0))
     loss_2, sums_2, logits_2 = one_pass(jax.random.fold_in(rng, 1))
-    _, weights_BxL = _targets(batch)
+    weights_BxL = self.target_weights(batch)
     divergence = (_symmetric_kl(logits_1, logits_2) * weights_BxL).sum()
     divergence /= jnp.maximum(totals.targets, 1)
     sums = jax.tree.map(lambda a, b: (a + b) / 2, sums_1, sums_2)
@@ -167,14 +181,23 @@ class Model:
       step=step,
       factor=self.capacity_factor_train if train else self.capacity_factor_eval,
     )
-    targets_BxL, weights_BxL = _targets(batch)
-    log_probs_BxL, log_z_BxL, correct_BxL = _read(logits_BxLxV, targets_BxL)
+    weights_BxL = self.target_weights(batch)
+    log_probs_BxL, log_z_BxL, correct_BxL = _read(
+      logits_BxLxV, batch['decoder_target_tokens']
+    )
     num_targets = jnp.maximum(totals.targets, 1)
     cross_entropy = -(log_probs_BxL * weights_BxL).sum()
     square_z = (jnp.square(log_z_BxL) * weights_BxL).sum()
     counted = auxiliary.counts(auxes)
     auxes = auxiliary.of_layers(auxes, self.balance_over, totals)
-    auxes = reward.losses(auxes, batch, log_probs_BxL, weights_BxL, num_targets)
+    auxes = reward.losses(
+      auxes,
+      batch,
+      log_probs_BxL,
+      weights_BxL,
+      num_targets,
+      special_tokens=self.special_tokens,
+    )
     self._check_weights(auxes)
     aux_losses = auxiliary.over_layers(
       auxes, self.layer_reduction, self.balance_over, totals
@@ -195,7 +218,7 @@ class Model:
 
   def totals(self, batch: Batch) -> Totals:
     """What the losses of a batch are divided by."""
-    _, weights_BxL = _targets(batch)
+    weights_BxL = self.target_weights(batch)
     return Totals(
       targets=weights_BxL.sum(),
       tokens={
@@ -232,9 +255,8 @@ class Model:
     logits_BxLxV, _ = self._apply(
       params, batch, train=False, factor=capacity_factor
     )
-    targets_BxL, weights_BxL = _targets(batch)
-    log_probs_BxL, _, _ = _read(logits_BxLxV, targets_BxL)
-    return (log_probs_BxL * weights_BxL).sum(-1)
+    log_probs_BxL, _, _ = _read(logits_BxLxV, batch['decoder_target_tokens'])
+    return (log_probs_BxL * self.target_weights(batch)).sum(-1)
 
   def logits(self, params, batch: Batch) -> Array:
     """Exact logits [B, L, V]: nothing is dropped; zeros where no target is.
@@ -248,13 +270,15 @@ class Model:
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     if 'tokens' in batch:
       batch['decoder_input_tokens'] = batch.pop('tokens')
+    pad = self.special_tokens.pad
     if 'encoder_mask' in batch:
-      batch['encoder_input_tokens'] *= batch.pop('encoder_mask') > 0
-    targets_BxL = batch.setdefault(
-      'decoder_target_tokens', jnp.ones_like(batch['decoder_input_tokens'])
-    )
+      batch['encoder_input_tokens'] = jnp.where(
+        batch.pop('encoder_mask') > 0, batch['encoder_input_tokens'], pad
+      )
+    any_token_BxL = jnp.full_like(batch['decoder_input_tokens'], pad + 1)
+    targets_BxL = batch.setdefault('decoder_target_tokens', any_token_BxL)
     logits_BxLxV, _ = self._apply(params, batch, train=False, factor=None)
-    return logits_BxLxV * (targets_BxL > 0)[..., None]
+    return logits_BxLxV * self.special_tokens.is_token(targets_BxL)[..., None]
 
   def record(
     self,
@@ -305,8 +329,9 @@ class Model:
       strategy: how tokens are chosen; greedy by default.
 
     Returns:
-      tokens [B, T], 0 after EOS, and their log-probabilities [B]; of a beam
-      search of width N, tokens [B, N, T], the best first, and scores [B, N].
+      tokens [B, T], padded after EOS, and their log-probabilities [B]; of a
+      beam search of width N, tokens [B, N, T], the best first, and scores
+      [B, N].
     """
     prompt = 1
     if self.converter == 'decoder':
@@ -335,6 +360,7 @@ class Model:
       keys_B,
       max_tokens=max_tokens,
       map_rows=map_rows,
+      special_tokens=self.special_tokens,
     )
 
   def _apply(
@@ -390,14 +416,6 @@ def layer_order(name: str) -> tuple[bool, int]:
   """To sort by: encoder before decoder, and layers_10 after layers_9."""
   stack, _, index = name.rpartition('_')
   return not stack.startswith('encoder'), int(index)
-
-
-def _targets(batch: Batch) -> tuple[Array, Array]:
-  targets_BxL = batch['decoder_target_tokens']
-  weights_BxL = batch.get('decoder_loss_weights')
-  if weights_BxL is None:
-    weights_BxL = targets_BxL > 0
-  return targets_BxL, weights_BxL.astype(jnp.float32)
 
 
 def _read(logits_BxLxV: Array, targets_BxL: Array):

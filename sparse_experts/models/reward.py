@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_experts.arrays import Array, Aux
+from sparse_experts.models.special_tokens import T5, SpecialTokens
 
 Batch = Mapping[str, Array]
 
@@ -29,6 +30,8 @@ def losses(
   log_probs_BxL: Array,
   weights_BxL: Array,
   num_targets: Array,
+  *,
+  special_tokens: SpecialTokens = T5,
 ) -> dict[str, Aux]:
   """The same Aux, with losses 'policy' and 'value' where there are decisions.
 
@@ -48,6 +51,7 @@ def losses(
     log_probs_BxL: float32 log-probability of each target.
     weights_BxL: float32, of each target in the loss.
     num_targets: what the sums are divided by.
+    special_tokens: the model's.
   """
   if not any(aux.decisions for aux in auxes.values()):
     return dict(auxes)
@@ -55,7 +59,10 @@ def losses(
   reward_BxL = jax.lax.stop_gradient(log_probs_BxL)
   rewards = {'decoder': (reward_BxL, weights_BxL)}
   if 'encoder_input_tokens' in batch:
-    rewards['encoder'] = _of_inputs(batch, reward_BxL, weights_BxL)
+    is_token_BxM = special_tokens.is_token(batch['encoder_input_tokens'])
+    rewards['encoder'] = _of_inputs(
+      batch, is_token_BxM, reward_BxL, weights_BxL
+    )
 
   def with_losses(name, aux):
     if not aux.decisions:
@@ -97,10 +104,9 @@ def terms(
 
 
 def _of_inputs(
-  batch: Batch, reward_BxL: Array, weights_BxL: Array
+  batch: Batch, is_token_BxM: Array, reward_BxL: Array, weights_BxL: Array
 ) -> tuple[Array, Array]:
   """Rewards and weights of an encoder's tokens, [B, M]."""
-  is_token_BxM = batch['encoder_input_tokens'] > 0
   row_BxM = is_token_BxM.astype(jnp.int32)
   example_BxM = batch.get('encoder_segment_ids', row_BxM)
   row_BxL = jnp.ones(weights_BxL.shape, jnp.int32)

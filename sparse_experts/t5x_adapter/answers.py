@@ -12,8 +12,9 @@ from t5x import decoding
 from t5x import models as t5x_models
 
 from sparse_experts.arrays import Array
-from sparse_experts.models.decoding import PAD, BeamSearch, Sampling
+from sparse_experts.models.decoding import BeamSearch, Sampling
 from sparse_experts.models.model import Model
+from sparse_experts.models.special_tokens import NO_TOKEN
 from sparse_experts.t5x_adapter import variables
 
 
@@ -74,13 +75,26 @@ def by_t5x(
 ) -> tuple[Array, Array]:
   """By one of T5X's functions, which moves the rows of our cache.
 
-  As by `by_strategy`, prompts are filled in and padding is never written.
+  As by `by_strategy`, prompts are filled in and what is suppressed is never
+  written.
   Prompt, without its start token, and answer have the length L of decoder
   features together.
 
   Returns:
     Tokens [B, N, L] and their scores [B, N].
+
+  Raises:
+    ValueError: the model's special tokens are none that T5X's functions know.
   """
+  special_tokens = model.special_tokens
+  pad, start, eos = special_tokens.pad, special_tokens.start, special_tokens.eos
+  if (pad, start, len(eos)) != (0, 0, 1):
+    raise ValueError(
+      "T5X's functions pad and begin with 0 and know one end of an answer, but "
+      f'the model pads with {pad}, begins with {start} and ends with {eos}: '
+      'set strategy, and no decode_fn.'
+    )
+  decoder_params.setdefault('eos_id', eos[0])
   tokens_BxL = batch['decoder_input_tokens']
   prompt_BxL, length_B = jnp.zeros_like(tokens_BxL), None
   if model.converter == 'decoder':
@@ -97,13 +111,17 @@ def by_t5x(
   )
 
   def tokens_to_logits(state):
+    cache, token_BN = variables.batch_major(state.cache), state.cur_token[:, 0]
+    # 0 is what T5X goes on with after an end, and at first the start token.
+    ended_BN = (token_BN == 0) & (cache['position'] > 0)
     logits_BNxV, written = model.module.apply(
-      {'params': params, 'cache': variables.batch_major(state.cache)},
-      state.cur_token[:, 0],
+      {'params': params, 'cache': cache},
+      jnp.where(ended_BN, NO_TOKEN, token_BN),
       method='step',
       mutable=['cache'],
     )
-    logits_BNxV = logits_BNxV.at[:, PAD].set(decoding.NEG_INF_VALUE)
+    allowed_V = special_tokens.may_be_written(jnp.arange(logits_BNxV.shape[1]))
+    logits_BNxV = jnp.where(allowed_V, logits_BNxV, decoding.NEG_INF_VALUE)
     return logits_BNxV, variables.batch_major(written['cache'])
 
   # T5X begins by giving the last token of the prompt once more.

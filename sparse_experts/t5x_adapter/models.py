@@ -18,6 +18,7 @@ from sparse_experts.arrays import Array
 from sparse_experts.data import batches, converters, tasks
 from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
 from sparse_experts.models.model import Model
+from sparse_experts.models.special_tokens import SpecialTokens
 from sparse_experts.moe.router import Router
 from sparse_experts.t5x_adapter import answers, metrics, variables
 
@@ -67,7 +68,9 @@ class SparseModel(t5x_models.BaseTransformerModel):
         f'of {", ".join(alone)} with microbatches={microbatches}, not '
         f'{model.balance_over!r}.'
       )
-    batches.check_vocabulary(task, model.module.embed.vocab_size, task_modules)
+    batches.check_vocabulary(
+      task, model.module.embed.vocab_size, task_modules, model.special_tokens
+    )
     features = tasks.find(task, task_modules).output_features
     super().__init__(
       module=model.module,
@@ -80,7 +83,7 @@ class SparseModel(t5x_models.BaseTransformerModel):
     self._microbatches = microbatches or 1
     self._strategy, self._max_tokens = strategy, max_tokens
     self.FEATURE_CONVERTER_CLS = functools.partial(
-      _feature_converter, model.converter, task_ids
+      _feature_converter, model.converter, task_ids, model.special_tokens
     )
 
   def get_initial_variables(
@@ -193,7 +196,7 @@ class SparseModel(t5x_models.BaseTransformerModel):
       flax_mutables: T5X's.
 
     Returns:
-      int32 [B, T] or [B, N, T], 0 after EOS, and 'scores' [B] or [B, N].
+      int32 [B, T] or [B, N, T], padded after EOS, and 'scores' [B] or [B, N].
     """
     if decoder_params and self.decode_fn is None:
       raise ValueError(
@@ -218,11 +221,7 @@ class SparseModel(t5x_models.BaseTransformerModel):
         batch,
         num_decodes or 1,
         decode_fn=self.decode_fn,
-        **{
-          'decode_rng': rng,
-          'eos_id': self.output_vocabulary.eos_id,
-          **(decoder_params or {}),
-        },
+        **{'decode_rng': rng, **(decoder_params or {})},
       )
     if return_all_decodes:
       return tokens_BxNxT, {'scores': score_BxN}
@@ -257,6 +256,7 @@ class SparseModel(t5x_models.BaseTransformerModel):
 def _feature_converter(
   converter: str,
   task_ids: bool,
+  special_tokens: SpecialTokens,
   *,
   pack: bool = False,
   use_custom_packing_ops: bool = False,
@@ -267,4 +267,4 @@ def _feature_converter(
       "use_custom_packing_ops=True needs Google's own TensorFlow; set "
       'utils.DatasetConfig.use_custom_packing_ops = False.'
     )
-  return converters.make(converter, pack, task_ids)
+  return converters.make(converter, pack, task_ids, special_tokens)

@@ -21,6 +21,7 @@ from sparse_experts.data.dataset import Dataset
 from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
 from sparse_experts.models.language_model import answered
 from sparse_experts.models.model import Model
+from sparse_experts.models.special_tokens import SpecialTokens
 from sparse_experts.training import checkpoints
 from sparse_experts.training.answers import Answers, place
 from sparse_experts.training.restore import restore_params
@@ -66,17 +67,24 @@ def infer(
 
   Returns:
     For each example, as in the file, 'index', 'inputs', 'targets' if known,
-    'prediction' as text, 'log_prob' of it (nats); of a beam search its 'score'
-    instead, and 'n_best', all its predictions and scores. 'inputs_cut': how
-    many tokens of a line did not fit. If asked for, 'target_log_prob' (None
-    without targets) and 'routing', counts by layer.
+    'prediction' as text or, where inputs are, as token ids, 'log_prob' of it
+    (nats); of a beam search its 'score' instead, and 'n_best', all its
+    predictions and scores. 'inputs_cut': how many tokens of a line did not fit.
+    If asked for, 'target_log_prob' (None without targets) and 'routing', counts
+    by layer.
   """
   if dataset.pack:
     raise ValueError(
       'infer takes examples one by one: use a Dataset of pack=False.'
     )
-  dataset.check_vocabulary(model.module.embed.vocab_size)
+  special_tokens = model.special_tokens
   questions = None if input is None else prompts.read(input)
+  if questions is not None:
+    prompts.check_ids(questions, model.module.embed.vocab_size)
+  if not questions or not all(
+    prompts.is_ids(text) for texts in questions for text in texts.values()
+  ):
+    dataset.check_vocabulary(model.module.embed.vocab_size, special_tokens)
   if num_examples is None and input is None and output is None:
     num_examples = TO_LOOK_AT
   max_tokens = max_tokens or dataset.feature_lengths['targets']
@@ -84,10 +92,12 @@ def infer(
   with sharding.use_mesh(built_mesh, rules):
     params, step = restore_params(model, model_dir, dataset, built_mesh)
     if questions is None:
-      examples = prompts.of_task(dataset, model.converter)
+      examples = prompts.of_task(dataset, model.converter, special_tokens)
       source, total = {'split': dataset.split}, num_examples
     else:
-      examples = prompts.of_file(questions, dataset, model.converter)
+      examples = prompts.of_file(
+        questions, dataset, model.converter, special_tokens
+      )
       digest = hashlib.sha256(repr(questions).encode()).hexdigest()
       source, total = {'questions': digest}, len(questions[:num_examples])
     # Read the first: what is wrong with data shows before anything is written.
@@ -123,6 +133,7 @@ def infer(
     statistics = _Statistics(
       model, params, built_mesh, dataset, score=score, routing=routing
     )
+    said = functools.partial(_said, dataset, special_tokens)
     examples = itertools.islice(examples, len(lines.done), num_examples)
     bar = tqdm.tqdm(
       total=total,
@@ -140,7 +151,7 @@ def infer(
         )
         lines.append(
           [
-            {'index': i, **e.texts, **_said(dataset, *answer), **more}
+            {'index': i, **e.texts, **said(e, *answer), **more}
             for i, e, *answer, more in rows
           ]
         )
@@ -148,13 +159,25 @@ def infer(
   return lines.done[:num_examples]
 
 
-def _said(dataset: Dataset, tokens, scores) -> dict[str, Any]:
-  """What was answered to one example, as text."""
+def _said(
+  dataset: Dataset,
+  special_tokens: SpecialTokens,
+  example: prompts.Example,
+  tokens,
+  scores,
+) -> dict[str, Any]:
+  """What was answered to one example, as its inputs are: text, or token ids."""
+
+  def prediction(tokens_T):
+    ids = tokens_T[special_tokens.is_token(tokens_T)]
+    if prompts.is_ids(example.texts['inputs']):
+      return ids.tolist()
+    return dataset.text('targets', ids)
+
   if tokens.ndim == 1:
-    prediction = dataset.text('targets', tokens)
-    return {'prediction': prediction, 'log_prob': float(scores)}
+    return {'prediction': prediction(tokens), 'log_prob': float(scores)}
   n_best = [
-    {'prediction': dataset.text('targets', tokens_T), 'score': float(score)}
+    {'prediction': prediction(tokens_T), 'score': float(score)}
     for tokens_T, score in zip(tokens, scores)
     if np.isfinite(score)
   ]
@@ -175,17 +198,19 @@ class _Statistics:
     routing: bool,
   ):
     self._params, self._mesh, self._dataset = params, mesh, dataset
+    self._pad = model.special_tokens.pad
+    answer = functools.partial(answered, special_tokens=model.special_tokens)
     exact = dataclasses.replace(model, capacity_factor_eval=None)
 
     def counts(params, batch, answers_BxT):
-      records = exact.record(params, answered(batch, answers_BxT))
+      records = exact.record(params, answer(batch, answers_BxT))
       return {
         layer: jax.nn.one_hot(r.expert_BxLxK, r.num_experts).sum((1, 2))
         for layer, r in records.items()
       }
 
     def log_probs(params, batch, targets_BxT):
-      return model.score(params, answered(batch, targets_BxT))
+      return model.score(params, answer(batch, targets_BxT))
 
     jit = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     self._counts = jit(counts) if routing else None
@@ -199,7 +224,10 @@ class _Statistics:
     if self._log_probs is not None:
       length = self._dataset.feature_lengths['targets']
       targets = [
-        np.pad(e.targets, (0, length - len(e.targets))) for e in examples
+        np.pad(
+          e.targets, (0, length - len(e.targets)), constant_values=self._pad
+        )
+        for e in examples
       ]
       log_prob_B = self._run(self._log_probs, examples, targets)
       for example, more, log_prob in zip(examples, found, log_prob_B):

@@ -37,14 +37,15 @@ def log_likelihood(
     model: exact, whatever its capacity factors.
     params: unboxed parameters.
     batch: questions, as `Model.decode` takes them.
-    options_BxT: int32, 0 after their end; EOS counts if it is there.
+    options_BxT: int32, padded after their end; EOS counts if it is there.
     per_token: divided by the number of tokens.
 
   Returns:
     Nats; -inf for an option without tokens, which is none.
   """
-  score_B = model.score(params, answered(batch, options_BxT))
-  tokens_B = (options_BxT > 0).sum(1)
+  special_tokens = model.special_tokens
+  score_B = model.score(params, answered(batch, options_BxT, special_tokens))
+  tokens_B = special_tokens.is_token(options_BxT).sum(1)
   if per_token:
     score_B /= jnp.maximum(tokens_B, 1)
   return jnp.where(tokens_B > 0, score_B, -jnp.inf)
@@ -61,7 +62,7 @@ def rank_options(
   """`log_likelihood` of each option of each row, float32 [B, O].
 
   The choice is its argmax over O; `choose` takes it of a row's own options.
-  Rows with fewer are filled up with options of zeros, which score -inf.
+  Rows with fewer are filled up with options of padding, which score -inf.
   """
 
   def score(options_BxT):
@@ -124,6 +125,7 @@ class OptionScores:
       length: T, of options; longer ones are an error.
     """
     self._mesh, self._batch_size, self._length = mesh, batch_size, length
+    self._pad_id = model.special_tokens.pad
 
     def score(params, batch, options_BxT):
       return log_likelihood(
@@ -168,4 +170,8 @@ class OptionScores:
         f'an option has {len(option)} tokens, but there is room for '
         f'{self._length}: raise the length.'
       )
-    return np.pad(np.int32(option), (0, self._length - len(option)))
+    return np.pad(
+      np.int32(option),
+      (0, self._length - len(option)),
+      constant_values=self._pad_id,
+    )

@@ -97,11 +97,14 @@ class _Written:
 
     from sparse_experts.data import converters
 
-    self.task = task
+    self.task, self._special_tokens = task, model.special_tokens
     self._evaluator = seqio.Evaluator(
       task.name,
       feature_converter=converters.make(
-        model.converter, pack=False, task_ids=dataset.task_ids
+        model.converter,
+        pack=False,
+        task_ids=dataset.task_ids,
+        special_tokens=model.special_tokens,
       ),
       eval_split=dataset.split,
       sequence_length=dict(dataset.feature_lengths),
@@ -124,6 +127,8 @@ class _Written:
       indices, features = zip(*examples.as_numpy_iterator())
       tokens, _ = self._answers(features, list(indices))
       tokens_NxT = tokens if tokens.ndim == 2 else tokens[:, 0]  # Of beams.
+      is_token_NxT = self._special_tokens.is_token(tokens_NxT)
+      tokens_NxT = np.where(is_token_NxT, tokens_NxT, 0)  # seqio's padding.
       return list(zip(indices, tokens_NxT.tolist()))
 
     results, *_ = self._evaluator.evaluate(
@@ -149,7 +154,10 @@ class _Ranked:
         'another split.'
       )
     convert = converters.make(
-      model.converter, pack=False, task_ids=dataset.task_ids
+      model.converter,
+      pack=False,
+      task_ids=dataset.task_ids,
+      special_tokens=model.special_tokens,
     )
     questions = convert(source, dict(dataset.feature_lengths))
     self._questions = list(questions.as_numpy_iterator())

@@ -243,7 +243,7 @@ def _begin(
     microbatches=microbatches,
   )
   take_step.eval_shape(nn.unbox(boxed), shapes)  # Mistakes show in tracing.
-  dataset.check_vocabulary(model.module.embed.vocab_size)
+  dataset.check_vocabulary(model.module.embed.vocab_size, model.special_tokens)
   feed = _Feed(model, dataset, mesh)
   saver = checkpoints.Checkpoints(model_dir, keep_checkpoints)
   start = saver.latest()
@@ -263,7 +263,9 @@ class LossEvaluation:
   """The model's metrics on a dataset, at evaluation's capacity."""
 
   def __init__(self, model: Model, dataset: Dataset, mesh: jax.sharding.Mesh):
-    dataset.check_vocabulary(model.module.embed.vocab_size)
+    dataset.check_vocabulary(
+      model.module.embed.vocab_size, model.special_tokens
+    )
     self._model, self._dataset, self._mesh = model, dataset, mesh
     self._step = jax.jit(
       functools.partial(step.eval_step, model=model),
@@ -277,7 +279,9 @@ class LossEvaluation:
       ValueError: the dataset has no example.
     """
     total = Total()
-    for batch in self._dataset.evaluation(self._model.converter):
+    for batch in self._dataset.evaluation(
+      self._model.converter, self._model.special_tokens
+    ):
       batch = global_batch.place(batch, self._mesh, self._dataset.batch_size, 0)
       total.add(self._step(params, batch))
     sums = total.sums()
@@ -297,7 +301,7 @@ class _Feed:
     process = jax.process_index()
     rows = global_batch.rows_of_process(mesh, dataset.batch_size, process)
     self._first_row = rows.start
-    batches = dataset.training(model.converter, rows)
+    batches = dataset.training(model.converter, rows, model.special_tokens)
     global_batch.check_same_on_all_processes(batches.identity)
     self._batches = batches
     self.data_args = checkpoints.DataArgs(
