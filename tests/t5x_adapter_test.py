@@ -420,6 +420,46 @@ def test_loss_free_balancing(microbatches):
   assert_close(score, model.score(own.params, batch), rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+  'balance_over, microbatches',
+  [('batch', 2), ('batch_so_far', 2), ('last_step', 2), ('last_step', None)],
+)
+def test_balance_over_what_t5x_does_not_show(balance_over, microbatches):
+  model = tiny_models.make_model(balance_over=balance_over)
+  with pytest.raises(ValueError, match='balance_over must be one') as raised:
+    adapt(model, microbatches=microbatches)
+  message = str(raised.value)
+  assert message.endswith(f'microbatches={microbatches}, not {balance_over!r}.')
+  assert '\n' not in message
+
+
+@pytest.mark.parametrize('microbatches', [None, 1])
+def test_balance_over_a_batch(microbatches):
+  """T5X shows it at once, our own runner in halves: the loss is the same."""
+  make = partial(
+    tiny_models.make_model, encoder=False, layers=2, capacity_factor_train=None
+  )
+  model = make(balance_over='batch')
+  batch = tiny_models.make_batch(encoder=False)
+  params = tiny_models.make_params(model, batch)
+  rng = jax.random.PRNGKey(0)
+  adapted = adapt(model, microbatches=microbatches)
+  loss, gradients = jax.jit(
+    jax.value_and_grad(lambda *args: adapted.loss_fn(*args)[0])
+  )(params, batch, rng)
+  zero = jnp.int32(0)
+  state = TrainState(zero, params, (), zero)
+
+  def in_halves(model):
+    step = partial(step_module.gradients, model=model, seed=0, microbatches=2)
+    gradients, sums = jax.jit(step)(state, batch)
+    return sums['objective'] / 2, gradients
+
+  assert_close((loss, gradients), in_halves(model), rtol=1e-4)
+  apart, _ = in_halves(make(balance_over='microbatch'))
+  assert abs(apart - loss) > 1e-3
+
+
 def test_routers_are_told_the_step():
   model = tiny_models.make_model(
     layers=2,

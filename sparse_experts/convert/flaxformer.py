@@ -26,6 +26,7 @@ capacity.CapacityRule.rounding = 'round'
 capacity.CapacityRule.minimum = 4
 capacity.CapacityRule.clip = False
 top_k.TopK.gates = 'all'
+top_k.TopK.choose_by = 'probs'
 top_k.TopK.balance_counts = 'all'
 top_k.TopK.losses_over = 'positions'
 expert_choice.ExpertChoice.num_experts = %NUM_EXPERTS
