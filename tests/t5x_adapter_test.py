@@ -1,5 +1,6 @@
 """Under T5X our models do what they do under our own runner."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -29,6 +30,7 @@ from jax.sharding import PartitionSpec
 from sparse_experts import convert, sharding
 from sparse_experts.models import model as model_module
 from sparse_experts.models.decoding import BeamSearch, Sampling
+from sparse_experts.models.special_tokens import NO_TOKEN, SpecialTokens
 from sparse_experts.moe.routers.deepseek import DeepSeek
 from sparse_experts.moe.routers.dense_to_sparse import DenseToSparse
 from sparse_experts.t5x_adapter import (
@@ -511,6 +513,21 @@ def test_errors():
     adapt(model).FEATURE_CONVERTER_CLS(pack=True, use_custom_packing_ops=True)
   with pytest.raises(ValueError, match='embeds only'):
     models.SparseModel(model, 'docs_lm')
+
+  def of(special_tokens):
+    module = model.module.clone(special_tokens=special_tokens)
+    return dataclasses.replace(model, module=module)
+
+  with pytest.raises(ValueError, match='with token 1, but .* with 2'):
+    adapt(of(SpecialTokens(eos=2)))
+  for special_tokens in (
+    SpecialTokens(pad=NO_TOKEN),
+    SpecialTokens(start=3),
+    SpecialTokens(eos=(1, 2)),
+  ):
+    decode = adapt(of(special_tokens), decode_fn=t5x.decoding.beam_search)
+    with pytest.raises(ValueError, match="T5X's functions pad and begin"):
+      decode.predict_batch(params, batch)
 
 
 ENCODER_DECODER = """
