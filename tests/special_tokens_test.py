@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -267,6 +268,29 @@ def test_the_end_of_a_split_is_filled_with_padding():
   for name in ('decoder_input_tokens', 'decoder_target_tokens'):
     assert (last[name][empty_B] == NO_TOKEN).all()
   assert (last['decoder_input_tokens'][~empty_B, 0] == 3).all()
+
+
+def test_streams_of_before_go_on_and_others_do_not(tmp_path):
+  def stream(special_tokens):
+    return batches.Batches(
+      'tiny_sums',
+      'train',
+      {'inputs': 8, 'targets': 8},
+      4,
+      'decoder',
+      seed=0,
+      modules=['tiny_tasks'],
+      special_tokens=special_tokens,
+    )
+
+  stream(SpecialTokens()).save(tmp_path)
+  file = tmp_path / 'batches.json'
+  saved = json.loads(file.read_text())
+  del saved['pad'], saved['start']  # As it once was.
+  file.write_text(json.dumps(saved))
+  stream(SpecialTokens()).restore(tmp_path)
+  with pytest.raises(ValueError, match='have pad 0, these have -1'):
+    stream(SpecialTokens(pad=NO_TOKEN)).restore(tmp_path)
 
 
 def test_a_task_ends_texts_as_the_model_ends_answers():
