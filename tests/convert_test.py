@@ -887,3 +887,25 @@ def test_page(monkeypatch):
     [],
   ]
   assert (pathlib.Path(names['output']) / 'config.gin').exists()
+
+
+@pytest.mark.parametrize('name', ['hf_mixtral_tiny', 'hf_olmoe_tiny'])
+def test_one_renormalised_choice_decodes(tmp_path, name):
+  # Its gate is 1, from which a router learns nothing: the model says so itself.
+  folder = tmp_path / name
+  shutil.copytree(DATA / name, folder)
+  file = folder / 'config.json'
+  found = json.loads(file.read_text())
+  file.write_text(
+    json.dumps({**found, 'num_experts_per_tok': 1, 'norm_topk_prob': True})
+  )
+  model, params = load(folder)
+  router = model.module.decoder.make_block.keywords['make_moe'].keywords[
+    'make_router'
+  ]()
+  assert (router.k, router.gates) == (1, 'chosen')
+  assert router.allow_no_gradient
+  logits = jax.eval_shape(
+    model.logits, params, {'tokens': np.ones((1, 3), int)}
+  )
+  assert logits.shape[:2] == (1, 3)

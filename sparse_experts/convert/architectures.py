@@ -206,6 +206,7 @@ def _write_decoder(found: Mapping[str, Any]) -> dict[str, Any]:
 def _read_mixtral(found: Mapping[str, Any]) -> dict[str, Any]:
   return {
     **_read_decoder(found),
+    **_gates(found, renormalised=True),
     'top_k.TopK.jitter': float(found['router_jitter_noise']),
   }
 
@@ -219,9 +220,15 @@ def _write_mixtral(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_olmoe(found: Mapping[str, Any]) -> dict[str, Any]:
+  return {**_read_decoder(found), **_gates(found, found['norm_topk_prob'])}
+
+
+def _gates(found: Mapping[str, Any], renormalised: bool) -> dict[str, Any]:
+  # One choice renormalised is a gate of 1: it decodes, and teaches no router.
+  alone = renormalised and found['num_experts_per_tok'] == 1
   return {
-    **_read_decoder(found),
-    'top_k.TopK.gates': 'chosen' if found['norm_topk_prob'] else 'all',
+    'top_k.TopK.gates': 'chosen' if renormalised else 'all',
+    **({'top_k.TopK.allow_no_gradient': True} if alone else {}),
   }
 
 

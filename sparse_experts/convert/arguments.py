@@ -18,8 +18,8 @@ _TRAINING = {
 # Nor do these, by which it was begun or is run, or `choose_by` but for logits
 # so close that their probabilities are one number.
 _SILENT = _TRAINING | {
-  *('allow_non_causal_routing', 'choose_by', 'dispatch', 'dtype'),
-  'exact_dispatch',
+  *('allow_no_gradient', 'allow_non_causal_routing', 'choose_by', 'dispatch'),
+  *('dtype', 'exact_dispatch'),
   *('group_size', 'init_scale', 'kernel_init', 'remat', 'scan', 'unroll'),
 }
 

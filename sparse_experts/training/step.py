@@ -90,11 +90,7 @@ def train_step(
     skipped=state.skipped + skipped,
     balance=keep(balance, state.balance) if state.balance else (),
   )
-  tokens = sum(
-    (batch[name] > 0).sum()
-    for name in ('encoder_input_tokens', 'decoder_target_tokens')
-    if name in batch
-  )
+  tokens = sum(model.totals(batch).tokens.values())
   return new_state, {**taken, 'skipped': skipped, 'tokens': tokens}
 
 
