@@ -28,6 +28,7 @@ from flax import traverse_util
 from jax.sharding import PartitionSpec
 
 from sparse_experts import convert, sharding
+from sparse_experts.data import batches
 from sparse_experts.models import model as model_module
 from sparse_experts.models.decoding import BeamSearch, Sampling
 from sparse_experts.models.special_tokens import NO_TOKEN, SpecialTokens
@@ -114,6 +115,10 @@ def make_state(adapted, batch, where=None, params=None):
 
 
 DEVICES = jax.devices()
+# Of another family's model, but that many tokens end an answer.
+OTHERS = SpecialTokens(
+  pad=NO_TOKEN, eos=tuple(range(1, 64, 4)), start=1, suppressed=()
+)
 
 
 def flat(tree):
@@ -420,6 +425,63 @@ def test_loss_free_balancing(microbatches):
   # Inference is given the biases too.
   score = adapted.score_batch(state.params, batch, state.flax_mutables)
   assert_close(score, model.score(own.params, batch), rtol=1e-3)
+
+
+@pytest.mark.parametrize('task_ids', [False, True])
+@pytest.mark.parametrize(
+  'special_tokens', [SpecialTokens(), OTHERS], ids=['t5', 'others']
+)
+def test_rows_of_t5x_s_pipeline(special_tokens, task_ids):
+  lengths = {'targets': 48}
+  module = tiny_models.make_model(encoder=False).module
+  module = module.clone(
+    embed=module.embed.clone(vocab_size=9000), special_tokens=special_tokens
+  )
+  adapted = models.SparseModel(
+    model_module.Model(module), 'docs_lm', task_ids=task_ids
+  )
+  rows = t5x.utils.get_dataset(
+    t5x.utils.DatasetConfig(
+      'docs_lm', lengths, 'validation', batch_size=4, shuffle=False, seed=0
+    ),
+    shard_id=0,
+    num_shards=1,
+    feature_converter_cls=adapted.FEATURE_CONVERTER_CLS,
+    num_epochs=1,
+  )
+  expected = batches.eval_batches(
+    'docs_lm',
+    'validation',
+    lengths,
+    4,
+    'decoder',
+    task_ids=task_ids,
+    num_batches=3,
+    special_tokens=special_tokens,
+  )
+  rows = rows.take(3).as_numpy_iterator()
+  for batch, of_t5x in zip(expected, rows, strict=True):
+    assert batch.keys() == of_t5x.keys()
+    assert ('decoder_task_ids' in batch) == task_ids
+    assert (batch['decoder_input_tokens'][:, 0] == special_tokens.start).all()
+    for name, x in batch.items():
+      np.testing.assert_array_equal(of_t5x[name], x, err_msg=name)
+
+
+def test_answers_of_other_special_tokens_are_text_to_t5x():
+  """They go on with EOS of the vocabulary: T5X reads up to the first."""
+  model, batch, params = case('decoder')
+  module = model.module.clone(special_tokens=OTHERS)
+  model = dataclasses.replace(model, module=module)
+  tokens = jax.jit(adapt(model).predict_batch)(params, batch)
+  expected, _ = jax.jit(partial(model.decode, max_tokens=8))(params, batch)
+  assert (expected == NO_TOKEN).any()
+  filled = jnp.where(expected == NO_TOKEN, 1, expected)
+  np.testing.assert_array_equal(tokens, filled)
+  with pytest.raises(ValueError, match=r'begins with 1 .* set strategy'):
+    adapt(model, decode_fn=t5x.decoding.beam_search).predict_batch(
+      params, batch
+    )
 
 
 @pytest.mark.parametrize(

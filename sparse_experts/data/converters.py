@@ -38,6 +38,8 @@ def make(
     'encoder_decoder': seqio.EncDecFeatureConverter,
     'decoder': seqio.DecoderFeatureConverter,
   }[converter](pack=pack)
+  for ours in (WithTaskIds, WithSpecialTokens):
+    seqio.FeatureConverter.register(ours)  # `seqio.get_dataset` asks.
   made = WithTaskIds(made) if task_ids else made
   if (special_tokens.pad, special_tokens.first()) == (0, 0):  # seqio's.
     return made

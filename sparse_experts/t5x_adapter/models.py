@@ -196,7 +196,9 @@ class SparseModel(t5x_models.BaseTransformerModel):
       flax_mutables: T5X's.
 
     Returns:
-      int32 [B, T] or [B, N, T], padded after EOS, and 'scores' [B] or [B, N].
+      int32 [B, T] or [B, N, T] and 'scores' [B] or [B, N]. After an end they
+      are padded; by the vocabulary's EOS where the model's padding is not the
+      vocabulary's, since T5X makes text of all before the first EOS.
     """
     if decoder_params and self.decode_fn is None:
       raise ValueError(
@@ -222,6 +224,11 @@ class SparseModel(t5x_models.BaseTransformerModel):
         num_decodes or 1,
         decode_fn=self.decode_fn,
         **{'decode_rng': rng, **(decoder_params or {})},
+      )
+    pad, vocabulary = self.model.special_tokens.pad, self.output_vocabulary
+    if vocabulary.eos_id is not None and pad != vocabulary.pad_id:
+      tokens_BxNxT = jnp.where(
+        tokens_BxNxT == pad, vocabulary.eos_id, tokens_BxNxT
       )
     if return_all_decodes:
       return tokens_BxNxT, {'scores': score_BxN}
