@@ -199,6 +199,21 @@ def test_parts_and_devices_change_no_gradient(inputs, scope, reduction, others):
     close(sums_of_parts['objective'] / microbatches, sums['objective'])
 
 
+def test_fewer_targets_and_tokens_than_microbatches():
+  # Two targets and three tokens in eight microbatches: 1/4 and 3/8 in the mean.
+  model = make_model(balance_over='batch')
+  batch = tiny_models.make_batch(encoder=False, rows=8)
+  params = tiny_models.make_params(model, batch)
+  token = jnp.zeros((8, 8), jnp.int32).at[0, :2].set(1).at[5, 0].set(1)
+  weights = token.at[0, 1].set(0)
+  batch = {name: x * token for name, x in batch.items()}
+  batch['decoder_loss_weights'] = weights
+  expected, sums, _ = take_step(model, (batch, params))
+  grads, sums_of_parts, _ = take_step(model, (batch, params), 8)
+  close(grads, expected)
+  close(sums_of_parts['objective'] / 8, sums['objective'])
+
+
 def test_balance_over_the_batch_is_the_definition(inputs):
   # f and P of all tokens, by hand, at four microbatches.
   batch, params = inputs
@@ -304,7 +319,7 @@ def test_layers_that_cannot_be_taken_together_are_named():
   balances = [
     Balance.of(jnp.ones((1, 2, E)), jnp.ones((1, 2, E))) for E in (2, 3)
   ]
-  with pytest.raises(ValueError, match=r'\(1, 2\) and \(1, 3\)'):
+  with pytest.raises(ValueError, match=r'\(1, 2\) and \(1, 3\).*: set another'):
     balances[0] + balances[1]
 
 

@@ -302,6 +302,40 @@ def test_gates_of_very_negative_logits_sum_to_the_scale():
     )
 
 
+@pytest.mark.parametrize('level', [-60.0, -86.0, -90.0, -200.0])
+def test_the_router_s_gates_hold_where_sigmoids_underflow(level):
+  # A sigmoid below -87 is 0 in float32, and 1 over one of -86 times 100 is inf.
+  # x is 1 and the kernel the logits. Shares of exp(.5) and exp(0) as above; a
+  # bias chooses experts 0 and 3 where all scores are 0.
+  router = DeepSeek(
+    4, k=2, scores='sigmoid', renormalise=True, scale=2.5, balance_bias=True
+  )
+  kernel = jnp.array([[level, level - 1, level - 2, level + 0.5]])
+  bias = jnp.array([1.0, 0, 0, 1.0])
+
+  def run(kernel):
+    params = {'kernel': kernel, 'balance_bias': bias}
+    assignment, aux = router.apply({'params': params}, jnp.ones((1, 1, 1)))
+    gate = (
+      jnp.zeros(4)
+      .at[assignment.expert_GxSxK.ravel()]
+      .set(assignment.gate_GxSxK.ravel())
+    )
+    return gate, aux.losses['load_balance']
+
+  gate, _ = run(kernel)
+  share = 1 / (1 + np.exp(-0.5))
+  expected = [2.5 * (1 - share), 0, 0, 2.5 * share]
+  np.testing.assert_allclose(gate, expected, rtol=1e-4)
+  slope = 100 * 2.5 * share * (1 - share)
+  gradient = jax.grad(lambda kernel: 100 * run(kernel)[0][3])(kernel)
+  np.testing.assert_allclose(
+    gradient[0], [-slope, 0, 0, slope], rtol=1e-3, atol=1e-4
+  )
+  gradient = jax.grad(lambda kernel: 100 * run(kernel)[1])(kernel)
+  assert np.isfinite(gradient).all() and np.abs(gradient).max() > 1
+
+
 def test_a_bias_that_balances_the_choice_leaves_the_loss_its_lesson():
   # All four tokens prefer expert 0, a bias sends each to one of its own. By the
   # chosen all is even; by scores f = (4, 0, 0, 0), P_0 = .4 of .4 + 3 * .2.

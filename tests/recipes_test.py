@@ -118,6 +118,21 @@ def _is_boxed(leaf):
   return hasattr(leaf, 'names')
 
 
+@pytest.mark.parametrize(
+  'file',
+  [
+    str(path.relative_to(ROOT))
+    for path in sorted(ROOT.glob('gin/routers/*.gin'))
+    if 'top_k.TopK.k = 1\n' in path.read_text()
+  ],
+)
+def test_a_router_s_decoder_has_no_gates_of_the_recipe(file):
+  # Mixtral's, renormalised, would leave one choice no gradient.
+  config.parse(['gin/models/mixtral/8x7b.gin', file], [], [])
+  router = config.value('DECODER_ROUTER')()
+  assert (router.k, router.gates) == (1, 'all')
+
+
 @pytest.mark.parametrize('name', published.TABLES)
 def test_counts_are_those_that_papers_print(name):
   """All but those with a reason; and a reason is for one that is not."""

@@ -12,6 +12,7 @@ from sparse_experts.moe import TopK, route
 from sparse_experts.moe.routers.deepseek import DeepSeek
 from sparse_experts.moe.routers.hierarchical import Hierarchical
 from sparse_experts.moe.routers.noisy_top_k import NoisyTopK
+from sparse_experts.moe.routers.prototyping import Prototyping
 from sparse_experts.moe.routers.sentence import Sentence
 from sparse_experts.moe.routers.task_gating import TaskGating
 
@@ -213,3 +214,11 @@ def test_gates_without_gradient_are_refused(make, ways):
   assert gradient_of_the_task(router.clone(allow_no_gradient=True)) < 1e-5
   for way in ways:
     assert gradient_of_the_task(router.clone(**way)) > 1e-3
+
+
+def test_prototypes_of_one_expert_are_refused():
+  router = Prototyping(num_experts=4, k=4)
+  with pytest.raises(ValueError, match='one expert a prototype'):
+    gradient_of_the_task(router)
+  assert gradient_of_the_task(router.clone(allow_no_gradient=True)) < 1e-5
+  assert gradient_of_the_task(router.clone(k=2)) > 1e-3

@@ -170,4 +170,9 @@ def _share(auxes: Mapping[str, Aux], totals: Totals) -> Array | float:
   if any(aux.tokens is None for aux in auxes.values()):
     return 1.0
   expected = sum(totals.tokens[name.split('/')[0]] for name in auxes)
-  return sum(aux.tokens for aux in auxes.values()) / jnp.maximum(expected, 1)
+  return sum(aux.tokens for aux in auxes.values()) / or_one(expected)
+
+
+def or_one(total: Array) -> Array:
+  """To divide by: 1 for 0. A mean over microbatches can be less than 1."""
+  return jnp.where(total > 0, total, 1)

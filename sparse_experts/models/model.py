@@ -164,7 +164,7 @@ class Model:
     loss_2, sums_2, logits_2 = one_pass(jax.random.fold_in(rng, 1))
     weights_BxL = self.target_weights(batch)
     divergence = (_symmetric_kl(logits_1, logits_2) * weights_BxL).sum()
-    divergence /= jnp.maximum(totals.targets, 1)
+    divergence /= auxiliary.or_one(totals.targets)
     sums = jax.tree.map(lambda a, b: (a + b) / 2, sums_1, sums_2)
     sums['aux_losses']['consistency'] = divergence
     return loss_1 + loss_2 + self.consistency * divergence, sums
@@ -185,7 +185,7 @@ class Model:
     log_probs_BxL, log_z_BxL, correct_BxL = _read(
       logits_BxLxV, batch['decoder_target_tokens']
     )
-    num_targets = jnp.maximum(totals.targets, 1)
+    num_targets = auxiliary.or_one(totals.targets)
     cross_entropy = -(log_probs_BxL * weights_BxL).sum()
     square_z = (jnp.square(log_z_BxL) * weights_BxL).sum()
     counted = auxiliary.counts(auxes)

@@ -80,7 +80,8 @@ class Balance:
       raise ValueError(
         'balance is taken together of layers with equal groups and experts, '
         f'but [G, E] are {self.score_GxE.shape} and {other.score_GxE.shape} '
-        f'and scales {self.scale:g} and {other.scale:g}.'
+        f'and scales {self.scale:g} and {other.scale:g}: set another '
+        "layer_reduction than 'joint'."
       )
     return jax.tree.map(jnp.add, self, other)
 

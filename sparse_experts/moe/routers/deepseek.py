@@ -25,8 +25,10 @@ from sparse_experts.moe.bias import BIAS
 from sparse_experts.moe.router import KERNEL_INIT, Router
 
 # No score is divided by less: the least normal float32. V3's code adds 1e-20 to
-# sums, so that gates of logits below -45 fall short; here they do not.
+# sums, so that gates of logits below -45 fall short; here they do not, nor, by
+# logarithms, below -87, where a sigmoid is 0 in float32.
 _LEAST = float(jnp.finfo(jnp.float32).tiny)
+_LEAST_LOG = -1e30  # Finite, for differences of infinities are NaN.
 
 
 class DeepSeek(Router):
@@ -104,9 +106,12 @@ class DeepSeek(Router):
     if self.balance_bias:
       zeros = sharding.named(nn.initializers.zeros, 'router')
       bias_E = self.param(BIAS, zeros, (self.num_experts,), jnp.float32)
-    act = nn.softmax if self.scores == 'softmax' else nn.sigmoid
+    act, log_act = nn.sigmoid, nn.log_sigmoid
+    if self.scores == 'softmax':
+      act, log_act = nn.softmax, nn.log_softmax
     assignment, aux = route_scores(
       act(logits_GxSxE),
+      log_scores_GxSxE=log_act(logits_GxSxE),
       k=self.k,
       bias_E=bias_E,
       mask_GxS=mask_GxS,
@@ -125,6 +130,7 @@ def route_scores(
   scores_GxSxE: Array,
   *,
   k: int,
+  log_scores_GxSxE: Array | None = None,
   bias_E: Array | None = None,
   mask_GxS: Array | None = None,
   renormalise: bool = False,
@@ -140,6 +146,9 @@ def route_scores(
   Args:
     scores_GxSxE: float32 affinities s >= 0 (V3, equation 15).
     k: choices per token; ties go to the lower expert index.
+    log_scores_GxSxE: their logarithms, of which shares are the softmax: scores
+      underflow, and 1 over them in the gradient overflows. None: shares are of
+      the scores.
     bias_E: added to the scores for the choice, never for the gates (V3,
       equation 16; Wang et al. 2024, equation 3); without gradient. None: none.
     mask_GxS: boolean, False for padding, which gets no expert and no place.
@@ -184,6 +193,9 @@ def route_scores(
     mask_GxS = jnp.ones(scores_GxSxE.shape[:2], bool)
   # Whatever padding holds, NaN too, stays there.
   scores_GxSxE = jnp.where(mask_GxS[..., None], scores_GxSxE, 0)
+  if log_scores_GxSxE is not None:
+    log_scores_GxSxE = jnp.where(mask_GxS[..., None], log_scores_GxSxE, 0)
+    log_scores_GxSxE = jnp.maximum(log_scores_GxSxE, _LEAST_LOG)
   biased_GxSxE = jax.lax.stop_gradient(scores_GxSxE)
   if bias_E is not None:
     biased_GxSxE += jax.lax.stop_gradient(bias_E)[None, None]
@@ -194,12 +206,20 @@ def route_scores(
   expert_GxSxK = largest(biased_GxSxE, k)
   onehot_GxSxKxE = jax.nn.one_hot(expert_GxSxK, E)
   gate_GxSxK = (onehot_GxSxKxE * scores_GxSxE[:, :, None]).sum(-1)
-  if renormalise:
+  if renormalise and log_scores_GxSxE is not None:
+    gate_GxSxK = jax.nn.softmax(
+      (onehot_GxSxKxE * log_scores_GxSxE[:, :, None]).sum(-1)
+    )
+  elif renormalise:
     gate_GxSxK = _shares(gate_GxSxK)
   taken_GxSxK = jnp.broadcast_to(mask_GxS[..., None], gate_GxSxK.shape)
   expert_GxSxK = jnp.where(taken_GxSxK, expert_GxSxK, E)
 
   probs_GxSxE = _shares(scores_GxSxE)
+  if log_scores_GxSxE is not None:
+    probs_GxSxE = jnp.where(
+      mask_GxS[..., None], jax.nn.softmax(log_scores_GxSxE), 0
+    )
   confidence_GxS = (onehot_GxSxKxE[:, :, 0] * probs_GxSxE).sum(-1)
   counted_GxSxE = onehot_GxSxKxE.sum(2)
   if balance_counts == 'scores':

@@ -59,6 +59,9 @@ class Prototyping(Router):
     deterministic: bool = True,
   ) -> tuple[Assignment, Aux]:
     """Routes tokens x [G, S, D]; masked tokens get no expert."""
+    self.check_gradient(
+      self.k == self.num_experts, 'one expert a prototype (k=num_experts)'
+    )
     logits_GxSxE = self.logits(
       x_GxSxD,
       kernel_init=self.kernel_init,
