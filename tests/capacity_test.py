@@ -11,7 +11,9 @@ MESH_TF = CapacityRule(per_choice=False, rounding='floor', minimum=4, clip=True)
 FLAXFORMER = CapacityRule(
   per_choice=False, rounding='round', minimum=4, clip=False
 )
-VMOE = CapacityRule(per_choice=True, rounding='ceil', minimum=1, clip=False)
+VMOE = CapacityRule(
+  per_choice=True, rounding='ceil', minimum=1, clip=False, multiple_of=4
+)
 
 
 @pytest.mark.parametrize(
@@ -30,12 +32,12 @@ VMOE = CapacityRule(per_choice=True, rounding='ceil', minimum=1, clip=False)
     (FLAXFORMER, 1.25, 4096, 64, 2, 80),
     # GShard, Algorithm 1: C = 2 S / E, both choices at factor 1.
     (CapacityRule(), 1.0, 2048, 128, 2, 32),
-    # V-MoE counts both choices: 1.05 * 2 * 4096 / 32 = 268.8.
-    (VMOE, 1.05, 4096, 32, 2, 269),
-    # 1.25 * 100 / 64 = 1.95: below the least capacity of 4, of V-MoE's 1 not.
+    # V-MoE counts both choices: 1.05 * 2 * 4096 / 32 = 268.8, and then 272.
+    (VMOE, 1.05, 4096, 32, 2, 272),
+    # 1.25 * 100 / 64 = 1.95: below the least capacity of 4, V-MoE's multiple.
     (MESH_TF, 1.25, 100, 64, 1, 4),
     (FLAXFORMER, 1.25, 100, 64, 1, 4),
-    (VMOE, 1.25, 100, 64, 1, 2),
+    (VMOE, 1.25, 100, 64, 1, 4),
     # Three tokens need no more than three slots, and flaxformer has four.
     (MESH_TF, 1.25, 3, 64, 1, 3),
     (FLAXFORMER, 1.25, 3, 64, 1, 4),
@@ -44,9 +46,9 @@ VMOE = CapacityRule(per_choice=True, rounding='ceil', minimum=1, clip=False)
     (FLAXFORMER, 1.25, 44, 10, 1, 6),
     # 4.5 again.
     (MESH_TF, 1.25, 36, 10, 1, 4),
-    (VMOE, 1.25, 36, 10, 1, 5),
+    (VMOE, 1.25, 36, 10, 1, 8),
     # In floats 1.1 * 100 / 10 is above 11, and 1.15 * 100 below 115.
-    (VMOE, 1.1, 100, 10, 1, 11),
+    (CapacityRule(minimum=1), 1.1, 100, 10, 1, 11),
     (MESH_TF, 1.15, 100, 1, 1, 100),
     (CapacityRule(rounding='floor', clip=False), 1.15, 100, 1, 1, 115),
     # Integers are factors too.

@@ -218,6 +218,26 @@ def test_who_is_selected_at_random():
   close(gate_GxSxE, case['gate'])
 
 
+@pytest.mark.parametrize(
+  'name, second',
+  [('st_moe', 1), ('top_n', 1), ('olmoe', 1), ('mixtral', 2), ('gshard', 2)],
+)
+def test_choices_are_by_what_the_recipe_says(name, second):
+  # exp(90 - 200) is 0 in float32, as are all but the first: by probabilities
+  # the second choice is the first of them, by logits that of 90.
+  router, _ = recipe(name, 4)
+  logits_GxSxE = jnp.array([[[200.0, 0.0, 90.0, -5.0]]])
+  params = {'kernel': jnp.eye(4)}
+  assignment, _ = router.apply({'params': params}, logits_GxSxE)
+  assert assignment.expert_GxSxK[0, 0, :2].tolist() == [0, second]
+
+
+def test_codes_of_no_expert_weigh_as_in_their_code():
+  # DSelectKGate adds 1 / sum(selector) to the loss as it is.
+  _, weights = recipe('dselect_k', 6)
+  assert weights['unassigned_codes'] == 1
+
+
 def test_soft_moe():
   case = CASES['vmoe', 'soft_moe', 'plain']
   router, _ = recipe('soft_moe', case['phi'].shape[1])

@@ -9,6 +9,7 @@ import re
 import command
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
@@ -159,15 +160,15 @@ def test_the_page_of_recipes_has_the_tables(name):
         assert value['because'] in re.sub(r'\s+', ' ', page)
 
 
-def auxiliary_loss(model, num_layers):
-  """What routers of equal logits add to the loss, by name."""
+def auxiliary_loss(model, num_layers, logits_GxSxE=None):
+  """What routers of these logits add to the loss, by name; None: equal ones."""
   router = model.module.decoder.make_block.keywords['make_moe'].keywords[
     'make_router'
   ]()
   E = router.num_experts
-  _, aux = router.apply(
-    {'params': {'kernel': jnp.zeros((1, E))}}, jnp.ones((2, E, 1))
-  )
+  if logits_GxSxE is None:
+    logits_GxSxE = jnp.zeros((2, E, E))
+  _, aux = router.apply({'params': {'kernel': jnp.eye(E)}}, logits_GxSxE)
   auxes = {f'decoder/layers_{i}': aux for i in range(num_layers)}
   totals = auxiliary.Totals(jnp.float32(1), {'decoder': aux.tokens})
   scope = model.balance_over
@@ -197,6 +198,15 @@ def auxiliary_loss(model, num_layers):
       16,
       {'load_balance': 0.01, 'router_z': 1e-3 * math.log(64) ** 2 / 2},
     ),
+    # DeepSeekMoE: .001 of each of 27 layers, whatever k.
+    ('deepseek_moe/16b', (), 27, {'load_balance': 0.027}),
+    (
+      'deepseek_moe/16b',
+      ('NUM_SELECTED_EXPERTS=2',),
+      27,
+      {'load_balance': 0.027},
+    ),
+    ('deepseek_moe/2b', (), 9, {'load_balance': 0.09}),
     # DeepSpeed: its code adds .01 of every layer.
     ('prmoe/350m_moe', (), 12, {'load_balance': 0.12}),
   ],
@@ -207,6 +217,25 @@ def test_auxiliary_losses_at_balance_are_their_codes(
   model, _ = model_of(f'gin/models/{file}.gin', *bindings)
   found = auxiliary_loss(model, num_layers)
   assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  'file, num_experts, k, expected',
+  [('mixtral/8x7b', 8, 2, 0.04), ('olmoe/1b_7b', 64, 8, 0.01)],
+)
+def test_sequences_that_prefer_opposite_halves_are_balanced_in_their_codes(
+  file, num_experts, k, expected
+):
+  # Each half takes its sequence's tokens in turns: alone a sequence is twice
+  # off its balance, both together are balanced.
+  half = num_experts // 2
+  index = np.arange(num_experts)  # Of tokens, and of experts.
+  turn_SxE = (index - k * index[:, None]) % half < k
+  prefers_GxE = np.stack([index < half, index >= half])
+  logits_GxSxE = jnp.float32(1e-4 * turn_SxE + 30 * prefers_GxE[:, None])
+  model, _ = model_of(f'gin/models/{file}.gin')
+  found = auxiliary_loss(model, 2, logits_GxSxE)
+  assert found['load_balance'] == pytest.approx(expected, rel=1e-3)
 
 
 def test_deepspeed_s_choice_of_whom_to_drop_is_random():
@@ -224,6 +253,14 @@ def test_glam_s_slots_are_a_multiple_of_four():
     'capacity_rule'
   ]
   assert rule(2.0, tokens=1000, num_experts=64, k=2) == 32
+
+
+def test_v_moe_s_slots_are_a_multiple_of_four():
+  # 784 / 32 * 1.05 = 25.7: 26 slots, and then 28.
+  config.parse(['gin/quickstart.gin', 'gin/routers/v_moe.gin'], [], [])
+  encoder = config.model().module.encoder
+  rule = encoder.make_block.keywords['make_moe'].keywords['capacity_rule']
+  assert rule(1.05, tokens=784, num_experts=32, k=1) == 28
 
 
 def test_agreement():
