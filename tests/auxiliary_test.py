@@ -72,6 +72,18 @@ def test_joint_balance_sees_no_layers_imbalance():
       np.testing.assert_allclose(loss, value, rtol=1e-6)
 
 
+def test_experts_in_attention_are_not_balanced_by_those_of_ffns():
+  # The same two layers, of different kinds or stacks: each is 2, and they add.
+  layers = [[[[50.0, 0.0]] * 4], [[[0.0, 50.0]] * 4]]
+  first, second = (route(jnp.array(logits))[1] for logits in layers)
+  tokens = {'decoder': jnp.float32(4), 'encoder': jnp.float32(4)}
+  totals = Totals(jnp.float32(1), tokens)
+  for name in ('decoder/query_1', 'encoder/layers_1'):
+    auxes = {'decoder/layers_1': first, name: second}
+    found = auxiliary.over_layers(auxes, 'joint', 'microbatch', totals)
+    np.testing.assert_allclose(found['load_balance'], 4, rtol=1e-6)
+
+
 def test_opposite_sequences_are_balanced_together():
   # 64 experts; sequences of 2,048 tokens that prefer the one or the other half
   # with probability .9, evenly within it. Per sequence f is 1/32 there, P .9 /
@@ -244,14 +256,46 @@ def test_one_microbatch_knows_the_batch(inputs):
     close(take_step(make_model(balance_over=scope), inputs)[0], whole)
 
 
-def test_the_batch_so_far_is_between_microbatch_and_batch(inputs):
-  # The last microbatch sees all, the first itself.
-  values = {}
-  for scope in ('microbatch', 'batch_so_far', 'batch'):
-    model = make_model(balance_over=scope)
-    _, sums, _ = take_step(model, inputs, microbatches=8)
-    values[scope] = float(sums['aux_losses']['load_balance'])
-  assert values['batch'] < values['batch_so_far'] < values['microbatch']
+def test_the_batch_so_far_is_the_definition(inputs):
+  # f of the first half is its own, of the second that of both; P is each half's
+  # own, and a half weighs by its tokens.
+  batch, params = inputs
+  model = make_model(balance_over='batch_so_far')
+  apply = jax.jit(partial(model._apply, train=True, factor=1.25))
+  so_far, value, total = {}, 0.0, 0.0
+  for rows in (slice(32), slice(32, 64)):
+    half = {name: x[rows] for name, x in batch.items()}
+    _, auxes = apply(params, half)
+    for name, aux in auxes.items():
+      counted, score, tokens = (
+        np.asarray(x, np.float64).sum(0)
+        for x in (
+          aux.balance.counted_GxE,
+          aux.balance.score_GxE,
+          aux.balance.tokens_G,
+        )
+      )
+      before = so_far.get(name, (0.0, 0.0))
+      so_far[name] = f, n = before[0] + counted, before[1] + tokens
+      value += 8 * (f / n * score).sum()
+    total += tokens
+  _, sums, _ = take_step(model, inputs, microbatches=2)
+  np.testing.assert_allclose(
+    sums['aux_losses']['load_balance'] / 2, value / total, rtol=1e-5
+  )
+
+
+def test_a_microbatch_of_padding_dilutes_no_batch_so_far(inputs):
+  # The second of two halves is padding alone: the first is all there is.
+  batch, params = inputs
+  half = {name: x.at[32:].set(0) for name, x in batch.items()}
+  model = make_model(balance_over='batch_so_far')
+  _, sums, _ = take_step(model, (half, params))
+  _, sums_of_parts, _ = take_step(model, (half, params), microbatches=2)
+  close(
+    sums_of_parts['aux_losses']['load_balance'] / 2,
+    sums['aux_losses']['load_balance'],
+  )
 
 
 def test_the_last_steps_counts_are_the_next_steps_f(inputs):

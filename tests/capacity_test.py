@@ -77,6 +77,7 @@ def test_capacity_of_known_configurations(
       'rounding': st.sampled_from(['floor', 'round', 'ceil']),
       'minimum': st.integers(1, 4),
       'clip': st.booleans(),
+      'multiple_of': st.integers(1, 5),
     }
   ),
 )

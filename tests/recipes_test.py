@@ -263,6 +263,28 @@ def test_v_moe_s_slots_are_a_multiple_of_four():
   assert rule(1.05, tokens=784, num_experts=32, k=1) == 28
 
 
+ROUTERS = sorted(path.stem for path in ROOT.glob('gin/routers/*.gin'))
+
+
+def test_a_router_s_file_says_what_its_losses_are_over():
+  # Whatever the model before it says: weights mean nothing without.
+  for router in ROUTERS:
+    found = []
+    for before in ('olmoe/1b_7b', 'mixtral/8x7b', 'deepseek_moe/2b'):
+      config.parse(
+        [f'gin/models/{before}.gin', f'gin/routers/{router}.gin'],
+        ['NUM_TASKS=4'] if router == 'task_gating' else [],
+        [],
+      )
+      found.append(
+        (config.value('LAYER_REDUCTION'), config.value('BALANCE_OVER'))
+      )
+    if config.value('LOSS_WEIGHTS'):
+      assert len(set(found)) == 1, router
+      in_one_pass = router in ('mixtral', 'olmoe')
+      assert (found[0] == ('sum', 'group')) != in_one_pass, router
+
+
 def test_agreement():
   # 7.42 rounds to 7; 13.9 is neither 20 nor near; 2% of 1.00 is near.
   assert published.agrees('7B', 7.42e9)

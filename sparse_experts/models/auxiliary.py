@@ -81,16 +81,17 @@ def over_layers(
 
   A joint balance loss is that of the tokens of a stack's layers taken together:
   f and P are means over layers, too, before they are multiplied. Other losses
-  are the mean over a stack's layers then, and those of two stacks add.
+  are the mean over a stack's layers then, and those of two stacks add. Experts
+  in attention are layers of their own kind, which add likewise.
   """
   if layer_reduction != 'joint':
     return _over(auxes, layer_reduction, balance_over, totals)
-  stacks: dict[str, dict[str, Aux]] = {}
-  for name, aux in auxes.items():
-    stacks.setdefault(name.split('/')[0], {})[name] = aux
+  kinds: dict[str, dict[str, Aux]] = {}
+  for name, aux in auxes.items():  # 'decoder/layers_3' is of 'decoder/layers'.
+    kinds.setdefault(name.rpartition('_')[0], {})[name] = aux
   combined: dict[str, Array] = {}
-  for of_stack in stacks.values():
-    part = _over(of_stack, layer_reduction, balance_over, totals)
+  for of_kind in kinds.values():
+    part = _over(of_kind, layer_reduction, balance_over, totals)
     for name, value in part.items():
       combined[name] = combined.get(name, 0) + value
   return combined
@@ -102,7 +103,7 @@ def _over(
   balance_over: str,
   totals: Totals,
 ) -> dict[str, Array]:
-  """`over_layers` of one stack, or of all as if they were one."""
+  """`over_layers` of layers of one kind, or of all as if they were one."""
   values: dict[str, list[Array]] = {}
   for aux in auxes.values():
     for name, value in aux.losses.items():
@@ -152,7 +153,7 @@ def _balance(
     share = 1 if balance_over == 'microbatch' else _share(auxes, totals)
     return share * own.loss()
   if balance_over == 'batch_so_far':
-    return own.loss(given + own)
+    given += own
   if balance_over == 'last_step':  # There is none before the first.
     given = jax.tree.map(
       lambda last, now: jnp.where(given.tokens_G.sum() > 0, last, now),

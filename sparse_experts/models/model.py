@@ -46,7 +46,7 @@ class Model:
       'group': each group of a layer, as routers return it (Mesh TF,
         DeepSeek-V3's sequences).
       'microbatch': what one forward pass sees, on all devices (transformers,
-        MegaBlocks, Megatron: there, on one device).
+        MegaBlocks, Megatron: there, on one device); microbatches weigh alike.
       'batch': all tokens of a step (Qiu et al. 2025,
         https://arxiv.org/abs/2501.11873), exactly: with microbatches, a first
         forward pass over all of them, up to the last router, counts choices,

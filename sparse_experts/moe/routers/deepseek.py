@@ -24,11 +24,9 @@ from sparse_experts.moe.assignment import (
 from sparse_experts.moe.bias import BIAS
 from sparse_experts.moe.router import KERNEL_INIT, Router
 
-# No score is divided by less: the least normal float32. V3's code adds 1e-20 to
-# sums, so that gates of logits below -45 fall short; here they do not, nor, by
-# logarithms, below -87, where a sigmoid is 0 in float32.
+# Finite, for differences of infinities are NaN.
 _LEAST = float(jnp.finfo(jnp.float32).tiny)
-_LEAST_LOG = -1e30  # Finite, for differences of infinities are NaN.
+_LEAST_LOG = -1e30
 
 
 class DeepSeek(Router):
@@ -146,13 +144,14 @@ def route_scores(
   Args:
     scores_GxSxE: float32 affinities s >= 0 (V3, equation 15).
     k: choices per token; ties go to the lower expert index.
-    log_scores_GxSxE: their logarithms, of which shares are the softmax: scores
-      underflow, and 1 over them in the gradient overflows. None: shares are of
-      the scores.
+    log_scores_GxSxE: their logarithms, of which shares are the softmax, as
+      scores underflow where logits are below -87. None: taken of the scores.
     bias_E: added to the scores for the choice, never for the gates (V3,
       equation 16; Wang et al. 2024, equation 3); without gradient. None: none.
     mask_GxS: boolean, False for padding, which gets no expert and no place.
-    renormalise: gates are s_e / sum of the k chosen s (V3, equation 13).
+    renormalise: gates are s_e / sum of the k chosen s (V3, equation 13), for
+      scores of any size: V3's code adds 1e-20 to the sum, so that gates of
+      logits below -45 fall short there.
     scale: what gates are multiplied by (`routed_scaling_factor`).
     expert_groups: the E experts are that many runs of equal length, each on a
       device (V2) or node (V3) of its own.
@@ -193,9 +192,10 @@ def route_scores(
     mask_GxS = jnp.ones(scores_GxSxE.shape[:2], bool)
   # Whatever padding holds, NaN too, stays there.
   scores_GxSxE = jnp.where(mask_GxS[..., None], scores_GxSxE, 0)
-  if log_scores_GxSxE is not None:
-    log_scores_GxSxE = jnp.where(mask_GxS[..., None], log_scores_GxSxE, 0)
-    log_scores_GxSxE = jnp.maximum(log_scores_GxSxE, _LEAST_LOG)
+  if log_scores_GxSxE is None:
+    log_scores_GxSxE = jnp.log(jnp.maximum(scores_GxSxE, _LEAST))
+  log_scores_GxSxE = jnp.where(mask_GxS[..., None], log_scores_GxSxE, 0)
+  log_scores_GxSxE = jnp.maximum(log_scores_GxSxE, _LEAST_LOG)
   biased_GxSxE = jax.lax.stop_gradient(scores_GxSxE)
   if bias_E is not None:
     biased_GxSxE += jax.lax.stop_gradient(bias_E)[None, None]
@@ -205,21 +205,18 @@ def route_scores(
     )
   expert_GxSxK = largest(biased_GxSxE, k)
   onehot_GxSxKxE = jax.nn.one_hot(expert_GxSxK, E)
-  gate_GxSxK = (onehot_GxSxKxE * scores_GxSxE[:, :, None]).sum(-1)
-  if renormalise and log_scores_GxSxE is not None:
+  if renormalise:
     gate_GxSxK = jax.nn.softmax(
       (onehot_GxSxKxE * log_scores_GxSxE[:, :, None]).sum(-1)
     )
-  elif renormalise:
-    gate_GxSxK = _shares(gate_GxSxK)
+  else:
+    gate_GxSxK = (onehot_GxSxKxE * scores_GxSxE[:, :, None]).sum(-1)
   taken_GxSxK = jnp.broadcast_to(mask_GxS[..., None], gate_GxSxK.shape)
   expert_GxSxK = jnp.where(taken_GxSxK, expert_GxSxK, E)
 
-  probs_GxSxE = _shares(scores_GxSxE)
-  if log_scores_GxSxE is not None:
-    probs_GxSxE = jnp.where(
-      mask_GxS[..., None], jax.nn.softmax(log_scores_GxSxE), 0
-    )
+  probs_GxSxE = jnp.where(
+    mask_GxS[..., None], jax.nn.softmax(log_scores_GxSxE), 0
+  )
   confidence_GxS = (onehot_GxSxKxE[:, :, 0] * probs_GxSxE).sum(-1)
   counted_GxSxE = onehot_GxSxKxE.sum(2)
   if balance_counts == 'scores':
@@ -239,21 +236,10 @@ def route_scores(
       'entropy': entropy_GxS.sum(),
       'confidence': (confidence_GxS * mask_GxS).sum(),
     },
-    logits=jnp.log(jnp.maximum(scores_GxSxE, _LEAST)),
+    logits=log_scores_GxSxE,
     tokens=balance.tokens_G.sum(),
     balance=balance,
   )
-
-
-def _shares(scores_GxSxN: Array) -> Array:
-  """Scores over their sum, 0 of zeros.
-
-  Scaled by the largest first, for the gradient has the square of the sum.
-  """
-  largest_GxSx1 = jax.lax.stop_gradient(scores_GxSxN.max(-1, keepdims=True))
-  scores_GxSxN /= jnp.maximum(largest_GxSx1, _LEAST)
-  sum_GxSx1 = scores_GxSxN.sum(-1, keepdims=True)
-  return scores_GxSxN / jnp.where(sum_GxSx1 > 0, sum_GxSx1, 1)
 
 
 def _limit(
