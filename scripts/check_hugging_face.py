@@ -16,9 +16,7 @@ import numpy as np
 
 NEW_TOKENS = 12
 PROMPTS = (9, 4, 6)  # Lengths.
-STD = (
-  0.3  # Wide enough that tokens differ in their experts and in what follows.
-)
+STD = 0.3  # Wide enough that tokens differ in experts and in what follows.
 
 _DECODER = dict(
   vocab_size=96,

@@ -226,6 +226,15 @@ def test_fewer_targets_and_tokens_than_microbatches():
   close(sums_of_parts['objective'] / 8, sums['objective'])
 
 
+def sums_of(aux):
+  """Counts [E], sums of scores [E] and the number of tokens of a layer."""
+  balance = aux.balance
+  return (
+    np.asarray(x, np.float64).sum(0)
+    for x in (balance.counted_GxE, balance.score_GxE, balance.tokens_G)
+  )
+
+
 def test_balance_over_the_batch_is_the_definition(inputs):
   # f and P of all tokens, by hand, at four microbatches.
   batch, params = inputs
@@ -235,14 +244,7 @@ def test_balance_over_the_batch_is_the_definition(inputs):
   )
   expected = 0.0
   for aux in auxes.values():
-    counted, score, tokens = (
-      np.asarray(x, np.float64).sum(0)
-      for x in (
-        aux.balance.counted_GxE,
-        aux.balance.score_GxE,
-        aux.balance.tokens_G,
-      )
-    )
+    counted, score, tokens = sums_of(aux)
     expected += 8 * (counted * score).sum() / tokens**2
   _, sums, _ = take_step(model, inputs, microbatches=4)
   np.testing.assert_allclose(
@@ -267,14 +269,7 @@ def test_the_batch_so_far_is_the_definition(inputs):
     half = {name: x[rows] for name, x in batch.items()}
     _, auxes = apply(params, half)
     for name, aux in auxes.items():
-      counted, score, tokens = (
-        np.asarray(x, np.float64).sum(0)
-        for x in (
-          aux.balance.counted_GxE,
-          aux.balance.score_GxE,
-          aux.balance.tokens_G,
-        )
-      )
+      counted, score, tokens = sums_of(aux)
       before = so_far.get(name, (0.0, 0.0))
       so_far[name] = f, n = before[0] + counted, before[1] + tokens
       value += 8 * (f / n * score).sum()

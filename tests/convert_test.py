@@ -288,24 +288,27 @@ def test_what_training_says_that_config_json_cannot(tmp_path):
   ]
 
 
+# But for SCALED_ATTENTION.
+TINY_MIXTRAL = """
+include 'gin/models/decoder_only.gin'
+include 'gin/routers/mixtral.gin'
+NUM_EMBEDDINGS = 8
+NUM_LAYERS = 1
+EMBED_DIM = 8
+NUM_HEADS = 2
+HEAD_DIM = 4
+MLP_DIM = 4
+NUM_EXPERTS = 2
+SPARSE_LAYERS = 1
+SHARED_BIAS = None
+ACTIVATION = 'silu'
+ROTARY_BASE = 1e4
+"""
+
+
 def test_special_tokens_of_our_own_decoders(tmp_path):
-  lines = [
-    "include 'gin/models/decoder_only.gin'",
-    "include 'gin/routers/mixtral.gin'",
-    'NUM_EMBEDDINGS = 8',
-    'NUM_LAYERS = 1',
-    'EMBED_DIM = 8',
-    'NUM_HEADS = 2',
-    'HEAD_DIM = 4',
-    'MLP_DIM = 4',
-    'NUM_EXPERTS = 2',
-    'SPARSE_LAYERS = 1',
-    'SHARED_BIAS = None',
-    'SCALED_ATTENTION = True',
-    "ACTIVATION = 'silu'",
-    'ROTARY_BASE = 1e4',
-  ]
-  write_native(tmp_path / 'native', '\n'.join(lines), seed=0)
+  gin_text = TINY_MIXTRAL + 'SCALED_ATTENTION = True\n'
+  write_native(tmp_path / 'native', gin_text, seed=0)
   report = convert(tmp_path / 'native', tmp_path / 'hf', target='hf')
   # It pads and begins with 0, which it never writes, and ends with 1.
   assert json.loads((tmp_path / 'hf/generation_config.json').read_text()) == {
@@ -326,9 +329,7 @@ def test_special_tokens_of_our_own_decoders(tmp_path):
   model = config.model_of((tmp_path / 'again/config.gin').read_text())
   assert model.special_tokens == SpecialTokens()
   # Tied logits of ours are scaled, and those of the format are not.
-  write_native(
-    tmp_path / 'tied', '\n'.join([*lines, 'TIED_LOGITS = True']), seed=0
-  )
+  write_native(tmp_path / 'tied', gin_text + 'TIED_LOGITS = True\n', seed=0)
   refused(tmp_path / 'tied', tmp_path, 'SCALED_LOGITS = False', target='hf')
 
 
@@ -790,27 +791,7 @@ def test_a_model_that_nobody_knows(t5x_folder, tmp_path):
 
 
 def test_what_a_format_cannot_say(tmp_path):
-  _, gin_text = (
-    'mixtral',
-    '\n'.join(
-      [
-        "include 'gin/models/decoder_only.gin'",
-        "include 'gin/routers/mixtral.gin'",
-        'NUM_EMBEDDINGS = 8',
-        'NUM_LAYERS = 1',
-        'EMBED_DIM = 8',
-        'NUM_HEADS = 2',
-        'HEAD_DIM = 4',
-        'MLP_DIM = 4',
-        'NUM_EXPERTS = 2',
-        'SPARSE_LAYERS = 1',
-        'SHARED_BIAS = None',
-        "ACTIVATION = 'silu'",
-        'ROTARY_BASE = 1e4',
-      ]
-    ),
-  )
-  write_native(tmp_path / 'native', gin_text, seed=0)
+  write_native(tmp_path / 'native', TINY_MIXTRAL, seed=0)
   refused(tmp_path / 'native', tmp_path, 'scaled', target='hf')
   refused(
     tmp_path / 'native',

@@ -349,7 +349,7 @@ def check_vocabulary(
       raise ValueError(
         f'{name!r} of task {task_name!r} end with token {eos}, but answers of '
         f'the model with {" or ".join(map(str, special_tokens.eos)) or "none"}'
-        f': take a task of its vocabulary, or train it with EOS_IDS = ({eos},)'
+        f': take a task of its vocabulary, or train it with EOS_IDS = ({eos},).'
       )
 
 

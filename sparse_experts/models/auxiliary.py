@@ -84,37 +84,21 @@ def over_layers(
   are the mean over a stack's layers then, and those of two stacks add. Experts
   in attention are layers of their own kind, which add likewise.
   """
-  if layer_reduction != 'joint':
-    return _over(auxes, layer_reduction, balance_over, totals)
-  kinds: dict[str, dict[str, Aux]] = {}
-  for name, aux in auxes.items():  # 'decoder/layers_3' is of 'decoder/layers'.
-    kinds.setdefault(name.rpartition('_')[0], {})[name] = aux
+  joint = layer_reduction == 'joint'
+  with_loss: dict[tuple[str, str], dict[str, Aux]] = {}
+  for layer, aux in auxes.items():
+    # 'decoder/layers_3' is of 'decoder/layers'.
+    kind = layer.rpartition('_')[0] if joint else ''
+    for loss in aux.losses:
+      with_loss.setdefault((loss, kind), {})[layer] = aux
   combined: dict[str, Array] = {}
-  for of_kind in kinds.values():
-    part = _over(of_kind, layer_reduction, balance_over, totals)
-    for name, value in part.items():
-      combined[name] = combined.get(name, 0) + value
-  return combined
-
-
-def _over(
-  auxes: Mapping[str, Aux],
-  layer_reduction: str,
-  balance_over: str,
-  totals: Totals,
-) -> dict[str, Array]:
-  """`over_layers` of layers of one kind, or of all as if they were one."""
-  values: dict[str, list[Array]] = {}
-  for aux in auxes.values():
-    for name, value in aux.losses.items():
-      values.setdefault(name, []).append(value)
-  combined = {
-    name: sum(layers) / (1 if layer_reduction == 'sum' else len(layers))
-    for name, layers in values.items()
-  }
-  if layer_reduction == 'joint' and BALANCE in combined:
-    balanced = {n: aux for n, aux in auxes.items() if BALANCE in aux.losses}
-    combined[BALANCE] = _balance(balanced, balance_over, totals)
+  for (loss, _), layers in with_loss.items():
+    if joint and loss == BALANCE:
+      value = _balance(layers, balance_over, totals)
+    else:
+      value = sum(aux.losses[loss] for aux in layers.values())
+      value /= 1 if layer_reduction == 'sum' else len(layers)
+    combined[loss] = combined.get(loss, 0) + value
   return combined
 
 
