@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_experts.analysis import bench
+from sparse_experts.bench import layer as layer_bench
 
 COMPUTATION = re.compile(r'^(ENTRY )?%(\S+) \(.*?^}', re.MULTILINE | re.DOTALL)
 OPERATION = re.compile(
@@ -25,7 +25,7 @@ DOT = re.compile(r'%([\w.-]+), .*?\blhs_contracting_dims={([\d,]+)}')
 
 
 def compiled_text(dispatcher: str, experts: int) -> str:
-  layer = bench.Layer()
+  layer = layer_bench.Layer()
   module = layer.sparse(dispatcher, experts, k=1)
   factor = layer.factor(dispatcher)
   x_BxLxD = jax.ShapeDtypeStruct((1, layer.tokens, layer.width), jnp.float32)

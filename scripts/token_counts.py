@@ -16,7 +16,7 @@ import sys
 
 import numpy as np
 
-from sparse_experts.data import batches
+from sparse_experts.data import streams
 
 
 def main(
@@ -26,7 +26,7 @@ def main(
   targets: str = '58',
   num_batches: str = '400',
 ) -> None:
-  stream = batches.Batches(
+  stream = streams.Batches(
     task,
     'train',
     {'inputs': int(inputs), 'targets': int(targets)},
@@ -34,7 +34,7 @@ def main(
     converter='encoder_decoder',
     seed=0,
   )
-  counts = np.zeros(batches.vocabulary_size(task), int)
+  counts = np.zeros(streams.vocabulary_size(task), int)
   for _ in range(int(num_batches)):
     batch = next(stream)
     tokens = batch['encoder_input_tokens']

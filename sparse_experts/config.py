@@ -10,8 +10,10 @@ import copy
 import difflib
 import functools
 import inspect
+import io
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,6 +21,17 @@ from typing import Any
 import gin
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
+
+# Where modules that config.gin files of earlier versions name are now.
+_MOVED = {
+  'analysis.bench': 'bench.layer',
+  'analysis.decode_speed': 'bench.decode',
+  'analysis.precompile': 'planning.precompile',
+  'analysis.records': 'insight.records',
+  'models.special_tokens': 'data.special_tokens',
+  'training.evaluate': 'evaluation.evaluate',
+  'training.infer': 'inference.infer',
+}
 
 
 def root() -> pathlib.Path:
@@ -50,7 +63,7 @@ def parse(
   folders = ('', *search_paths, str(root()))
   gin.config._LOCATION_PREFIXES[:] = folders
   # Gin also looks into Python packages, and logs an ERROR where a file is not.
-  gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
+  gin.config._FILE_READERS[:] = [(_open, os.path.isfile)]
   for file in files:
     searched = [pathlib.Path(folder) / file for folder in folders]
     if not any(path.is_file() for path in searched):
@@ -217,6 +230,21 @@ def _bind_now(value: Any, scopes: Sequence[str]) -> Any:
   }
   function = functools.partial(value.configurable.wrapped, **arguments)
   return function() if value.evaluate else function
+
+
+def _open(path: str) -> io.StringIO:
+  """A gin file, in which modules have today's names."""
+  text = pathlib.Path(path).read_text()
+  for old, new in _MOVED.items():
+    (room, name), (new_room, new_name) = (m.split('.') for m in (old, new))
+    text = re.sub(
+      rf'^from sparse_experts\.{room} import {name}$',
+      f'from sparse_experts.{new_room} import {new_name}'
+      + (f' as {name}' if new_name != name else ''),
+      text,
+      flags=re.MULTILINE,
+    )
+  return io.StringIO(text)
 
 
 def _one_line(function, *args):

@@ -31,7 +31,7 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 
 MESH_AXES = ('data', 'expert', 'model')
 

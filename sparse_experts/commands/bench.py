@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   from sparse_experts import config
-  from sparse_experts.analysis import bench
+  from sparse_experts.bench import layer as layer_bench
 
   if args.what == 'decode':
     return _decode(args)
@@ -28,19 +28,18 @@ def run(args: argparse.Namespace) -> None:
   settings.parse(args)
   show = (lambda row: None) if args.json else _printer(on_pod)
   if on_pod:
-    rows = config.bound(bench.compiled_layer, given=('topology',))(
+    rows = config.bound(layer_bench.compiled_layer, given=('topology',))(
       topology=args.topology, on_row=show
     )
   else:
-    rows = config.bound(bench.layer)(on_row=show)
+    rows = config.bound(layer_bench.layer)(on_row=show)
   if args.json:
     printing.as_json(rows)
 
 
 def _decode(args: argparse.Namespace) -> None:
-  from sparse_experts import config
-  from sparse_experts.analysis import decode_speed
-  from sparse_experts.training import report
+  from sparse_experts import config, console
+  from sparse_experts.bench import decode as decode_bench
 
   if args.topology is not None:
     raise ValueError('--topology is for bench layer; decoding is timed here.')
@@ -68,11 +67,11 @@ def _decode(args: argparse.Namespace) -> None:
       *(f'{row["ratio"]:.2f}x', f'({low:.2f} - {high:.2f})'),
       f'{row["flops_per_token"] / 1e6:.3f}',
     )
-    print(report.line(cells, widths), flush=True)
+    print(console.line(cells, widths), flush=True)
 
   if not args.json:
-    print(report.line((*heading, 'MFLOP per token'), widths), flush=True)
-  rows = config.bound(decode_speed.measure, given=('models',))(
+    print(console.line((*heading, 'MFLOP per token'), widths), flush=True)
+  rows = config.bound(decode_bench.measure, given=('models',))(
     models=models(), **({} if args.json else {'on_row': show})
   )
   if args.json:
@@ -81,7 +80,7 @@ def _decode(args: argparse.Namespace) -> None:
 
 def _printer(on_pod: bool):
   """Prints rows of `bench` as they come, below a heading."""
-  from sparse_experts.training import report
+  from sparse_experts import console
 
   widths = (12, 7, 3, 11, 7, 9, 7, 13, 8, 8, 7, 10)
   heading = (
@@ -94,7 +93,7 @@ def _printer(on_pod: bool):
       *('dispatcher', 'experts', 'k', 'FLOPs', 'bytes', 'memory', 'XLA ms'),
       'collectives',
     )
-  print(report.line(heading, widths))
+  print(console.line(heading, widths))
 
   def show(row):
     first = (row['dispatcher'], row['experts'], row['k'])
@@ -125,6 +124,6 @@ def _printer(on_pod: bool):
         flops,
         memory,
       )
-    print(report.line((*first, *rest), widths), flush=True)
+    print(console.line((*first, *rest), widths), flush=True)
 
   return show

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 
 from sparse_experts.commands import printing
 
@@ -33,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   from sparse_experts.convert import convert
+  from sparse_experts.surgery.selection import select
+
+  change = None
+  if args.experts is not None:
+    change = functools.partial(select, experts=args.experts)
 
   report = convert(
     args.input,
@@ -42,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     gin_files=args.gin_file,
     bindings=args.bindings,
     search_paths=[path for path in args.gin_search_paths.split(',') if path],
-    experts=args.experts,
+    change=change,
     dry_run=args.dry_run,
   )
   if args.json:

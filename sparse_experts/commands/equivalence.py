@@ -17,9 +17,8 @@ def run(args: argparse.Namespace) -> None:
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {fake}=8'
   import jax
 
-  from sparse_experts import config
-  from sparse_experts.analysis import equivalence
-  from sparse_experts.training import report
+  from sparse_experts import config, console
+  from sparse_experts.bench import equivalence
 
   jax.config.update('jax_platforms', 'cpu')
   args.gin_file = args.gin_file or ['gin/equivalence.gin']
@@ -30,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
   dispatchers, meshes = config.value('DISPATCHERS'), config.value('MESHES')
   heading = ('router', 'dispatcher', 'mesh', 'outputs', 'gradients')
   if not args.json:
-    print(report.line(heading, WIDTHS))
+    print(console.line(heading, WIDTHS))
   table = []
   for name in names:
     settings.parse(args, f'gin/routers/{name}.gin')
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     )
     table += rows
     for row in () if args.json else rows:
-      print(report.line(_cells(row), WIDTHS))
+      print(console.line(_cells(row), WIDTHS))
   if args.json:
     printing.as_json(table)
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   from sparse_experts import config
-  from sparse_experts.training import evaluate
+  from sparse_experts.evaluation import evaluate
 
   settings.parse(args)
   make_evaluation = config.bound(evaluate.Evaluation)
@@ -56,15 +56,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print(results: Mapping[str, Any]) -> None:
-  from sparse_experts.training import report
+  from sparse_experts import console
 
   rows = {
-    **report.scalars(results['metrics']),
+    **console.scalars(results['metrics']),
     **{f'task/{k}': v for k, v in results['task_metrics'].items()},
     **{
       f'{task}/{name}': value
       for task, numbers in results['calibration'].items()
-      for name, value in report.scalars(numbers).items()
+      for name, value in console.scalars(numbers).items()
       if name != 'accuracy'
     },
   }
@@ -74,11 +74,11 @@ def _print(results: Mapping[str, Any]) -> None:
     + ('exact' if factor is None else f'capacity factor {factor:g}')
   )
   print(
-    report.table(('metric', ''), [(k, f'{v:.5g}') for k, v in rows.items()])
+    console.table(('metric', ''), [(k, f'{v:.5g}') for k, v in rows.items()])
   )
   _print_ties(results)
   if results['metrics']['layers']:
-    print('\n' + report.expert_load(results['metrics']['layers']))
+    print('\n' + console.expert_load(results['metrics']['layers']))
 
 
 def _print_ties(results: Mapping[str, Any]) -> None:
@@ -106,7 +106,7 @@ def _step_printer():
 
 
 def _print_all(results: Mapping[str, Any]) -> None:
-  from sparse_experts.training import report
+  from sparse_experts import console
 
   names = list(results['last']['task_metrics'])
   rows = [
@@ -120,14 +120,14 @@ def _print_all(results: Mapping[str, Any]) -> None:
   ]
   last = results['last']
   print(f'\n{last["task"]}, {last["split"]} split')
-  print(report.table(('step', 'loss', *names, ''), rows))
+  print(console.table(('step', 'loss', *names, ''), rows))
 
 
 def _draw(results: Mapping[str, Any], path: str) -> None:
   """A diagram of each task's calibration: FILE.png, or FILE-TASK.png."""
   import pathlib
 
-  from sparse_experts.training import calibration
+  from sparse_experts.evaluation import calibration
 
   file = pathlib.Path(path)
   if file.suffix not in ('.png', '.pdf', '.svg'):

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   from sparse_experts import config
-  from sparse_experts.training import infer
+  from sparse_experts.inference import infer
 
   settings.parse(args)
   run = config.bound(infer.infer)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _routing(results) -> str:
   """The share of choices that went to each expert, over all results."""
-  from sparse_experts.training import report
+  from sparse_experts import console
 
   layers = results[0]['routing']
   rows = []
@@ -71,4 +71,4 @@ def _routing(results) -> str:
     counts = [sum(column) for column in columns]
     shares = [f'{100 * count / max(1, sum(counts)):.0f}' for count in counts]
     rows.append((layer, ' '.join(shares)))
-  return report.table(('load of experts, %', ''), rows) + '\n'
+  return console.table(('load of experts, %', ''), rows) + '\n'

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
   import jax
 
   from sparse_experts import config
-  from sparse_experts.analysis import plan, precompile
+  from sparse_experts.planning import plan, precompile
 
   jax.config.update('jax_platforms', 'cpu')
   chip, num_devices = _chips(args)
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _chips(args: argparse.Namespace):
   """The chip, and the number of devices."""
-  from sparse_experts.analysis import chips
+  from sparse_experts.planning import chips
 
   if args.chips is None:
     return chips.parse_topology(args.topology)
@@ -121,7 +121,7 @@ def _chips(args: argparse.Namespace):
 
 def _budget(args: argparse.Namespace, chip, num_devices: int):
   """Facts of the proposals, and the bindings of the one to take."""
-  from sparse_experts.analysis import budget
+  from sparse_experts.planning import budget
 
   asked = budget.Budget(chip, num_devices, args.hours, args.efficiency)
   found, taken = budget.proposals(asked)
@@ -164,7 +164,7 @@ def _candidate(candidate) -> dict:
 
 
 def _text(facts: dict, chip) -> str:
-  from sparse_experts.training import report
+  from sparse_experts import console
 
   lines = _budget_lines(facts) if 'budget' in facts else []
   lengths = ', '.join(f'{n} {kind}' for kind, n in facts['lengths'].items())
@@ -192,7 +192,7 @@ def _text(facts: dict, chip) -> str:
     *('data x expert x model', 'remat', 'microbatches', 'tokens of a group'),
     *('GiB', 'ms at least', 'bound by'),
   )
-  lines.append(report.table(heading, rows) if rows else 'No mesh fits.')
+  lines.append(console.table(heading, rows) if rows else 'No mesh fits.')
   if facts['rejected']:
     lines += ['', 'Rejected:']
   lines += [
@@ -213,7 +213,7 @@ def _text(facts: dict, chip) -> str:
 
 
 def _budget_lines(facts: dict) -> list[str]:
-  from sparse_experts.training import report
+  from sparse_experts import console
 
   budget, taken = facts['budget'], facts['proposal']
   rows = [
@@ -243,7 +243,7 @@ def _budget_lines(facts: dict) -> list[str]:
     f'{budget["flops"]:.3g} FLOPs: {budget["hours"]:g} hours at '
     f'{budget["efficiency"]:.0%} of the peak; {energy}',
     '',
-    report.table(heading, rows),
+    console.table(heading, rows),
     f'* taken: {taken["num_layers"]} layers of width {taken["width"]}',
     '',
   ]

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
   import jax
 
   from sparse_experts import config
-  from sparse_experts.analysis import precompile
+  from sparse_experts.planning import precompile
 
   jax.config.update('jax_platforms', 'cpu')
   # A program is compiled to see what compiling it takes.

@@ -15,7 +15,8 @@ def as_json(facts) -> None:
 def ledger(args: argparse.Namespace, activations: bool = False) -> None:
   """Parameters and arithmetic of the model the parsed gin files describe."""
   from sparse_experts import config
-  from sparse_experts.analysis import ledger, memory, published
+  from sparse_experts.papers import published
+  from sparse_experts.planning import ledger, memory
 
   lengths = None
   if config.defined('TASK_FEATURE_LENGTHS'):
@@ -40,8 +41,8 @@ def ledger(args: argparse.Namespace, activations: bool = False) -> None:
 
 
 def compared(title: str, named_values: Iterable[tuple[str, Mapping]]) -> None:
-  """Comparisons of `analysis.published`, and why some numbers do not agree."""
-  from sparse_experts.training import report
+  """Comparisons of `papers.published`, and why some numbers do not agree."""
+  from sparse_experts import console
 
   rows, reasons = [], {}
   for name, value in named_values:
@@ -59,7 +60,7 @@ def compared(title: str, named_values: Iterable[tuple[str, Mapping]]) -> None:
       models = reasons.setdefault((value['quantity'], value['because']), [])
       models.append(name)
   heading = (title, '', 'published', 'computed', 'difference', '')
-  print(report.table(heading, rows))
+  print(console.table(heading, rows))
   for (quantity, reason), models in reasons.items():
     print(f'* {quantity} of {", ".join(models)}: {reason}.')
 

@@ -8,9 +8,8 @@ from sparse_experts.commands import printing, settings
 
 
 def run(args: argparse.Namespace) -> None:
-  from sparse_experts import config
-  from sparse_experts.analysis import records, routing
-  from sparse_experts.training import report
+  from sparse_experts import config, console
+  from sparse_experts.insight import records, routing
 
   settings.parse(args)
   run = config.bound(records.record)
@@ -22,5 +21,5 @@ def run(args: argparse.Namespace) -> None:
     return printing.as_json(
       {'path': str(path), **found.facts, 'layers': layers}
     )
-  print(report.expert_load(layers))
+  print(console.expert_load(layers))
   print(f'\nrecord:  {path}')

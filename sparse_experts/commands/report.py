@@ -14,13 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  from sparse_experts.analysis import run_report
+  from sparse_experts.insight import report_page
 
   if args.gin_file or args.bindings:
     raise ValueError(
       'report takes MODEL_DIR alone; its config.gin has the rest.'
     )
-  path = run_report.write(args.model_dir, _ledger(args.model_dir))
+  path = report_page.write(args.model_dir, _ledger(args.model_dir))
   if args.json:
     return printing.as_json({'path': str(path)})
   print(f'report:  {path}')
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
 def _ledger(model_dir: str):
   """Of the model that config.gin describes; None where there is none."""
   from sparse_experts import config
-  from sparse_experts.analysis import ledger
+  from sparse_experts.planning import ledger
 
   file = pathlib.Path(model_dir) / 'config.gin'
   if not file.exists():

@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   from sparse_experts import config
-  from sparse_experts.analysis import ledger, published
+  from sparse_experts.papers import published
+  from sparse_experts.planning import ledger
 
   if args.gin_file or args.bindings:
     raise ValueError('table takes --paper=TABLE alone; its rows name recipes.')

@@ -44,7 +44,7 @@ def _profile(text: str | None) -> dict[str, tuple[int, int]]:
 
 
 def _print(results: Mapping, model_dir: str) -> None:
-  from sparse_experts.training import report
+  from sparse_experts import console
 
   before, after = results['eval_before'], results['eval']
   if after is not None:
@@ -53,7 +53,7 @@ def _print(results: Mapping, model_dir: str) -> None:
       f'{after["loss"]:.3f} at step {results["eval_step"]}'
     )
     if after['layers']:
-      print('\n' + report.expert_load(after['layers']))
+      print('\n' + console.expert_load(after['layers']))
   print(
     f'\ncheckpoint:   {model_dir}/checkpoints/{results["step"]}\n'
     f'TensorBoard:  {model_dir}/tensorboard\n'

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sparse_experts.convert import tables
-from sparse_experts.convert.tables import Row
+from sparse_experts.convert import parameter_names
+from sparse_experts.convert.parameter_names import Row
+from sparse_experts.data.special_tokens import NO_TOKEN
 from sparse_experts.models.layout import kinds
-from sparse_experts.models.special_tokens import NO_TOKEN
 
 # Several names of transformers' are one function.
 _ACTIVATIONS = {
@@ -279,7 +279,7 @@ _DECODER_REMEDIES = {
 ARCHITECTURES = {
   'switch_transformers': Architecture(
     name='SwitchTransformersForConditionalGeneration',
-    table=tables.SWITCH,
+    table=parameter_names.SWITCH,
     gin="""
 include 'gin/models/encoder_decoder.gin'
 include 'gin/routers/switch.gin'
@@ -336,7 +336,7 @@ EVAL_CAPACITY_FACTOR = None
   ),
   'mixtral': Architecture(
     name='MixtralForCausalLM',
-    table=tables.MIXTRAL,
+    table=parameter_names.MIXTRAL,
     gin=_DECODER_GIN.format(router='mixtral'),
     same=[
       *_DECODER,
@@ -358,7 +358,7 @@ EVAL_CAPACITY_FACTOR = None
   ),
   'olmoe': Architecture(
     name='OlmoeForCausalLM',
-    table=tables.OLMOE,
+    table=parameter_names.OLMOE,
     gin=_DECODER_GIN.format(router='olmoe') + 'ATTENTION_NORM = True\n',
     same=[
       *_DECODER,

@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +18,9 @@ import numpy as np
 import tqdm
 from flax import traverse_util
 
-from sparse_experts.convert import native, places
+from sparse_experts.convert import native, tensor_map
 from sparse_experts.convert.formats import FORMATS, Checkpoint, look
-from sparse_experts.convert.places import Places
-from sparse_experts.convert.selection import select
+from sparse_experts.convert.tensor_map import Places
 from sparse_experts.training import checkpoints
 
 _JOURNAL = 'journal.jsonl'
@@ -49,15 +48,15 @@ def load(path: str | pathlib.Path, format: str | None = None):
   """
   source = look(path, format)
   where = native.target_places(source.model, source.shapes)
-  shapes = places.expected(source.shapes, where)
+  shapes = tensor_map.expected(source.shapes, where)
   arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
 
   def write(name, index, array):
     arrays[name][index] = array
 
-  for piece in places.pieces(source.shapes):
-    array = places.read(piece, source.places[piece.name], source.tensors)
-    places.write(piece, array, where[piece.name], write)
+  for piece in tensor_map.pieces(source.shapes):
+    array = tensor_map.read(piece, source.places[piece.name], source.tensors)
+    tensor_map.write(piece, array, where[piece.name], write)
   params = traverse_util.unflatten_dict(arrays, sep='/')
   return source.model, jax.tree.map(jnp.asarray, params)
 
@@ -71,7 +70,7 @@ def convert(
   gin_files: Sequence[str] = (),
   bindings: Sequence[str] = (),
   search_paths: Sequence[str] = (),
-  experts: Sequence[int] | None = None,
+  change: Callable[..., Checkpoint] | None = None,
   dry_run: bool = False,
 ) -> dict[str, Any]:
   """Writes the checkpoint at `path` into a new folder, in another format.
@@ -86,8 +85,9 @@ def convert(
     source: its format; None: what it looks like.
     target: the format to write.
     gin_files, bindings, search_paths: see `formats.look`.
-    experts: of the input, those of the output; then `gin_files` and the rest
-      are the output's model, see `selection.select`. None: all, as they are.
+    change: (checkpoint, gin_files=, bindings=, search_paths=) -> checkpoint,
+      another model made of the input, as by `surgery.selection.select`; then
+      `gin_files` and the rest are the output's model. None: as it is.
     dry_run: check, and write nothing.
 
   Returns:
@@ -112,12 +112,12 @@ def convert(
     'bindings': bindings,
     'search_paths': search_paths,
   }
-  if experts is None:
+  if change is None:
     checkpoint = look(path, source, **given)
   else:
-    checkpoint = select(look(path, source), experts, **given)
+    checkpoint = change(look(path, source), **given)
   where = FORMATS[target].target_places(checkpoint.model, checkpoint.shapes)
-  shapes = places.expected(checkpoint.shapes, where)
+  shapes = tensor_map.expected(checkpoint.shapes, where)
   parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
   report = {
     'input': str(checkpoint.path),
@@ -148,8 +148,8 @@ def _write(
     writer = FORMATS[target].Writer(
       partial,
       checkpoint.model,
-      places.expected(checkpoint.shapes, where),
-      places.parts(checkpoint.shapes, where),
+      tensor_map.expected(checkpoint.shapes, where),
+      tensor_map.parts(checkpoint.shapes, where),
       checkpoint.step,
     )
     _move(checkpoint, where, writer.write, journal)
@@ -174,7 +174,7 @@ def _tokenizer(path: pathlib.Path) -> list[pathlib.Path]:
 
 def _move(checkpoint: Checkpoint, where: Places, write, journal) -> None:
   """Reads and writes every piece that the journal does not have."""
-  every = list(places.pieces(checkpoint.shapes))
+  every = list(tensor_map.pieces(checkpoint.shapes))
   with tqdm.tqdm(
     total=4 * sum(math.prod(piece.shape) for piece in every),
     unit='B',
@@ -184,10 +184,10 @@ def _move(checkpoint: Checkpoint, where: Places, write, journal) -> None:
   ) as bar:
     for piece in every:
       if str(piece) not in journal.digests:
-        array = places.read(
+        array = tensor_map.read(
           piece, checkpoint.places[piece.name], checkpoint.tensors
         )
-        places.write(piece, array, where[piece.name], write)
+        tensor_map.write(piece, array, where[piece.name], write)
         journal.add(str(piece), hashlib.sha256(array).hexdigest())
       bar.update(4 * math.prod(piece.shape))
 

@@ -17,9 +17,15 @@ import pathlib
 from collections.abc import Sequence
 
 from sparse_experts import config
-from sparse_experts.convert import hugging_face, native, places, t5x, tensors
+from sparse_experts.convert import (
+  hugging_face,
+  native,
+  t5x,
+  tensor_map,
+  tensors,
+)
 from sparse_experts.convert.arguments import differences
-from sparse_experts.convert.places import Places
+from sparse_experts.convert.tensor_map import Places
 from sparse_experts.convert.tensors import Shapes, Tensors
 from sparse_experts.models.model import Model
 
@@ -90,9 +96,9 @@ def look(
     model = config.model_of(described, bindings) if bindings else own
     check_same(path, own, model)
   gin = config.text()
-  shapes = places.plain_shapes(model)
+  shapes = tensor_map.plain_shapes(model)
   where = module.source_places(model, shapes, found.tensors)
-  tensors.check(found.tensors, places.expected(shapes, where), path)
+  tensors.check(found.tensors, tensor_map.expected(shapes, where), path)
   return Checkpoint(
     path, gin, model, shapes, where, found.tensors, found.step, found.unused
   )

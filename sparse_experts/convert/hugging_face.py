@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from sparse_experts import config
-from sparse_experts.convert import places, safetensors, torch_files
+from sparse_experts.convert import safetensors, tensor_map, torch_files
 from sparse_experts.convert.architectures import ARCHITECTURES, Architecture
 from sparse_experts.convert.arguments import arguments, differences, training
-from sparse_experts.convert.places import Place
+from sparse_experts.convert.tensor_map import Place
 from sparse_experts.convert.tensors import Found, Shapes, Tensor
 from sparse_experts.models.model import Model
 
@@ -69,7 +69,7 @@ def source_places(
 ) -> dict[str, Place]:
   """Where plain parameters lie."""
   del tensors
-  return places.theirs(ARCHITECTURES[_kind(model)].table, names)
+  return tensor_map.theirs(ARCHITECTURES[_kind(model)].table, names)
 
 
 def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
@@ -80,7 +80,7 @@ def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
   """
   _describe(model)
   known = ARCHITECTURES[_kind(model)]
-  found = places.theirs(known.table, names)
+  found = tensor_map.theirs(known.table, names)
   if not model.module.tied_logits:
     # transformers makes the copies of the embedding by itself only where logits
     # are tied to it; else those that are not there are drawn at random.

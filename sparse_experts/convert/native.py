@@ -9,8 +9,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from sparse_experts.convert import places, zarr
-from sparse_experts.convert.places import Place
+from sparse_experts.convert import tensor_map, zarr
+from sparse_experts.convert.tensor_map import Place
 from sparse_experts.convert.tensors import Found, Shapes
 from sparse_experts.models.model import Model
 from sparse_experts.training import checkpoints
@@ -44,7 +44,7 @@ def source_places(
   """Where plain parameters lie in a checkpoint with these tensors."""
   paths = [name.split('/') for name in tensors]
   scanned = {path[0] for path in paths if path[1:2] == ['period']}
-  return places.ours(model, names, scanned)
+  return tensor_map.ours(model, names, scanned)
 
 
 def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
@@ -54,7 +54,7 @@ def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
     for stack in ('encoder', 'decoder')
     if getattr(getattr(model.module, stack), 'scan', False)
   }
-  return places.ours(model, names, scanned)
+  return tensor_map.ours(model, names, scanned)
 
 
 def unsaid(model: Model) -> list[str]:

@@ -11,9 +11,9 @@ import numpy as np
 from flax import serialization, traverse_util
 
 from sparse_experts import config
-from sparse_experts.convert import flaxformer, places, tables, zarr
+from sparse_experts.convert import flaxformer, parameter_names, tensor_map, zarr
 from sparse_experts.convert.arguments import arguments
-from sparse_experts.convert.places import Place, Places
+from sparse_experts.convert.tensor_map import Place, Places
 from sparse_experts.convert.tensors import Found, Shapes, Tensor
 from sparse_experts.models.model import Model
 
@@ -74,7 +74,7 @@ def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
       'this model does not scale its tied logits, and flaxformer divides them '
       'by sqrt(EMBED_DIM); convert it to native or hf.'
     )
-  return places.theirs(tables.T5X, names)
+  return tensor_map.theirs(parameter_names.T5X, names)
 
 
 def unsaid(model: Model) -> list[str]:

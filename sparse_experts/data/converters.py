@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping
 
-from sparse_experts.models.special_tokens import T5, SpecialTokens
+from sparse_experts.data.special_tokens import T5, SpecialTokens
 
 if typing.TYPE_CHECKING:
   import seqio

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 
-from sparse_experts.data import batches
-from sparse_experts.models.special_tokens import T5, SpecialTokens
+from sparse_experts.data import streams
+from sparse_experts.data.special_tokens import T5, SpecialTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Dataset:
 
   def shapes(self, converter: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of its batches; reads nothing."""
-    return batches.shapes(
+    return streams.shapes(
       converter,
       self.feature_lengths,
       self.batch_size,
@@ -58,9 +58,9 @@ class Dataset:
     converter: str,
     rows: slice,
     special_tokens: SpecialTokens = T5,
-  ) -> batches.Batches:
+  ) -> streams.Batches:
     """The endless stream of these rows of each global batch."""
-    return batches.Batches(
+    return streams.Batches(
       self.mixture_or_task_name,
       self.split,
       self.feature_lengths,
@@ -78,9 +78,9 @@ class Dataset:
 
   def evaluation(
     self, converter: str, special_tokens: SpecialTokens = T5
-  ) -> Iterator[batches.Batch]:
+  ) -> Iterator[streams.Batch]:
     """The split once, in order, whole batches in every process."""
-    return batches.eval_batches(
+    return streams.eval_batches(
       self.mixture_or_task_name,
       self.split,
       self.feature_lengths,
@@ -97,26 +97,26 @@ class Dataset:
     self, embeddings: int, special_tokens: SpecialTokens = T5
   ) -> None:
     """Raises ValueError where the task's ids are not those of the model."""
-    batches.check_vocabulary(
+    streams.check_vocabulary(
       self.mixture_or_task_name, embeddings, self.modules, special_tokens
     )
 
   def corpus(self) -> dict[str, str]:
     """Digests of the embedded corpora it reads, by task."""
-    return batches.digests(self.mixture_or_task_name, self.modules)
+    return streams.digests(self.mixture_or_task_name, self.modules)
 
   def task_names(self) -> tuple[str, ...]:
     """What task ids mean; empty for a task that knows none."""
-    return batches.task_names(self.mixture_or_task_name, self.modules)
+    return streams.task_names(self.mixture_or_task_name, self.modules)
 
   def pieces(self, feature: str, ids: Sequence[int]) -> dict[int, str]:
     """The text of each token id by itself."""
-    return batches.token_pieces(
+    return streams.token_pieces(
       self.mixture_or_task_name, feature, ids, self.modules
     )
 
   def text(self, feature: str, ids: Sequence[int]) -> str:
     """The text of token ids of a feature."""
-    return batches.decode_tokens(
+    return streams.decode_tokens(
       self.mixture_or_task_name, feature, ids, self.modules
     )

@@ -18,7 +18,7 @@ from etils import epath
 
 from sparse_experts.data import tasks
 from sparse_experts.data.dataset import Dataset
-from sparse_experts.models.special_tokens import T5, SpecialTokens
+from sparse_experts.data.special_tokens import T5, SpecialTokens
 
 MOST_BYTES = 1_000_000  # Of a line. Models read far less.
 

@@ -11,11 +11,11 @@ import numpy as np
 from flax import linen as nn
 
 from sparse_experts import sharding
-from sparse_experts.arrays import Array, Aux
 from sparse_experts.layers.linear import Linear
 from sparse_experts.layers.norm import RMSNorm
 from sparse_experts.layers.relative import relative_logits, sinusoids
 from sparse_experts.layers.rotary import rotate
+from sparse_experts.letters import Array
 
 
 class Attention(nn.Module):
@@ -68,7 +68,7 @@ class Attention(nn.Module):
     keys_BxM: Array | None = None,
     deterministic: bool = True,
     routing: Mapping[str, Any] | None = None,
-  ) -> Array | tuple[Array, dict[str, Aux]]:
+  ) -> Array | tuple[Array, dict[str, Any]]:
     """Attends from x to memory (x itself in self-attention).
 
     Args:

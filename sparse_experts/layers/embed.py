@@ -7,7 +7,7 @@ import numpy as np
 from flax import linen as nn
 
 from sparse_experts import sharding
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 
 
 class TokenEmbed(nn.Module):

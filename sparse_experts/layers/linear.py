@@ -1,20 +1,63 @@
-"""The one matrix product with a parameter that all layers are made of."""
+"""The one matrix product with a parameter that all layers are made of.
+
+It is injected: under `use_product` every `Linear` hands its input, and its
+kernel as it is stored, to another function. So a module made for one set of
+parameters runs with a stack of them: same class, same names.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_experts import product, sharding
-from sparse_experts.arrays import Array
+from sparse_experts import sharding
+from sparse_experts.letters import Array
+
+Product = Callable[[Array, Array], Array]
+
+_product: contextvars.ContextVar[Product | None] = contextvars.ContextVar(
+  'product', default=None
+)
+
+
+@contextlib.contextmanager
+def use_product(product: Product) -> Iterator[None]:
+  """Lets every Linear return `product(x, kernel)`, for a block.
+
+  The kernel may have any shape, such as [E, D, F] of E experts, and has the
+  dtype of x.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> linear = Linear((3,), ('embed', 'mlp'))
+    >>> w_ExDxF = jnp.arange(24.0).reshape(4, 2, 3)
+    >>> variables = {'params': {'kernel': w_ExDxF}}
+    >>> with use_product(lambda x_TxD, w_ExDxF: x_TxD @ w_ExDxF[1]):
+    ...   linear.apply(variables, jnp.ones((1, 2))).tolist()
+    [[15.0, 17.0, 19.0]]
+  """
+  token = _product.set(product)
+  try:
+    yield
+  finally:
+    _product.reset(token)
+
+
+def injected() -> Product | None:
+  """The product in use; None: the usual one."""
+  return _product.get()
 
 
 class Linear(nn.Module):
   """y = x W, without bias, over the last `num_inputs` axes of x.
 
   The kernel is float32 and is cast to the dtype of x. Under
-  `product.use_product` another product takes the place of this one.
+  `use_product` another product takes the place of this one.
 
   Attributes:
     features: sizes of the output axes.
@@ -31,10 +74,10 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    injected = product.injected()
-    if injected is not None:
+    product = injected()
+    if product is not None:
       kernel = self.get_variable('params', 'kernel')
-      return injected(x, kernel.astype(x.dtype))
+      return product(x, kernel.astype(x.dtype))
     num_inputs, rank = self.num_inputs, len(self.names)
     init = nn.initializers.variance_scaling(
       self.init_scale,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-from sparse_experts.arrays import Array
 from sparse_experts.layers.linear import Linear
+from sparse_experts.letters import Array
 
 ACTIVATIONS = {
   'relu': jax.nn.relu,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_experts import sharding
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 
 
 class RMSNorm(nn.Module):

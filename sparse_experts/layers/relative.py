@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 
 
 def sinusoids(length: int, width: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 
 
 def rotate(x_BxLxHxA: Array, positions_BxL: Array, base: float) -> Array:

@@ -10,8 +10,9 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from sparse_experts.arrays import Array, Aux
+from sparse_experts.letters import Array
 from sparse_experts.moe.losses import Balance
+from sparse_experts.moe.outputs import Aux
 
 REDUCTIONS = ('sum', 'mean', 'joint')
 SCOPES = ('group', 'microbatch', 'batch', 'batch_so_far', 'last_step')

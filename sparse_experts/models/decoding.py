@@ -16,8 +16,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from sparse_experts.arrays import Array
-from sparse_experts.models.special_tokens import NO_TOKEN, T5, SpecialTokens
+from sparse_experts.data.special_tokens import NO_TOKEN, T5, SpecialTokens
+from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import largest
 
 Step = Callable[[Any, Array], tuple[Any, Array]]

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_experts.arrays import Array, Aux
+from sparse_experts.data.special_tokens import T5, SpecialTokens
 from sparse_experts.layers.embed import TokenEmbed
 from sparse_experts.layers.linear import Linear
-from sparse_experts.models.special_tokens import T5, SpecialTokens
+from sparse_experts.letters import Array
 from sparse_experts.models.transformer import Context
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.sharding import constrain
 
 

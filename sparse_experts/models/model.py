@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_experts import moe
-from sparse_experts.arrays import Array, Aux
-from sparse_experts.models import auxiliary, reward
+from sparse_experts.data.special_tokens import SpecialTokens
+from sparse_experts.letters import Array
+from sparse_experts.models import auxiliary, policy_gradient
 from sparse_experts.models.auxiliary import Totals
 from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
-from sparse_experts.models.special_tokens import SpecialTokens
 from sparse_experts.models.transformer import map_rows
+from sparse_experts.moe.outputs import Aux
 
 Batch = Mapping[str, Array]
 Sums = dict[str, Any]
@@ -31,7 +32,7 @@ class Model:
              + sum over names w_name * (over layers) aux_name
 
   CE is a mean over target tokens, in nats. Routers that learn from reward have
-  further auxiliary losses, 'policy' and 'value', see `reward.losses`.
+  further auxiliary losses, 'policy' and 'value', see `policy_gradient.losses`.
 
   Attributes:
     module: maps batches to logits and Aux, see `language_model.LanguageModel`.
@@ -190,7 +191,7 @@ class Model:
     square_z = (jnp.square(log_z_BxL) * weights_BxL).sum()
     counted = auxiliary.counts(auxes)
     auxes = auxiliary.of_layers(auxes, self.balance_over, totals)
-    auxes = reward.losses(
+    auxes = policy_gradient.losses(
       auxes,
       batch,
       log_probs_BxL,

@@ -10,9 +10,10 @@ import flax
 import jax
 from flax import linen as nn
 
-from sparse_experts.arrays import Array, Aux
 from sparse_experts.layers.norm import RMSNorm
+from sparse_experts.letters import Array
 from sparse_experts.models import layout
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.sharding import constrain
 
 REMAT_POLICIES = {

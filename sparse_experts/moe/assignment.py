@@ -6,7 +6,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 
 
 @flax.struct.dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import flax
 import jax.numpy as jnp
 
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 
 BIAS = 'balance_bias'  # The name of the parameter, float32 [E] of each router.
 

@@ -8,7 +8,7 @@ one all-to-all each way.
 
 from __future__ import annotations
 
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 from sparse_experts.moe.experts import Experts
 from sparse_experts.sharding import constrain
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_experts.arrays import Array
-from sparse_experts.product import use_product
+from sparse_experts.layers.linear import use_product
+from sparse_experts.letters import Array
 
 
 @flax.struct.dataclass

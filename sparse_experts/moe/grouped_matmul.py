@@ -17,7 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 
 
 def grouped_matmul(

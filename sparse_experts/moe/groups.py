@@ -7,7 +7,7 @@ multiple of the number of data shards, never of the number of experts.
 
 from __future__ import annotations
 
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 
 
 def split(x_BxLx___: Array, group_size: int | None) -> Array:

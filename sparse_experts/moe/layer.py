@@ -8,13 +8,14 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_experts.arrays import Array, Aux
+from sparse_experts.letters import Array
 from sparse_experts.moe import groups, losses, metrics
 from sparse_experts.moe.assignment import SoftAssignment
 from sparse_experts.moe.capacity import CapacityRule
 from sparse_experts.moe.dispatchers.gather import gather
 from sparse_experts.moe.dispatchers.grouped import grouped
 from sparse_experts.moe.experts import Experts, init
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.record import record as record_of
 from sparse_experts.moe.router import Router
 from sparse_experts.sharding import constrain

@@ -12,7 +12,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from sparse_experts.arrays import Array, masked_mean
+from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import largest
 
 
@@ -231,3 +231,11 @@ def square_variation(sum_GxE: Array, tokens_G: Array | None = None) -> Array:
   return mean_over_groups(
     variance_G / (jnp.square(mean_Gx1[:, 0]) + 1e-10), tokens_G
   )
+
+
+def masked_mean(x: Array, mask: Array | None, axis: int = -1) -> Array:
+  """Mean of `x` over `axis` where `mask` holds; 0 where it holds nowhere."""
+  if mask is None:
+    return x.mean(axis)
+  weights = jnp.broadcast_to(mask, x.shape).astype(x.dtype)
+  return (x * weights).sum(axis) / jnp.maximum(weights.sum(axis), 1)

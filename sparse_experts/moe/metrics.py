@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, SoftAssignment
 
 

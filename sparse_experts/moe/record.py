@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import entr
 
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, SoftAssignment
 
 FATES = ('kept', 'capacity', 'sender', 'receiver', 'no choice', 'padding')

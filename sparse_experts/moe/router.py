@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_experts import sharding
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 
 KERNEL_INIT = nn.initializers.normal(2e-2)  # That of Switch and ST-MoE.
 

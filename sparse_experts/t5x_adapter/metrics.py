@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_experts import moe
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 
 
 @flax.struct.dataclass

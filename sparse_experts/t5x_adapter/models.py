@@ -14,13 +14,13 @@ from t5x import metrics as t5x_metrics
 from t5x import models as t5x_models
 from t5x import optimizers as t5x_optimizers
 
-from sparse_experts.arrays import Array
-from sparse_experts.data import batches, converters, tasks
+from sparse_experts.data import converters, streams, tasks
+from sparse_experts.data.special_tokens import SpecialTokens
+from sparse_experts.letters import Array
 from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
 from sparse_experts.models.model import Model
-from sparse_experts.models.special_tokens import SpecialTokens
 from sparse_experts.moe.router import Router
-from sparse_experts.t5x_adapter import answers, metrics, variables
+from sparse_experts.t5x_adapter import metrics, predict, variables
 
 Batch = Mapping[str, Array]
 
@@ -68,7 +68,7 @@ class SparseModel(t5x_models.BaseTransformerModel):
         f'of {", ".join(alone)} with microbatches={microbatches}, not '
         f'{model.balance_over!r}.'
       )
-    batches.check_vocabulary(
+    streams.check_vocabulary(
       task, model.module.embed.vocab_size, task_modules, model.special_tokens
     )
     features = tasks.find(task, task_modules).output_features
@@ -207,7 +207,7 @@ class SparseModel(t5x_models.BaseTransformerModel):
       )
     params = variables.join(params, flax_mutables)
     if self.decode_fn is None:
-      tokens_BxNxT, score_BxN = answers.by_strategy(
+      tokens_BxNxT, score_BxN = predict.by_strategy(
         self.model,
         params,
         batch,
@@ -217,7 +217,7 @@ class SparseModel(t5x_models.BaseTransformerModel):
         max_tokens=self._max_tokens,
       )
     else:
-      tokens_BxNxT, score_BxN = answers.by_t5x(
+      tokens_BxNxT, score_BxN = predict.by_t5x(
         self.model,
         params,
         batch,

@@ -24,7 +24,7 @@ from flax import traverse_util
 from flax.linen import partitioning
 
 from sparse_experts import sharding
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 from sparse_experts.moe.bias import BIAS, update_biases
 
 STATE = 'router_state'

@@ -29,7 +29,7 @@ from sparse_experts.training.state import TrainState
 
 @dataclasses.dataclass
 class DataArgs(ocp.args.CheckpointArgs):
-  """The batches to save or restore; see `data.batches.Batches`.
+  """The batches to save or restore; see `data.streams.Batches`.
 
   Attributes:
     batches: this process's stream of batches.

@@ -12,8 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sparse_experts.arrays import Array
-from sparse_experts.data import batches
+from sparse_experts.data import streams
+from sparse_experts.letters import Array
 from sparse_experts.sharding import batch_sharding
 
 
@@ -35,7 +35,7 @@ def streams_written(
 ) -> tuple[int, ...]:
   """The data streams that this process saves: each has one writer."""
   readers = {
-    p: batches.streams(
+    p: streams.streams(
       rows_of_process(mesh, batch_size, p), batch_size, num_shards
     )
     for p in sorted({device.process_index for device in mesh.devices.flat})

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from sparse_experts import sharding
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 from sparse_experts.models.model import Model
 
 

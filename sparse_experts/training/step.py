@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from sparse_experts import moe, sharding
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 from sparse_experts.models import model as model_module
 from sparse_experts.models.auxiliary import Totals
 from sparse_experts.models.model import Batch, Model, Sums

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import seqio
 
-from sparse_experts.data import objectives, vocabularies
+from sparse_experts.data import preprocessors, vocabularies
 from sparse_experts.data.tasks.benchmark import Source
 
 TFDS_NAME = 'c4/en:3.1.0'
@@ -35,12 +35,14 @@ def add_c4_task(
   return seqio.TaskRegistry.add(
     name,
     source=Source(TFDS_NAME, splits=('train', 'validation')),
-    preprocessors=objectives.from_text(objective),
+    preprocessors=preprocessors.from_text(objective),
     output_features={f: seqio.Feature(vocabulary) for f in features},
     metric_fns=[],
   )
 
 
-add_c4_task('c4_span_corruption', objectives.span_corruption, vocabularies.t5())
-add_c4_task('c4_prefix_lm', objectives.prefix_lm, vocabularies.t5())
-add_c4_task('c4_lm', objectives.lm, vocabularies.t5(), features=('targets',))
+add_c4_task(
+  'c4_span_corruption', preprocessors.span_corruption, vocabularies.t5()
+)
+add_c4_task('c4_prefix_lm', preprocessors.prefix_lm, vocabularies.t5())
+add_c4_task('c4_lm', preprocessors.lm, vocabularies.t5(), features=('targets',))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import seqio
 import tensorflow as tf
 
-from sparse_experts.data import corpus, metrics, objectives, vocabularies
+from sparse_experts.data import corpus, metrics, preprocessors, vocabularies
 
 # Documents are shuffled all together; this separates the chunks of a long one.
 SHUFFLE_BUFFER = 256
@@ -169,17 +169,17 @@ def domain(example):
 
 add_docs_task(
   'docs_span_corruption',
-  objectives.from_text(objectives.span_corruption, with_tasks=True),
+  preprocessors.from_text(preprocessors.span_corruption, with_tasks=True),
   vocabularies.docs(),
 )
 add_docs_task(
   'docs_prefix_lm',
-  objectives.from_text(objectives.prefix_lm, with_tasks=True),
+  preprocessors.from_text(preprocessors.prefix_lm, with_tasks=True),
   vocabularies.docs(),
 )
 add_docs_task(
   'docs_lm',
-  objectives.from_text(objectives.lm, with_tasks=True),
+  preprocessors.from_text(preprocessors.lm, with_tasks=True),
   vocabularies.docs(),
   features=('targets',),
 )
@@ -193,7 +193,7 @@ for _name, _fields, _metric in (
       _fields,
       functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=True),
       seqio.preprocessors.append_eos_after_trim,
-      objectives.task_ids,
+      preprocessors.task_ids,
     ],
     vocabularies.docs(),
     metric_fns=[_metric],

@@ -11,7 +11,7 @@ mT5's, 250,000 pieces.
 
 import seqio
 
-from sparse_experts.data import mixing, objectives, vocabularies
+from sparse_experts.data import mixing, preprocessors, vocabularies
 from sparse_experts.data.tasks.benchmark import Source
 
 TFDS_NAME = 'c4/multilingual:3.1.0'
@@ -35,7 +35,7 @@ def add_mc4_task(language: str, vocabulary: seqio.Vocabulary) -> seqio.Task:
   return seqio.TaskRegistry.add(
     'mc4_' + language.replace('-', '_'),
     source=Source(TFDS_NAME, splits=splits),
-    preprocessors=objectives.from_text(objectives.span_corruption),
+    preprocessors=preprocessors.from_text(preprocessors.span_corruption),
     output_features={
       feature: seqio.Feature(vocabulary) for feature in ('inputs', 'targets')
     },

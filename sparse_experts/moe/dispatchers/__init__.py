@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 
 
 def names() -> list[str]:

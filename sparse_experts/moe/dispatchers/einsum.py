@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, SoftAssignment
 from sparse_experts.moe.expert_parallel import exchange
 from sparse_experts.moe.experts import Experts

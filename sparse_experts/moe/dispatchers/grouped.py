@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from sparse_experts import sharding
-from sparse_experts.arrays import Array
+from sparse_experts.letters import Array
 from sparse_experts.moe import row_exchange
 from sparse_experts.moe.assignment import Assignment, require_hard
 from sparse_experts.moe.dispatchers.gather import from_slots, to_slots

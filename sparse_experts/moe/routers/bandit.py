@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_experts.arrays import Array, Aux
+from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, largest, ungated
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
 from sparse_experts.moe.routers.rl_r import check_one_choice, predict_reward
 
@@ -16,9 +17,9 @@ class Bandit(Router):
   """Epsilon-greedy: argmax of Q(x) = x V + b, or any expert now and then.
 
   Q_e is regressed on the reward log p(target) that tokens sent to expert e
-  earned (`models.reward.losses`, loss 'value'); there is no policy to learn,
-  and the gate is 1. Q starts at 0, above any log-probability, so that experts
-  not tried yet look best. The model adds the loss 'value'.
+  earned (`models.policy_gradient.losses`, loss 'value'); there is no policy to
+  learn, and the gate is 1. Q starts at 0, above any log-probability, so that
+  experts not tried yet look best. The model adds the loss 'value'.
 
   Attributes:
     epsilon: in training, the probability of an expert drawn uniformly.

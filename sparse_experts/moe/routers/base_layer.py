@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_experts.arrays import Array, Aux
+from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, places
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
 
 # fairseq's base_layer.py.

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.scipy.special import entr
 
 from sparse_experts import sharding
-from sparse_experts.arrays import Array, Aux
+from sparse_experts.letters import Array
 from sparse_experts.moe import losses
 from sparse_experts.moe.assignment import (
   Assignment,
@@ -22,6 +22,7 @@ from sparse_experts.moe.assignment import (
   places,
 )
 from sparse_experts.moe.bias import BIAS
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
 
 # Finite, for differences of infinities are NaN.

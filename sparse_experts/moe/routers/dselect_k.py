@@ -9,8 +9,10 @@ from flax import linen as nn
 from jax.scipy.special import entr
 
 from sparse_experts import sharding
-from sparse_experts.arrays import Array, Aux, masked_mean
+from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, places
+from sparse_experts.moe.losses import masked_mean
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
 
 # Their code's EPSILON: no logarithm of, and no division by, less.

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.scipy.special import entr
 
-from sparse_experts.arrays import Array, Aux
+from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, largest
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
 
 

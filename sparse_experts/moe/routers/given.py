@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from sparse_experts.arrays import Array, Aux
+from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, ungated
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
 from sparse_experts.moe.routers.hash import look_up
 

@@ -15,8 +15,9 @@ import numpy as np
 from etils import epath
 from flax import linen as nn
 
-from sparse_experts.arrays import Array, Aux
+from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, ungated
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
 
 

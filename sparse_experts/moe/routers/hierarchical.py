@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.scipy.special import entr
 
-from sparse_experts.arrays import Array, Aux
+from sparse_experts.letters import Array
 from sparse_experts.moe import losses
 from sparse_experts.moe.assignment import Assignment, is_causal, places
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
 from sparse_experts.moe.routers.noisy_top_k import (
   add_noise,

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_experts.arrays import Array, Aux
+from sparse_experts.letters import Array
 from sparse_experts.moe import losses
 from sparse_experts.moe.assignment import Assignment, is_causal
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
 from sparse_experts.moe.routers.top_k import route
 

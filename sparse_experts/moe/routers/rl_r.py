@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_experts import sharding
-from sparse_experts.arrays import Array, Aux, masked_mean
+from sparse_experts.letters import Array
 from sparse_experts.moe import losses
 from sparse_experts.moe.assignment import Assignment, largest, ungated
+from sparse_experts.moe.losses import masked_mean
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
 
 
@@ -18,9 +20,9 @@ class RLR(Router):
 
   In training the expert is drawn from the policy, otherwise it is the most
   probable one. Its output is not scaled by the probability (gate 1), so the
-  router learns from reward alone: `models.reward.losses` makes 'policy' and
-  'value' of the decisions returned here. A linear head on the tokens, whose
-  gradient stops there, predicts the reward as a baseline.
+  router learns from reward alone: `models.policy_gradient.losses` makes
+  'policy' and 'value' of the decisions returned here. A linear head on the
+  tokens, whose gradient stops there, predicts the reward as a baseline.
 
   Losses: load_balance of the drawn choices, and negative_entropy of the policy
   (mean over tokens, nats) for whoever rewards exploration; beside policy and

@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_experts.arrays import Array, Aux, masked_mean
+from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment
+from sparse_experts.moe.losses import masked_mean
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
 from sparse_experts.moe.routers.top_k import route
 

@@ -8,8 +8,9 @@ from flax import linen as nn
 from jax.scipy.special import entr
 
 from sparse_experts import sharding
-from sparse_experts.arrays import Array, Aux
+from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import SoftAssignment
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
 
 # Of the authors' code. Its scale does not matter: phi is normalised.

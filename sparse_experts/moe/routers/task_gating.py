@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_experts import sharding
-from sparse_experts.arrays import Array, Aux
+from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment
+from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
 from sparse_experts.moe.routers.top_k import route
 

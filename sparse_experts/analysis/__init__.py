@@ -1,1 +1,0 @@
-"""Counting, planning and looking at models."""

@@ -1,0 +1,242 @@
+"""Where each parameter of a model lies in a checkpoint, and moving it.
+
+All formats meet in the *plain* form of our parameters: stacks without scan, one
+array a layer, by names such as 'decoder/layers_1/moe/expert/wi/kernel'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from sparse_experts import sharding
+from sparse_experts.convert import axes
+from sparse_experts.convert.arguments import arguments
+from sparse_experts.convert.parameter_names import Row
+from sparse_experts.convert.tensors import Shape, Shapes, Tensors
+from sparse_experts.models.layout import kinds, split_period
+from sparse_experts.models.model import Model
+from sparse_experts.training import checkpoints
+
+PIECE_BYTES = 2**26
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where one plain parameter lies.
+
+  Attributes:
+    name: of the tensor; one with `{e}` in it holds one expert.
+    rule: see `axes`; of one expert's part where `name` has `{e}`.
+    stack: it is layer `index` of `length` along axis `axis` of the tensor.
+    copies: tensors that repeat this one.
+  """
+
+  name: str
+  rule: str = ''
+  stack: tuple[int, int, int] | None = None  # axis, index, length
+  copies: tuple[str, ...] = ()
+
+  def shapes(self, plain: Shape) -> dict[str, Shape]:
+    """The shapes of its tensors, for the shape of the plain parameter."""
+    if '{e}' in self.name:
+      theirs = axes.their_shape(plain[1:], self.rule)
+      return {self.name.format(e=e): theirs for e in range(plain[0])}
+    shape = list(axes.their_shape(plain, self.rule))
+    if self.stack is not None:
+      axis, _, length = self.stack
+      shape.insert(axis, length)
+    return dict.fromkeys((self.name, *self.copies), tuple(shape))
+
+  def index(self, experts: slice | None) -> tuple[Any, ...]:
+    """The part of its one tensor that holds these experts."""
+    index = [] if experts is None else [experts]
+    if self.stack is not None:
+      axis, layer, _ = self.stack
+      index += [slice(None)] * (axis - len(index))
+      index.insert(axis, layer)
+    return tuple(index)
+
+
+Places = Mapping[str, Place]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """A plain parameter, or some of its experts: what is moved at once."""
+
+  name: str
+  shape: Shape
+  experts: slice | None = None
+
+  def __str__(self) -> str:
+    if self.experts is None:
+      return self.name
+    return f'{self.name}[{self.experts.start}:{self.experts.stop}]'
+
+
+def pieces(shapes: Shapes) -> Iterator[Piece]:
+  """All pieces of plain parameters, experts by at most PIECE_BYTES."""
+  for name, shape in shapes.items():
+    if '/moe/expert/' not in name:
+      yield Piece(name, shape)
+      continue
+    step = max(1, PIECE_BYTES // (4 * math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+      experts = slice(start, min(start + step, shape[0]))
+      yield Piece(name, (experts.stop - start, *shape[1:]), experts)
+
+
+def read(piece: Piece, place: Place, tensors: Tensors) -> np.ndarray:
+  """The plain float32 array of a piece."""
+  if '{e}' not in place.name:
+    theirs = tensors[place.name].read(place.index(piece.experts))
+    ours = axes.to_ours(theirs, place.rule, piece.shape)
+    return np.ascontiguousarray(ours, np.float32)
+  ours = np.empty(piece.shape, np.float32)
+  for i, e in enumerate(range(piece.experts.start, piece.experts.stop)):
+    theirs = tensors[place.name.format(e=e)].read(())
+    ours[i] = axes.to_ours(theirs, place.rule, piece.shape[1:])
+  return ours
+
+
+def write(
+  piece: Piece,
+  array: np.ndarray,
+  place: Place,
+  write_tensor: Callable[[str, tuple[Any, ...], np.ndarray], None],
+) -> None:
+  """Writes the plain array of a piece where it lies."""
+  if '{e}' not in place.name:
+    theirs = axes.to_theirs(array, place.rule)
+    for name in (place.name, *place.copies):
+      write_tensor(name, place.index(piece.experts), theirs)
+    return
+  for i, e in enumerate(range(piece.experts.start, piece.experts.stop)):
+    name = place.name.format(e=e)
+    write_tensor(name, (), axes.to_theirs(array[i], place.rule))
+
+
+def expected(shapes: Shapes, places: Places) -> dict[str, Shape]:
+  """The shapes of all tensors of a checkpoint."""
+  return {
+    name: shape
+    for plain, place in places.items()
+    for name, shape in place.shapes(shapes[plain]).items()
+  }
+
+
+def parts(shapes: Shapes, places: Places) -> dict[str, Shape]:
+  """Of each tensor the shape of the part that is written at once."""
+  found = {}
+  for piece in pieces(shapes):
+    for name, shape in places[piece.name].shapes(piece.shape).items():
+      stack = places[piece.name].stack
+      if stack is not None:
+        shape = (*shape[: stack[0]], 1, *shape[stack[0] + 1 :])
+      found.setdefault(name, shape)
+  return found
+
+
+def plain_shapes(model: Model) -> dict[str, Shape]:
+  """Shapes of a model's parameters in plain form."""
+  return {name: shape for name, (shape, _) in plain(model).items()}
+
+
+def plain(model: Model) -> dict[str, tuple[Shape, tuple[str, ...]]]:
+  """Shape and axis names of each of a model's parameters in plain form."""
+  sizes = [
+    size
+    for path, size in arguments(model).items()
+    if path.endswith('.group_size') and size
+  ]
+  length = math.gcd(16, *sizes)  # Whole groups; shapes alone cost nothing.
+  tokens = jax.ShapeDtypeStruct((math.lcm(1, *sizes), length), jnp.int32)
+  names = ['decoder_input_tokens', 'decoder_target_tokens', 'decoder_task_ids']
+  if model.converter == 'encoder_decoder':
+    names += ['encoder_input_tokens', 'encoder_task_ids']
+  boxed = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), dict.fromkeys(names, tokens))
+  )
+  leaves = checkpoints.flatten(nn.unbox(boxed)).items()
+  labels = jax.tree.leaves(
+    sharding.names_of(boxed), is_leaf=lambda node: isinstance(node, tuple)
+  )
+  found = {}
+  for (name, leaf), label in zip(leaves, labels, strict=True):
+    scanned = re.fullmatch(r'(\w+)/period/layers_(\d+)/(.*)', name)
+    if not scanned:
+      found[name] = leaf.shape, label
+      continue
+    stack, j, rest = scanned.groups()
+    prefix, period, repeats = split_period(_kinds(model, stack))
+    for r in range(repeats):
+      name = f'{stack}/layers_{prefix + r * period + int(j)}/{rest}'
+      found[name] = leaf.shape[1:], label[1:]
+  return {name: found[name] for name in sorted(found, key=_natural)}
+
+
+def ours(
+  model: Model, names: Iterable[str], scanned: Collection[str]
+) -> dict[str, Place]:
+  """Where plain parameters lie in our own tree, with these stacks scanned."""
+  splits = {stack: split_period(_kinds(model, stack)) for stack in scanned}
+
+  def place(name):
+    match = re.fullmatch(r'(\w+)/layers_(\d+)/(.*)', name)
+    if not match or match[1] not in splits:
+      return Place(name)
+    stack, i, rest = match[1], int(match[2]), match[3]
+    prefix, period, repeats = splits[stack]
+    r, j = divmod(i - prefix, period)
+    if not 0 <= r < repeats:
+      return Place(name)
+    return Place(f'{stack}/period/layers_{j}/{rest}', stack=(0, r, repeats))
+
+  return {name: place(name) for name in names}
+
+
+def _kinds(model: Model, stack: str) -> tuple[bool, ...]:
+  module = getattr(model.module, stack)
+  return kinds(module.num_layers, module.sparse_layers)
+
+
+def theirs(table: Iterable[Row], names: Iterable[str]) -> dict[str, Place]:
+  """Where a foreign checkpoint has plain parameters, by one of `tables`.
+
+  Raises:
+    ValueError: it has no place for one.
+  """
+  rows = [
+    (re.compile(ours.replace('{i}', r'(?P<i>\d+)')), foreign, rule)
+    for ours, foreign, rule in table
+  ]
+  places = {}
+  for name in names:
+    matches = [
+      Place(foreign.replace('{i}', match.groupdict().get('i', '')), rule)
+      for pattern, foreign, rule in rows
+      if (match := pattern.fullmatch(name))
+    ]
+    if not matches:
+      raise ValueError(
+        f'parameter {name} has no place in that format; docs/checkpoints.md '
+        'has the architectures it knows.'
+      )
+    (places[name],) = matches
+  return places
+
+
+def _natural(name: str) -> list[Any]:
+  """layers_10 after layers_9."""
+  return [
+    int(word) if word.isdigit() else word for word in re.split(r'(\d+)', name)
+  ]

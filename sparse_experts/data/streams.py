@@ -1,0 +1,510 @@
+"""From a task to global batches of numpy arrays.
+
+The global batch is `num_shards` streams side by side. Stream i is a function of
+seed, i and num_shards, never of the number of processes: a process opens those
+streams whose rows it needs. So the same run may be continued by any number of
+processes, and its data stays the same.
+
+    rows of the global batch   0 ......... 7 8 ......... 15   batch_size 16
+    streams                    [stream 0   ] [stream 1    ]   num_shards 2
+    processes                  [p0 ] [p1   ] [p2 ] [p3    ]   rows of each
+"""
+
+import itertools
+import json
+import os
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from sparse_experts.data import converters, host_tensorflow, tasks
+from sparse_experts.data.special_tokens import T5, SpecialTokens
+
+if typing.TYPE_CHECKING:
+  import tensorflow as tf
+
+# The features of seqio's converters; packing adds the last two of each side.
+_DECODER = ('target_tokens', 'input_tokens', 'loss_weights')
+_PACKED = ('segment_ids', 'positions')
+
+Batch = dict[str, np.ndarray]
+
+
+def shapes(
+  converter: str,
+  feature_lengths: Mapping[str, int],
+  batch_size: int,
+  pack: bool,
+  task_ids: bool = False,
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """What batches look like, without reading data.
+
+  Args:
+    converter: 'encoder_decoder' (seqio.EncDecFeatureConverter) or 'decoder'
+      (seqio.DecoderFeatureConverter: a language model, or a prefix language
+      model where there are inputs).
+    feature_lengths: length of 'targets' and, where there are any, 'inputs'.
+    batch_size: global.
+    pack: whether several examples may share a row.
+    task_ids: whether rows say the task of every token.
+
+  Returns:
+    By feature name, shape [batch_size, length] and dtype int32.
+
+  Raises:
+    ValueError: unknown converter, or features it does not take.
+
+  >>> list(shapes('decoder', {'targets': 8}, batch_size=2, pack=False))
+  ['decoder_target_tokens', 'decoder_input_tokens', 'decoder_loss_weights']
+  """
+  _check_converter(converter, feature_lengths)
+  more = _PACKED * pack + ('task_ids',) * task_ids
+  decoder = _DECODER + more
+  if converter == 'encoder_decoder':
+    encoder = ('input_tokens', *more)
+    lengths = {f'encoder_{f}': feature_lengths['inputs'] for f in encoder}
+    lengths |= {f'decoder_{f}': feature_lengths['targets'] for f in decoder}
+  else:
+    decoder += ('causal_attention',) * ('inputs' in feature_lengths)
+    length = sum(feature_lengths.values())
+    lengths = {f'decoder_{f}': length for f in decoder}
+  return {
+    name: jax.ShapeDtypeStruct((batch_size, length), np.int32)
+    for name, length in lengths.items()
+  }
+
+
+def streams(rows: slice, batch_size: int, num_shards: int) -> range:
+  """The streams of which some rows are among `rows` of the global batch.
+
+  >>> streams(slice(4, 8), batch_size=16, num_shards=2)
+  range(0, 1)
+  """
+  if batch_size % num_shards:
+    raise ValueError(
+      f'the batch is cut into equal streams: batch size {batch_size} is no '
+      f'multiple of num_shards {num_shards}'
+    )
+  start, stop, step = rows.indices(batch_size)
+  if step != 1 or start >= stop:
+    raise ValueError(f'rows must be a range of [0, {batch_size}), not {rows}')
+  size = batch_size // num_shards
+  return range(start // size, (stop - 1) // size + 1)
+
+
+class Batches(Iterator[Batch]):
+  """An infinite stream of training batches that can be saved and continued.
+
+  Epochs follow one another without end, each in another order and with fresh
+  noise. What it yields depends on the arguments only, not on the machine.
+
+  Attributes:
+    identity: what the global stream is a function of, with the digests of
+      embedded corpora; must be the same in all processes of a run.
+    streams: those that this process has open.
+
+  >>> batches = Batches('docs_lm', 'train', {'targets': 32}, batch_size=4,
+  ...                   converter='decoder', seed=0)
+  >>> next(batches)['decoder_target_tokens'].shape
+  (4, 32)
+  """
+
+  def __init__(
+    self,
+    task_name: str,
+    split: str,
+    feature_lengths: Mapping[str, int],
+    batch_size: int,
+    converter: str,
+    *,
+    seed: int,
+    pack: bool = True,
+    task_ids: bool = False,
+    shuffle: bool = True,
+    num_shards: int = 1,
+    rows: slice = slice(None),
+    modules: Sequence[str] = (),
+    special_tokens: SpecialTokens = T5,
+  ):
+    """Opens the streams that `rows` needs.
+
+    Args:
+      task_name: of a task or mixture.
+      split: of the task.
+      feature_lengths: length of each feature of the task.
+      batch_size: rows of the global batch.
+      converter: see `shapes`.
+      seed: of the shuffle, the noise and the mixing.
+      pack: whether several examples may share a row.
+      task_ids: whether rows say the task of every token; for tasks that do.
+      shuffle: whether to shuffle; without, epochs repeat their order.
+      num_shards: number of streams; 1 unless reading everything in every
+        process is too slow.
+      rows: the contiguous rows of the global batch that this process needs.
+      modules: further modules that register tasks.
+      special_tokens: the model's.
+
+    Raises:
+      ValueError: unknown task, split or converter; features that the task does
+        not have; batch size no multiple of num_shards; rows out of range.
+    """
+    task = tasks.find(task_name, modules)
+    self.streams = streams(rows, batch_size, num_shards)
+    self.identity = {
+      'task': task_name,
+      'split': split,
+      'feature_lengths': dict(feature_lengths),
+      'batch_size': batch_size,
+      'converter': converter,
+      'seed': seed,
+      'pack': pack,
+      'task_ids': task_ids,
+      'shuffle': shuffle,
+      'num_shards': num_shards,
+      'pad': special_tokens.pad,
+      'start': special_tokens.first(),
+      'corpus': digests(task_name, modules),
+    }
+    size = batch_size // num_shards
+    start, stop, _ = rows.indices(batch_size)
+    first = self.streams.start * size
+    self._rows = slice(start - first, stop - first)
+    self._drawn = 0
+    self._iterators = {}
+    for i in self.streams:
+      dataset = _dataset(
+        task, split, feature_lengths, converter, pack, task_ids,
+        shuffle=shuffle,
+        # Streams that shared a seed would share their noise.
+        seed=int(np.random.SeedSequence([seed, i]).generate_state(1)[0]),
+        shard=(i, num_shards),
+        num_epochs=None,
+        special_tokens=special_tokens,
+      )  # fmt: skip
+      dataset = dataset.batch(size, drop_remainder=True).prefetch(2)
+      self._iterators[i] = iter(dataset)
+
+  def __next__(self) -> Batch:
+    """The rows of the next batch, as int32 arrays [rows, length]."""
+    parts = [next(iterator) for iterator in self._iterators.values()]
+    self._drawn += 1
+    return {
+      name: np.concatenate([part[name].numpy() for part in parts])[self._rows]
+      for name in parts[0]
+    }
+
+  def save(
+    self, directory: epath.PathLike, streams: Sequence[int] | None = None
+  ) -> None:
+    """Writes the state of the open streams, so that `restore` continues here.
+
+    Processes may share a directory. Where several of them open the same stream,
+    exactly one should write it. The directory is complete once all have
+    returned.
+
+    Args:
+      directory: is made if need be.
+      streams: which of the open ones to write; all of them unless given. The
+        writer of stream 0 also writes batches.json, what the streams are.
+    """
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for i in self.streams if streams is None else streams:
+      self._checkpoint(i).write(self._prefix(directory, i))
+      if i == 0:
+        description = self.identity | {'batches_drawn': self._drawn}
+        text = json.dumps(description, indent=2)
+        (directory / 'batches.json').write_text(text)
+
+  def restore(self, directory: epath.PathLike) -> None:
+    """Continues where `save` was called: the next batch is the one after.
+
+    The number of processes, and so `rows`, may have changed.
+
+    Raises:
+      FileNotFoundError: nothing was saved there.
+      ValueError: what was saved is another stream of data than this one, or
+        batches have been drawn from this one already.
+    """
+    if self._drawn:
+      # tf.data does not rewind its seeds.
+      raise ValueError(
+        f'batches are restored before the first is drawn, not after '
+        f'{self._drawn}: make new ones and restore these'
+      )
+    directory = epath.Path(directory)
+    file = directory / 'batches.json'
+    if not file.exists():
+      raise FileNotFoundError(f'no saved batches: {file} does not exist')
+    saved = json.loads(file.read_text())
+    drawn = saved.pop('batches_drawn')
+    for name in ('task_ids', 'pad', 'start'):  # Once there were none.
+      saved.setdefault(name, 0)
+    for key, ours in self.identity.items():
+      if saved[key] != ours:
+        raise ValueError(
+          f'the batches saved in {directory} have {key} {saved[key]!r}, these '
+          f'have {ours!r}: restore with the saved value, or start the data '
+          'anew in another directory'
+        )
+    for i in self.streams:
+      self._checkpoint(i).read(self._prefix(directory, i)).assert_consumed()
+    self._drawn = drawn
+
+  def _checkpoint(self, stream: int) -> 'tf.train.Checkpoint':
+    tf = host_tensorflow.load()
+    return tf.train.Checkpoint(iterator=self._iterators[stream])
+
+  def _prefix(self, directory: epath.Path, stream: int) -> str:
+    num_shards = self.identity['num_shards']
+    return os.fspath(directory / f'stream-{stream:05}-of-{num_shards:05}')
+
+
+def eval_batches(
+  task_name: str,
+  split: str,
+  feature_lengths: Mapping[str, int],
+  batch_size: int,
+  converter: str,
+  *,
+  pack: bool = False,
+  task_ids: bool = False,
+  num_batches: int | None = None,
+  modules: Sequence[str] = (),
+  special_tokens: SpecialTokens = T5,
+) -> Iterator[Batch]:
+  """Yields a split once, in order, the same in every process.
+
+  The last batch is filled up with rows of padding, whose
+  `decoder_loss_weights` are zero.
+
+  Args:
+    num_batches: stop after so many batches; None for the whole split.
+    (The others are those of `Batches`.)
+
+  >>> batch, = eval_batches('docs_lm', 'test', {'targets': 16}, 2, 'decoder',
+  ...                       num_batches=1)
+  >>> batch['decoder_target_tokens'].shape
+  (2, 16)
+  """
+  task = tasks.find(task_name, modules)
+  dataset = _dataset(
+    task, split, feature_lengths, converter, pack, task_ids,
+    shuffle=False, seed=0, shard=(0, 1), num_epochs=1,
+    special_tokens=special_tokens,
+  )  # fmt: skip
+  # Without drop_remainder; the loop below fills up the last batch.
+  batches = dataset.batch(batch_size).prefetch(2).as_numpy_iterator()
+
+  def fill_up(name, rows):
+    fill = special_tokens.pad if name.endswith('_tokens') else 0
+    missing = [(0, batch_size - len(rows)), (0, 0)]
+    return np.pad(rows, missing, constant_values=fill)
+
+  for batch in itertools.islice(batches, num_batches):
+    yield {name: fill_up(name, rows) for name, rows in batch.items()}
+
+
+def vocabulary_size(task_name: str, modules: Sequence[str] = ()) -> int:
+  """Number of token ids of a task, the largest over its features.
+
+  >>> vocabulary_size('docs_lm')
+  8100
+  """
+  features = tasks.find(task_name, modules).output_features.values()
+  tf = host_tensorflow.load()
+  try:
+    return max(feature.vocabulary.vocab_size for feature in features)
+  except tf.errors.OpError as error:
+    raise FileNotFoundError(
+      f"the vocabulary of task {task_name!r} cannot be read ({error}); T5's is "
+      'on Google Cloud Storage and needs a network.'
+    ) from error
+
+
+def check_vocabulary(
+  task_name: str,
+  embeddings: int,
+  modules: Sequence[str] = (),
+  special_tokens: SpecialTokens = T5,
+) -> None:
+  """Checks that a model with so many embeddings knows all ids of a task.
+
+  Raises:
+    ValueError: it does not (out-of-range ids would be clamped in silence), or
+      its answers end with another token than the task's texts.
+  """
+  size = vocabulary_size(task_name, modules)
+  if size > embeddings:
+    raise ValueError(
+      f'task {task_name!r} has {size} token ids, but the model embeds only '
+      f'{embeddings}: give the model a vocabulary of at least {size}'
+    )
+  for name, feature in tasks.find(task_name, modules).output_features.items():
+    eos = feature.vocabulary.eos_id
+    if eos is not None and eos not in special_tokens.eos:
+      raise ValueError(
+        f'{name!r} of task {task_name!r} end with token {eos}, but answers of '
+        f'the model with {" or ".join(map(str, special_tokens.eos)) or "none"}'
+        f': take a task of its vocabulary, or train it with EOS_IDS = ({eos},).'
+      )
+
+
+def decode_tokens(
+  task_name: str,
+  feature: str,
+  ids: Sequence[int],
+  modules: Sequence[str] = (),
+) -> str:
+  """The text of token ids, sentinels included, without the padding.
+
+  Args:
+    feature: of the task, 'inputs' or 'targets'.
+    ids: one row; several documents are separated by '</s>'.
+  """
+  output_features = tasks.find(task_name, modules).output_features
+  vocabulary = output_features[feature].vocabulary
+  ids = [int(i) for i in ids if i != vocabulary.pad_id]
+  # seqio decodes no further than the first end of sequence.
+  is_eos = [i == vocabulary.eos_id for i in ids]
+  runs = itertools.groupby(range(len(ids)), is_eos.__getitem__)
+  return ''.join(
+    '</s>' * len(run) if eos else vocabulary.decode([ids[i] for i in run])
+    for eos, run in ((eos, list(run)) for eos, run in runs)
+  )
+
+
+def token_pieces(
+  task_name: str,
+  feature: str,
+  ids: Sequence[int],
+  modules: Sequence[str] = (),
+) -> dict[int, str]:
+  """The text of each token id by itself.
+
+  Of SentencePiece its pieces, where '▁' is the space before a word; control
+  tokens are '<pad>', '</s>', '<unk>', sentinels '<extra_id_0>' and so on.
+
+  >>> token_pieces('docs_lm', 'targets', [0, 8099])
+  {0: '<pad>', 8099: '<extra_id_0>'}
+  """
+  output_features = tasks.find(task_name, modules).output_features
+  vocabulary = output_features[feature].vocabulary
+  processor = getattr(vocabulary, 'tokenizer', None)
+  controls = {
+    vocabulary.pad_id: '<pad>',
+    vocabulary.eos_id: '</s>',
+    vocabulary.unk_id: '<unk>',
+  }
+
+  def piece(i):
+    if i < 0:  # Padding of a model that has no id of its own for it.
+      return '<pad>'
+    if i in controls:
+      return controls[i]
+    sentinel = vocabulary.vocab_size - 1 - i
+    if sentinel < vocabulary.extra_ids:
+      return f'<extra_id_{sentinel}>'
+    if hasattr(processor, 'id_to_piece'):
+      return processor.id_to_piece(i)
+    return vocabulary.decode([i])
+
+  return {int(i): piece(int(i)) for i in ids}
+
+
+def digests(task_name: str, modules: Sequence[str] = ()) -> dict[str, str]:
+  """Digests of the data of those tasks whose source declares one."""
+  task = tasks.find(task_name, modules)
+  import seqio
+
+  return {
+    subtask.name: subtask.source.digest
+    for subtask in seqio.get_subtasks(task)
+    # `seqio.DataSource` has none: a source that can tell declares one.
+    if hasattr(type(subtask.source), 'digest')
+  }
+
+
+def task_names(task_name: str, modules: Sequence[str] = ()) -> tuple[str, ...]:
+  """What the task ids of a task's tokens mean; empty where it has none.
+
+  >>> task_names('docs_lm')[:3]
+  ('absl', 'clu', 'einops')
+  """
+  task = tasks.find(task_name, modules)
+  import seqio
+
+  of_sources = {
+    tuple(getattr(subtask.source, 'task_names', ()))
+    for subtask in seqio.get_subtasks(task)
+  }
+  return of_sources.pop() if len(of_sources) == 1 else ()
+
+
+def _dataset(
+  task, split, feature_lengths, converter, pack, task_ids, shuffle, seed,
+  shard, num_epochs, special_tokens,
+):  # fmt: skip
+  """Rows of model features: read, preprocessed, packed or padded."""
+  tf = host_tensorflow.load()
+  import seqio
+
+  _check_converter(converter, feature_lengths)
+  if set(feature_lengths) != set(task.output_features):
+    raise ValueError(
+      f'task {task.name!r} has the features {sorted(task.output_features)}, '
+      f'but lengths are given for {sorted(feature_lengths)}'
+    )
+  if split not in task.splits:
+    raise ValueError(
+      f'task {task.name!r} has no split {split!r}; it has '
+      f'{", ".join(task.splits)}'
+    )
+  index, num_shards = shard
+  for subtask in seqio.get_subtasks(task):
+    source = subtask.source
+    # seqio would read all files and then drop most examples, after a shuffle
+    # that differs between streams.
+    if num_shards == 1 or source.supports_arbitrary_sharding:
+      continue
+    if num_shards > (files := len(source.list_shards(split))):
+      raise ValueError(
+        f'each stream needs a file of its own: task {subtask.name!r} has '
+        f'{files} for {split!r}, but num_shards is {num_shards}: lower it'
+      )
+  dataset = task.get_dataset(
+    feature_lengths,
+    split=split,
+    shuffle=shuffle,
+    seed=seed,
+    shard_info=seqio.ShardInfo(index, num_shards) if num_shards > 1 else None,
+    num_epochs=num_epochs,
+    # A cache in memory would become part of every saved iterator.
+    try_in_mem_cache=False,
+  )
+  convert = converters.make(converter, pack, task_ids, special_tokens)
+  options = tf.data.Options()
+  options.deterministic = True
+  return convert(dataset, feature_lengths).with_options(options)
+
+
+def _check_converter(converter: str, feature_lengths: Mapping[str, int]):
+  takes = {
+    'encoder_decoder': [{'inputs', 'targets'}],
+    'decoder': [{'targets'}, {'inputs', 'targets'}],
+  }
+  if converter not in takes:
+    raise ValueError(
+      f'unknown converter {converter!r}; there are {", ".join(takes)}'
+    )
+  if set(feature_lengths) not in takes[converter]:
+    allowed = ' or '.join(
+      str(sorted(features)) for features in takes[converter]
+    )
+    raise ValueError(
+      f'converter {converter!r} takes lengths of {allowed}, not of '
+      f'{sorted(feature_lengths)}'
+    )

@@ -1,0 +1,1 @@
+"""Decoding in batches, and output that resumes."""

@@ -1,0 +1,252 @@
+"""Inference: a checkpoint's answers to a task's examples or a file's lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+from jax.sharding import Mesh
+
+from sparse_experts import sharding
+from sparse_experts.data import prompts
+from sparse_experts.data.dataset import Dataset
+from sparse_experts.data.special_tokens import SpecialTokens
+from sparse_experts.inference.batch_decoding import Answers, place
+from sparse_experts.inference.resumable import ResumableLines
+from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
+from sparse_experts.models.language_model import answered
+from sparse_experts.models.model import Model
+from sparse_experts.training import checkpoints
+from sparse_experts.training.restore import restore_params
+
+TO_LOOK_AT = 4
+
+
+def infer(
+  model: Model,
+  model_dir: str,
+  dataset: Dataset,
+  *,
+  input: epath.PathLike | None = None,
+  output: epath.PathLike | None = None,
+  num_examples: int | None = None,
+  max_tokens: int | None = None,
+  strategy: Sampling | BeamSearch = GREEDY,
+  seed: int = 0,
+  score: bool = False,
+  routing: bool = False,
+  mesh: Mapping[str, int] | None = None,
+  rules: Mapping[str, sharding.MeshAxes] | None = None,
+) -> list[dict[str, Any]]:
+  """Answers examples without any capacity, each as if it were alone.
+
+  Args:
+    model, dataset: who answers what; the dataset must not be packed.
+    model_dir: a run's directory, or one checkpoints/<step> of it.
+    input: a file of questions, see `data.prompts`, in place of the dataset's
+      examples; vocabulary and lengths are the dataset's.
+    output: JSON lines go there as they are ready, and a run that was stopped is
+      continued. None: MODEL_DIR/inferences/<task>-<split>-<step>.jsonl, anew.
+    num_examples: how many, from the first on; None: all of them if an input or
+      an output is given, otherwise 4 to look at.
+    max_tokens: tokens of an answer, at most; None: the length of targets.
+    strategy: how tokens are chosen, see `models.decoding`.
+    seed: of sampling, folded with each example's index.
+    score: also find the log-probability of the targets.
+    routing: also count the choices of each expert in every sparse layer, by the
+      tokens of the inputs and of the (best) prediction.
+    mesh, rules: as in `train.train`.
+
+  Returns:
+    For each example, as in the file, 'index', 'inputs', 'targets' if known,
+    'prediction' as text or, where inputs are, as token ids, 'log_prob' of it
+    (nats); of a beam search its 'score' instead, and 'n_best', all its
+    predictions and scores. 'inputs_cut': how many tokens of a line did not fit.
+    If asked for, 'target_log_prob' (None without targets) and 'routing', counts
+    by layer.
+  """
+  if dataset.pack:
+    raise ValueError(
+      'infer takes examples one by one: use a Dataset of pack=False.'
+    )
+  special_tokens = model.special_tokens
+  questions = None if input is None else prompts.read(input)
+  if questions is not None:
+    prompts.check_ids(questions, model.module.embed.vocab_size)
+  if not questions or not all(
+    prompts.is_ids(text) for texts in questions for text in texts.values()
+  ):
+    dataset.check_vocabulary(model.module.embed.vocab_size, special_tokens)
+  if num_examples is None and input is None and output is None:
+    num_examples = TO_LOOK_AT
+  max_tokens = max_tokens or dataset.feature_lengths['targets']
+  built_mesh = sharding.make_mesh(**(mesh or {}))
+  with sharding.use_mesh(built_mesh, rules):
+    params, step = restore_params(model, model_dir, dataset, built_mesh)
+    if questions is None:
+      examples = prompts.of_task(dataset, model.converter, special_tokens)
+      source, total = {'split': dataset.split}, num_examples
+    else:
+      examples = prompts.of_file(
+        questions, dataset, model.converter, special_tokens
+      )
+      digest = hashlib.sha256(repr(questions).encode()).hexdigest()
+      source, total = {'questions': digest}, len(questions[:num_examples])
+    # Read the first: what is wrong with data shows before anything is written.
+    examples = itertools.chain(list(itertools.islice(examples, 1)), examples)
+    settings = {
+      'step': step,
+      'checkpoint_saved_at': checkpoints.saved_at(model_dir, step),
+      'task': dataset.mixture_or_task_name,
+      'corpus': dataset.corpus(),
+      'feature_lengths': dict(dataset.feature_lengths),
+      **source,
+      'max_tokens': max_tokens,
+      'strategy': repr(strategy),
+      'seed': seed,
+      'score': score,
+      'routing': routing,
+    }
+    if output is None:
+      name = f'{dataset.mixture_or_task_name}-{dataset.split}-{step}.jsonl'
+      output = checkpoints.root_of(model_dir) / 'inferences' / name
+      lines = ResumableLines(output, settings, anew=True)
+    else:
+      lines = ResumableLines(output, settings)
+    answers = Answers(
+      model,
+      params,
+      built_mesh,
+      dataset.batch_size,
+      max_tokens=max_tokens,
+      strategy=strategy,
+      seed=seed,
+    )
+    statistics = _Statistics(
+      model, params, built_mesh, dataset, score=score, routing=routing
+    )
+    said = functools.partial(_said, dataset, special_tokens)
+    examples = itertools.islice(examples, len(lines.done), num_examples)
+    bar = tqdm.tqdm(
+      total=total,
+      initial=len(lines.done),
+      unit='example',
+      disable=None if jax.process_index() == 0 else True,  # None: no terminal.
+    )
+    with bar:
+      while part := list(itertools.islice(examples, dataset.batch_size)):
+        indices = range(len(lines.done), len(lines.done) + len(part))
+        tokens, scores = answers([e.features for e in part], indices)
+        best = tokens[:, 0] if isinstance(strategy, BeamSearch) else tokens
+        rows = zip(
+          indices, part, tokens, scores, statistics(part, best), strict=True
+        )
+        lines.append(
+          [
+            {'index': i, **e.texts, **said(e, *answer), **more}
+            for i, e, *answer, more in rows
+          ]
+        )
+        bar.update(len(part))
+  return lines.done[:num_examples]
+
+
+def _said(
+  dataset: Dataset,
+  special_tokens: SpecialTokens,
+  example: prompts.Example,
+  tokens,
+  scores,
+) -> dict[str, Any]:
+  """What was answered to one example, as its inputs are: text, or token ids."""
+
+  def prediction(tokens_T):
+    ids = tokens_T[special_tokens.is_token(tokens_T)]
+    if prompts.is_ids(example.texts['inputs']):
+      return ids.tolist()
+    return dataset.text('targets', ids)
+
+  if tokens.ndim == 1:
+    return {'prediction': prediction(tokens), 'log_prob': float(scores)}
+  n_best = [
+    {'prediction': prediction(tokens_T), 'score': float(score)}
+    for tokens_T, score in zip(tokens, scores)
+    if np.isfinite(score)
+  ]
+  return {**n_best[0], 'n_best': n_best}
+
+
+class _Statistics:
+  """Of examples and their answers: what was asked for beside the answers."""
+
+  def __init__(
+    self,
+    model: Model,
+    params,
+    mesh: Mesh,
+    dataset: Dataset,
+    *,
+    score: bool,
+    routing: bool,
+  ):
+    self._params, self._mesh, self._dataset = params, mesh, dataset
+    self._pad = model.special_tokens.pad
+    answer = functools.partial(answered, special_tokens=model.special_tokens)
+    exact = dataclasses.replace(model, capacity_factor_eval=None)
+
+    def counts(params, batch, answers_BxT):
+      records = exact.record(params, answer(batch, answers_BxT))
+      return {
+        layer: jax.nn.one_hot(r.expert_BxLxK, r.num_experts).sum((1, 2))
+        for layer, r in records.items()
+      }
+
+    def log_probs(params, batch, targets_BxT):
+      return model.score(params, answer(batch, targets_BxT))
+
+    jit = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    self._counts = jit(counts) if routing else None
+    self._log_probs = jit(log_probs) if score else None
+
+  def __call__(
+    self, examples: Sequence[prompts.Example], answers_NxT: np.ndarray
+  ) -> list[dict[str, Any]]:
+    """A dictionary for each of at most a batch of examples."""
+    found = [{} for _ in examples]
+    if self._log_probs is not None:
+      length = self._dataset.feature_lengths['targets']
+      targets = [
+        np.pad(
+          e.targets, (0, length - len(e.targets)), constant_values=self._pad
+        )
+        for e in examples
+      ]
+      log_prob_B = self._run(self._log_probs, examples, targets)
+      for example, more, log_prob in zip(examples, found, log_prob_B):
+        known = len(example.targets) > 0
+        more['target_log_prob'] = float(log_prob) if known else None
+    if self._counts is not None:
+      counts = self._run(self._counts, examples, answers_NxT)
+      for i, more in enumerate(found):
+        more['routing'] = {
+          layer: counts_BxE[i].astype(int).tolist()
+          for layer, counts_BxE in counts.items()
+        }
+    return found
+
+  def _run(self, function, examples, tokens):
+    rows = [
+      {**e.features, 'answers': np.asarray(tokens_T, np.int32)}
+      for e, tokens_T in zip(examples, tokens)
+    ]
+    batch = place(rows, self._mesh, self._dataset.batch_size)
+    answers_BxT = batch.pop('answers')
+    return jax.device_get(function(self._params, batch, answers_BxT))

@@ -1,0 +1,1 @@
+"""What routers did: records, tables, plots, the report page."""

@@ -1,0 +1,252 @@
+"""Parameters and arithmetic of a model, from its real modules.
+
+The modules are traced with abstract shapes, so no size costs any memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+
+from sparse_experts import sharding
+from sparse_experts.data import streams
+from sparse_experts.models.model import Model
+from sparse_experts.moe.assignment import SoftAssignment
+from sparse_experts.training import optimizers
+
+T5_LENGTHS = {'inputs': 512, 'targets': 114}
+
+# Traced at once, which costs nothing: groups of 2, 3, ... 64 sequences need a
+# multiple of that. Not more, or indices of tokens leave int32.
+_ROWS = 2**6 * 3 * 5
+
+
+class _Slots(NamedTuple):
+  """A sparse layer's experts for one token: chosen, and computed."""
+
+  useful: float
+  executed: float
+
+
+def ledger(
+  model: Model, feature_lengths: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+  """Counts a model.
+
+  Args:
+    model: the model.
+    feature_lengths: of an example, by default T5's 512 inputs and 114 targets
+      (626 targets for a decoder alone).
+
+  Returns:
+    total_params; block_params: without embedding, logits, and what blocks of a
+    stack share; sparse_params (with an `expert` axis); active_params: those
+    that one token meets, K of E experts; components: parameters of the parts,
+    which add up to the total; forward_flops_per_sequence: two for each
+    multiply-add of the products a token needs (K experts, no capacity padding)
+    and of attention; executed_forward_flops_per_sequence: the same with every
+    slot of every expert, full or empty, at training's capacity factor;
+    kaplan_forward_flops_per_sequence: as papers count (Kaplan et al. 2020,
+    https://arxiv.org/abs/2001.08361, section 2.1, and the logits): half of
+    attention, no routers, and keys and values of the memory as if it were as
+    long as the targets;
+    train_flops_per_sequence: three times the former; train_flops_per_token: per
+    input and target token; parameter_bytes and optimizer_bytes (by optimizer):
+    all float32; feature_lengths.
+  """
+  encoder_decoder = model.converter == 'encoder_decoder'
+  if feature_lengths is None:
+    total = sum(T5_LENGTHS.values())
+    feature_lengths = T5_LENGTHS if encoder_decoder else {'targets': total}
+  shapes = streams.shapes(
+    model.converter, feature_lengths, _ROWS, pack=False, task_ids=True
+  )
+  boxed, slots = _trace(model, shapes)
+  names = sharding.names_of(boxed)
+  targets = sum(feature_lengths.values())
+  inputs = 0
+  if encoder_decoder:
+    inputs, targets = feature_lengths['inputs'], feature_lengths['targets']
+
+  kinds = ('total_params', 'block_params', 'sparse_params', 'active_params')
+  counts = dict.fromkeys(kinds, 0)
+  components: dict[str, int] = {}
+  flops = padding = kaplan = 0.0
+  is_names = lambda x: isinstance(x, tuple)
+  for (path, axes), leaf in zip(
+    jax.tree_util.tree_leaves_with_path(names, is_leaf=is_names),
+    jax.tree.leaves(boxed),
+  ):
+    parts = tuple(key.key for key in path)
+    size = math.prod(leaf.shape)
+    share = executed_share = 1.0
+    if 'expert' in axes:
+      E = leaf.shape[axes.index('expert')]
+      layer = slots[parts[: parts.index('expert')]]
+      share, executed_share = layer.useful / E, layer.executed / E
+      counts['sparse_params'] += size
+    counts['total_params'] += size
+    if any(part.startswith('layers_') for part in parts):
+      counts['block_params'] += size
+    counts['active_params'] += size * share
+    component = _component(parts)
+    components[component] = components.get(component, 0) + size
+    tokens, context = _tokens(parts, inputs, targets)
+    if parts[-1] == 'kernel':
+      flops += 2 * size * share * tokens
+      padding += 2 * size * (executed_share - share) * tokens
+      if 'router' not in parts:
+        own_tokens = inputs if parts[0] == 'encoder' else targets
+        kaplan += 2 * size * share * own_tokens
+    # Queries times keys and weights times values; or queries times distances.
+    if parts[-2:] in (('out', 'kernel'), ('relative', 'kernel')):
+      layers = leaf.shape[axes.index('layers')] if 'layers' in axes else 1
+      width = size // (layers * leaf.shape[axes.index('embed')])
+      product = 2 * layers * width * tokens * context
+      flops += 2 * product if parts[-2] == 'out' else product
+      kaplan += product if parts[-2] == 'out' else 0
+  if model.module.tied_logits:
+    logits = 2 * math.prod(boxed['embed']['embedding'].value.shape) * targets
+    flops, kaplan = flops + logits, kaplan + logits
+  return {
+    **counts,
+    'active_params': round(counts['active_params']),
+    'components': dict(sorted(components.items())),
+    'forward_flops_per_sequence': round(flops),
+    'executed_forward_flops_per_sequence': round(flops + padding),
+    'kaplan_forward_flops_per_sequence': round(kaplan),
+    'train_flops_per_sequence': round(3 * flops),
+    'train_flops_per_token': round(3 * flops / (inputs + targets)),
+    'parameter_bytes': _bytes(boxed),
+    'optimizer_bytes': _optimizer_bytes(names, boxed),
+    'feature_lengths': dict(feature_lengths),
+  }
+
+
+def decode_flops(model: Model, inputs: int, targets: int) -> int:
+  """Of a question and its answer: no padding, nothing computed twice.
+
+  One forward pass over both, in which attention counts in full as in `ledger`,
+  with the logits of the answer alone.
+  """
+  unread, lengths = 0, {'inputs': inputs, 'targets': targets}
+  if model.converter == 'decoder':
+    unread, lengths = inputs, {'targets': inputs + targets}
+  facts = ledger(model, lengths)
+  parts = facts['components']
+  logits = 2 * parts.get('output logits', parts['token embedding'])
+  return facts['forward_flops_per_sequence'] - unread * logits
+
+
+def text(facts: Mapping[str, Any]) -> str:
+  """The ledger for people, with `activation_bytes_per_token` if it is there."""
+  lines = [f'{"parameters":36}{facts["total_params"]:>20,}']
+  for name in ('active_params', 'sparse_params'):
+    lines.append(f'{"  " + name.split("_")[0]:36}{facts[name]:>20,}')
+  for name, count in facts['components'].items():
+    lines.append(f'{"  in " + name:36}{count:>20,}')
+  lengths = ', '.join(f'{n} {k}' for k, n in facts['feature_lengths'].items())
+  for kind in ('forward', 'executed_forward', 'train'):
+    title = f'{kind.replace("_", " ")} FLOPs per sequence'
+    lines.append(f'{title:36}{facts[f"{kind}_flops_per_sequence"]:>20,}')
+  lines.append(
+    f'{"train FLOPs per token":36}{facts["train_flops_per_token"]:>20,}'
+  )
+  for name, size in {
+    'parameters': facts['parameter_bytes'],
+    **facts['optimizer_bytes'],
+  }.items():
+    lines.append(f'{"bytes of " + name:36}{size:>20,}')
+  for remat, size in facts.get('activation_bytes_per_token', {}).items():
+    title = f'bytes of activations per token, {remat}'
+    lines.append(f'{title:36}{size:>20,}')
+  lines.append(
+    f'(a sequence is {lengths}; attention counts in full; executed: with the '
+    'empty slots of experts)'
+  )
+  return '\n'.join(lines)
+
+
+def _trace(model: Model, shapes) -> tuple[Any, dict[tuple[str, ...], _Slots]]:
+  """Abstract boxed parameters, and the slots of sparse layers by path."""
+  slots = {}
+
+  def record(call, args, kwargs, context):
+    result = call(*args, **kwargs)
+    called = context.method_name == '__call__'
+    if called and context.module.name == 'router':
+      router, layer = context.module, context.module.parent
+      # Initialising has no capacity, so a group here is a sequence.
+      E, k, S = router.num_experts, router.k, layer.group_size
+      S = S or args[0].shape[1]
+      factor = model.capacity_factor_train
+      executed = k
+      if isinstance(result[0], SoftAssignment):
+        executed = E * result[0].combine_GxSxExC.shape[-1] / args[0].shape[1]
+      elif factor is not None:
+        C = layer.capacity_rule(factor, tokens=S, num_experts=E, k=k)
+        executed = E * C / S
+      slots[router.path[:-1]] = _Slots(k, executed)
+    return result
+
+  with nn.intercept_methods(record):
+    boxed = jax.eval_shape(
+      lambda key: model.init(key, shapes), jax.random.key(0)
+    )
+  return boxed, slots
+
+
+def _optimizer_bytes(names: Any, boxed: Any) -> dict[str, int]:
+  """Bytes of state; an axis name without a role is whole to Adafactor."""
+  is_names = lambda x: isinstance(x, tuple)
+  used = {
+    axis for axes in jax.tree.leaves(names, is_leaf=is_names) for axis in axes
+  }
+  roles = {**dict.fromkeys(used, 'whole'), **optimizers.ROLES}
+  txs = {
+    'adafactor': optimizers.adafactor(names, learning_rate=1.0, roles=roles),
+    'adam': optimizers.adam(names, learning_rate=1.0),
+  }
+  return {
+    name: _bytes(jax.eval_shape(tx.init, boxed)) for name, tx in txs.items()
+  }
+
+
+def _bytes(tree: Any) -> int:
+  leaves = jax.tree.leaves(tree)
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _component(parts: tuple[str, ...]) -> str:
+  """The part of the model a parameter belongs to, by its path."""
+  kinds = {
+    'expert': 'experts',
+    'shared_expert': 'experts',
+    'router': 'routers',
+    'attention': 'attention',
+    'cross_attention': 'attention',
+    'mlp': 'dense FFNs',
+    'extra_mlp': 'dense FFNs',
+    'embed': 'token embedding',
+    'logits': 'output logits',
+  }
+  stack = f'{parts[0]} ' if parts[0] in ('encoder', 'decoder') else ''
+  found = [kinds[part] for part in parts if part in kinds]
+  return stack + (found[0] if found else 'norms and biases')
+
+
+def _tokens(
+  parts: tuple[str, ...], inputs: int, targets: int
+) -> tuple[int, int]:
+  """Tokens that meet a parameter, and keys that each of them looks at."""
+  if parts[0] == 'encoder':
+    return inputs, inputs
+  if 'cross_attention' in parts:
+    if parts[-2] in ('key', 'value'):
+      return inputs, 0
+    return targets, inputs
+  return targets, targets

@@ -1,0 +1,1 @@
+"""Checkpoints of other models, made from given ones."""

@@ -1,0 +1,208 @@
+"""The commands `record` and `report`, on a run of the tiny model."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import command
+import numpy as np
+import pytest
+
+from sparse_experts.insight import html as html_page
+from sparse_experts.insight import records, routing
+
+pytest.importorskip('matplotlib')
+
+SECTIONS = [
+  'training', 'routing-over-time', 'routing-by-token', 'samples', 'parameters',
+  'hardware', 'config',
+]  # fmt: skip
+VOID = {'meta', 'link', 'br', 'image', 'path', 'use', 'rect'}
+
+
+class Reader(html.parser.HTMLParser):
+  """What stands in a page; fails where tags do not close."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.open, self.ids, self.tags, self.urls = [], [], set(), []
+    self.feed(text)
+    assert not self.open
+
+  def handle_starttag(self, tag, attributes):
+    self.tags.add(tag)
+    for name, value in attributes:
+      if name == 'id':
+        self.ids.append(value)
+      if name in ('src', 'href', 'xlink:href'):
+        self.urls.append(value)
+    if tag not in VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attributes):
+    self.handle_starttag(tag, attributes)
+    if tag not in VOID:
+      self.open.pop()
+
+  def handle_endtag(self, tag):
+    if tag not in VOID:
+      assert self.open.pop() == tag
+
+
+def run(*arguments):
+  outcome = command.run(*arguments)
+  assert outcome.code == 0, outcome.stderr
+  return json.loads(outcome.stdout) if '--json' in arguments else None
+
+
+@pytest.fixture(scope='module')
+def model_dir(tmp_path_factory):
+  """Two steps with a held-out loss, a record and a made-up sample."""
+  folder = tmp_path_factory.mktemp('run')
+  given = (command.TINY, f'--gin.MODEL_DIR={folder}', '--gin.TRAIN_STEPS=2')
+  run('train', *given, '--gin.LOG_PERIOD=1')
+  recorded = run('record', *given, '--json')
+  assert recorded['path'] == str(folder / 'records/tiny_sums-validation-2.npz')
+  sample = {'inputs': '<b>8+1', 'prediction': '&', 'targets': '9'}
+  (folder / 'inferences').mkdir()
+  (folder / 'inferences/tiny_sums-validation-2.jsonl').write_text(
+    json.dumps({**sample, 'log_prob': -1.25}) + '\n'
+  )
+  return folder
+
+
+def test_a_record_is_what_evaluation_counts(model_dir):
+  found = records.load(model_dir / 'records/tiny_sums-validation-2.npz')
+  assert found.facts == {
+    'task': 'tiny_sums',
+    'split': 'validation',
+    'step': 2,
+    'capacity_factor': 2.0,
+  }
+  assert found.pieces['decoder'][ord('8') + 3] == '8'
+  (layer,) = found.layers.values()
+  # 20 sums: '8+0' and '8' have an end each; 3 answers of one digit, 17 of two.
+  assert (~routing.is_padding(layer)).sum() == 20 * 5 + 3 + 17 * 2
+  lines = (model_dir / 'metrics.jsonl').read_text().splitlines()
+  last = [json.loads(x) for x in lines if '"eval"' in x][-1]
+  for name, value in routing.summary(layer).items():
+    key = f'layers/decoder/layers_1/{name}'
+    if key in last:
+      np.testing.assert_allclose(value, last[key], 1e-5, err_msg=name)
+    elif name == 'load_E':
+      loads = [last[f'{key}/{e}'] for e in range(4)]
+      np.testing.assert_allclose(value, loads, 1e-6)
+
+
+@pytest.fixture(scope='module')
+def report(model_dir):
+  path = model_dir / 'report.html'
+  assert run('report', str(model_dir), '--json') == {'path': str(path)}
+  return path.read_text()
+
+
+def test_the_page_is_whole_and_asks_nothing_of_anyone(report):
+  reader = Reader(report)
+  assert [i for i in reader.ids if i in SECTIONS] == SECTIONS
+  assert len(set(reader.ids)) == len(reader.ids)
+  assert 'script' not in reader.tags
+  assert all(url.startswith(('#', 'data:')) for url in reader.urls)
+  inside = {url[1:] for url in reader.urls if url.startswith('#')}
+  assert inside <= set(reader.ids)
+  # Names of XML's vocabularies are never fetched.
+  text = re.sub(r'xmlns(:\w+)?="[^"]*"', '', report)
+  assert not re.search(r'https?://|@import|url\((?!#)', text)
+  assert '#000000' not in report  # Black on black in dark mode.
+
+
+def test_the_page_says_what_the_run_wrote(report, model_dir):
+  lines = [
+    json.loads(line)
+    for line in (model_dir / 'metrics.jsonl').read_text().splitlines()
+  ]
+  losses = [x['loss'] for x in lines if x['name'] == 'train']
+  assert f'training loss {losses[0]:.3f} nats at step 1' in report
+  assert f'{losses[-1]:.3f} at step 2' in report
+  assert 'Load of experts, decoder/layers_1' in report
+  assert '&lt;b&gt;8+1' in report and '<b>8+1' not in report
+  assert 'NUM_EXPERTS = 4' in report
+  hardware = json.loads((model_dir / 'hardware.json').read_text())
+  assert hardware['devices'] in report and '8 x cpu' in report
+  assert re.search(r'parameters +[\d,]+', report)
+  assert not list(model_dir.glob('*.partial'))
+
+
+def test_it_needs_no_more_than_metrics(tmp_path):
+  line = {'step': 1, 'name': 'train', 'loss': 3.0}
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
+  run('report', str(tmp_path))
+  reader = Reader((tmp_path / 'report.html').read_text())
+  assert [i for i in reader.ids if i in SECTIONS] == ['training', 'samples']
+
+
+@pytest.mark.parametrize(
+  'names, titles',
+  [
+    (
+      ('tokens_per_second_with_padding', 'tokens_per_second_without_padding'),
+      ('Tokens per second with padding', 'Tokens per second without padding'),
+    ),
+    (('tokens_per_second',), ('Tokens per second',)),  # Of earlier versions.
+  ],
+)
+def test_speeds_of_any_age(names, titles, tmp_path):
+  lines = [
+    {'step': step, 'name': 'train', **dict.fromkeys(names, 9.0)}
+    for step in (1, 2)
+  ]
+  text = '\n'.join(map(json.dumps, lines)) + '\n'
+  (tmp_path / 'metrics.jsonl').write_text(text)
+  run('report', str(tmp_path))
+  page = (tmp_path / 'report.html').read_text()
+  found = re.findall(r'Tokens per second[a-z ]*', page)
+  assert set(found) == set(titles)
+
+
+def test_errors(tmp_path):
+  outcome = command.run('report', str(tmp_path))
+  assert outcome.code == 2
+  assert outcome.stderr.startswith(f'error: {tmp_path} has no metrics.jsonl;')
+  assert not list(tmp_path.iterdir())
+  outcome = command.run('report', str(tmp_path), command.TINY)
+  assert outcome.stderr.startswith('error: report takes MODEL_DIR alone')
+
+
+def test_a_config_that_cannot_be_read_costs_the_ledger_alone(tmp_path):
+  line = {'step': 1, 'name': 'train', 'loss': 3.0}
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
+  (tmp_path / 'config.gin').write_text('import no_such_module\n')
+  outcome = command.run('report', str(tmp_path))
+  assert outcome.code == 0
+  assert outcome.stderr.startswith('no parameters: ')
+  assert 'import no_such_module' in (tmp_path / 'report.html').read_text()
+
+
+def test_tables_escape_what_is_in_them():
+  text = html_page.table(('<a>', 'b'), [('&', ('\n', '<i>'))])
+  assert '<th>&lt;a&gt;</th>' in text and '<td>&amp;</td>' in text
+  assert '<code>⏎</code> <code>&lt;i&gt;</code>' in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('chromium'), reason='needs chromium')
+def test_a_browser_has_nothing_to_complain_of(report, model_dir):
+  result = subprocess.run(
+    [
+      *('chromium', '--headless', '--no-sandbox', '--disable-gpu'),
+      *('--enable-logging=stderr', '--dump-dom'),
+      (model_dir / 'report.html').as_uri(),
+    ],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=True,
+  )
+  assert '</html>' in result.stdout
+  assert 'CONSOLE' not in result.stderr

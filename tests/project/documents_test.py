@@ -1,0 +1,94 @@
+"""What README.md and docs/ show really runs, and what they name is there."""
+
+import re
+
+import documents
+import jax
+import numpy as np
+import pytest
+from paths import ROOT
+
+from sparse_experts import config
+from sparse_experts.cli import COMMANDS
+
+PAGES = [
+  ROOT / 'README.md',
+  ROOT / 'CONTRIBUTING.md',
+  *ROOT.glob('docs/**/*.md'),
+]
+
+
+def test_readme():
+  names = documents.run(ROOT / 'README.md')
+  assert names['y_BxLxD'].shape == names['x_BxLxD'].shape
+  assert names['assignment'].expert_GxSxK.tolist() == [[[1, 2], [0, 1]]]
+  # Gates over the chosen: .6 / .9 and .3 / .9; .8 / .9 and .1 / .9.
+  np.testing.assert_allclose(
+    names['assignment'].gate_GxSxK[0],
+    [[2 / 3, 1 / 3], [8 / 9, 1 / 9]],
+    rtol=1e-5,
+  )
+  # Expert 1: token 0's first choice, then token 1's second.
+  assert names['assignment'].place_GxSxK.tolist() == [[[0, 0], [0, 1]]]
+  assert len(documents.blocks(ROOT / 'README.md')[0].splitlines()) <= 12
+
+
+def test_architecture():
+  with jax.numpy_rank_promotion('raise'):
+    names = documents.run(ROOT / 'docs/architecture.md')
+  assert names['answers_BxT'].shape == (4, 5)
+  assert np.isfinite(names['loss'])
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_links_and_paths_exist(page):
+  text = page.read_text()
+  for target in re.findall(r'\]\(([^)#]+)\)', text):
+    if not target.startswith('http'):
+      assert (page.parent / target).exists(), target
+  for path in re.findall(
+    r'`((?:gin|scripts|docs|tests|sparse_experts)/[a-z0-9_/.]+)`', text
+  ):
+    assert (ROOT / path).exists(), path
+
+
+def test_routers():
+  """Every router's line says what its class declares."""
+  text = (ROOT / 'docs/routers.md').read_text()
+  rows = re.findall(
+    r'^\| `(\w+)` \|.*\| `(\w+)` \| (\w+) \| (\w+) \| (.*?) ?\|$', text, re.M
+  )
+  said, declared = {row[0]: row[1:] for row in rows}, {}
+  for path in (ROOT / 'gin/routers').glob('*.gin'):
+    config.parse(['gin/equivalence.gin', str(path)], [], [])
+    router = config.value('ROUTER')()
+    yes = {True: 'yes', False: 'no'}
+    declared[path.stem] = (
+      type(router).__name__,
+      yes[router.is_causal],
+      yes[router.drops],
+      set(router.needs),
+    )
+  assert {
+    name: (*row[:3], set(filter(None, row[3].split(', '))))
+    for name, row in said.items()
+  } == declared
+
+
+def test_how_to_add_a_router():
+  names = documents.run(ROOT / 'docs/routers.md')
+  # Positions 0 to 5 of 4 experts; 4 and 5 come second to experts 0 and 1.
+  assert names['assignment'].expert_GxSxK[0, :, 0].tolist() == [
+    0,
+    1,
+    2,
+    3,
+    0,
+    1,
+  ]
+  assert names['assignment'].place_GxSxK[0, :, 0].tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_readme_names_every_command():
+  text = (ROOT / 'README.md').read_text()
+  assert all(f'sparse_experts {command}' in text for command in COMMANDS)
