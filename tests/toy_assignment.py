@@ -11,7 +11,9 @@ TOY = Assignment(
   gate_GxSxK=jnp.array(
     [[[0.6, 0.3], [0.9, 0], [0.5, 0.4]], [[0.7, 0.2], [0.8, 0.1], [0, 0]]]
   ),
-  place_GxSxK=jnp.array([[[0, 0], [1, 0], [2, 1]], [[0, 1], [0, 1], [0, 0]]]),
+  position_GxSxK=jnp.array(
+    [[[0, 0], [1, 0], [2, 1]], [[0, 1], [0, 1], [0, 0]]]
+  ),
   num_experts=4,
 )
 MASK = jnp.array([[True, True, True], [True, True, False]])

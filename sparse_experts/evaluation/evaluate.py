@@ -17,7 +17,7 @@ from sparse_experts.evaluation import task_evaluators
 from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
 from sparse_experts.models.model import Model
 from sparse_experts.training import checkpoints
-from sparse_experts.training.restore import restore_params
+from sparse_experts.training.checkpoints import restore_params
 from sparse_experts.training.train import LossEvaluation
 from sparse_experts.training.writers import Writers
 

@@ -25,7 +25,7 @@ from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
 from sparse_experts.models.language_model import answered
 from sparse_experts.models.model import Model
 from sparse_experts.training import checkpoints
-from sparse_experts.training.restore import restore_params
+from sparse_experts.training.checkpoints import restore_params
 
 TO_LOOK_AT = 4
 

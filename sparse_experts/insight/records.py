@@ -18,7 +18,7 @@ from sparse_experts.data.dataset import Dataset
 from sparse_experts.models.model import Batch, Model, layer_order
 from sparse_experts.moe import Record
 from sparse_experts.training import checkpoints, global_batch, step
-from sparse_experts.training.restore import restore_params
+from sparse_experts.training.checkpoints import restore_params
 
 _FEATURES = {'encoder': 'inputs', 'decoder': 'targets'}
 _STATIC = ('num_experts', 'group_size', 'capacity')
@@ -106,6 +106,12 @@ def load(path: epath.PathLike) -> Records:
       for name, x in arrays.items()
       if name.startswith(prefix)
     }
+
+  # Records of earlier versions call a position a place.
+  arrays = {
+    name.replace('/place_BxLxK', '/position_BxLxK'): x
+    for name, x in arrays.items()
+  }
 
   return Records(
     layers={

@@ -11,23 +11,23 @@ from sparse_experts.letters import Array
 
 @flax.struct.dataclass
 class Assignment:
-  """Which tokens meet which experts, with which gate, in which place in line.
+  """Which tokens meet which experts, with which gate, in which order.
 
   Made by a router, executed by a dispatcher; neither knows the other. A choice
-  whose place is at or beyond the capacity is dropped by the dispatcher. Places
-  never depend on the capacity.
+  whose position is at or beyond the capacity is dropped by the dispatcher; it
+  never depends on the capacity.
 
   Attributes:
     expert_GxSxK: int32, the expert of each choice of each token; num_experts
       where there is no choice (a masked token, a second choice not taken).
     gate_GxSxK: float32, the weight of that expert's output.
-    place_GxSxK: int32 >= 0, the place in that expert's line in that group.
+    position_GxSxK: int32 >= 0, the position in that expert, in that group.
     num_experts: E.
   """
 
   expert_GxSxK: Array
   gate_GxSxK: Array
-  place_GxSxK: Array
+  position_GxSxK: Array
   num_experts: int = flax.struct.field(pytree_node=False)
 
   def chosen(self) -> Array:
@@ -38,7 +38,7 @@ class Assignment:
     """Boolean [G, S, K]: the choice exists and finds a slot."""
     if capacity is None:
       return self.chosen()
-    return self.chosen() & (self.place_GxSxK < capacity)
+    return self.chosen() & (self.position_GxSxK < capacity)
 
 
 @flax.struct.dataclass
@@ -92,7 +92,7 @@ def ungated(
   return Assignment(
     expert_GxSxK=expert_GxSxK,
     gate_GxSxK=jnp.where(expert_GxSxK < num_experts, jnp.float32(gate), 0),
-    place_GxSxK=places(expert_GxSxK, num_experts, priority='token'),
+    position_GxSxK=positions(expert_GxSxK, num_experts, priority='token'),
     num_experts=num_experts,
   )
 
@@ -114,17 +114,17 @@ def largest(scores_GxSxE: Array, k: int) -> Array:
   return jnp.stack(experts, -1)
 
 
-def places(
+def positions(
   expert_GxSxK: Array,
   num_experts: int,
   *,
   priority: str = 'choice',
   confidence_GxS: Array | None = None,
 ) -> Array:
-  """Place of every choice in its expert's line, int32 [G, S, K].
+  """Position of every choice in its expert, int32 [G, S, K].
 
   Args:
-    expert_GxSxK: experts chosen; num_experts for none, which takes no place.
+    expert_GxSxK: experts chosen; num_experts for none, which takes no position.
     num_experts: E.
     priority: who is served first.
       'choice': all first choices, in token order, before all second choices
@@ -150,18 +150,20 @@ def places(
     raise ValueError(
       f"priority must be 'choice', 'token' or 'confidence', not {priority!r}."
     )
-  place_GxKS = _count_before(
+  position_GxKS = _count_before(
     expert_GxSxK.swapaxes(1, 2).reshape(G, K * S), num_experts
   )
-  place_GxSxK = place_GxKS.reshape(G, K, S).swapaxes(1, 2)
+  position_GxSxK = position_GxKS.reshape(G, K, S).swapaxes(1, 2)
   if priority == 'confidence':
     back_GxS = jnp.argsort(order_GxS, axis=1)
-    place_GxSxK = jnp.take_along_axis(place_GxSxK, back_GxS[..., None], axis=1)
-  return place_GxSxK
+    position_GxSxK = jnp.take_along_axis(
+      position_GxSxK, back_GxS[..., None], axis=1
+    )
+  return position_GxSxK
 
 
 def is_causal(priority: str, k: int) -> bool:
-  """Whether `places` in this order let no later token move an earlier one."""
+  """Whether, in this order, no later token moves an earlier one."""
   return priority == 'token' or (priority == 'choice' and k == 1)
 
 

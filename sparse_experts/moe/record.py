@@ -22,7 +22,7 @@ class Record:
   Attributes:
     expert_BxLxK: int32, the expert of each choice; num_experts for none.
     gate_BxLxK: float32, the weight of its output, before any drop.
-    place_BxLxK: int32, its place in the line of its expert in its group.
+    position_BxLxK: int32, its position in its expert, in its group.
     fate_BxLxK: int8, what became of the choice, an index of `FATES`: kept;
       dropped for lack of capacity; lost for lack of room at the sender or the
       receiver (`grouped`); not made; not made because the token is padding.
@@ -38,7 +38,7 @@ class Record:
 
   expert_BxLxK: Array
   gate_BxLxK: Array
-  place_BxLxK: Array
+  position_BxLxK: Array
   fate_BxLxK: Array
   entropy_BxL: Array | None = None
   confidence_BxL: Array | None = None
@@ -98,7 +98,7 @@ def record(
   return Record(
     expert_BxLxK=tokens(assignment.expert_GxSxK),
     gate_BxLxK=tokens(assignment.gate_GxSxK),
-    place_BxLxK=tokens(assignment.place_GxSxK),
+    position_BxLxK=tokens(assignment.position_GxSxK),
     fate_BxLxK=tokens(fate_GxSxK.astype(jnp.int8)),
     **{
       name: tokens(jnp.where(mask_GxS, x_GxS, 0))
@@ -122,6 +122,6 @@ def _largest_share(
   return Assignment(
     expert_GxSxK=expert_GxSx1,
     gate_GxSxK=share_GxSxE.max(-1, keepdims=True),
-    place_GxSxK=jnp.zeros_like(expert_GxSx1),
+    position_GxSxK=jnp.zeros_like(expert_GxSx1),
     num_experts=assignment.num_experts,
   )

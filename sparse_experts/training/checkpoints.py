@@ -23,7 +23,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import linen as nn
+from jax.sharding import Mesh
 
+from sparse_experts import sharding
+from sparse_experts.data.dataset import Dataset
+from sparse_experts.models.model import Model
 from sparse_experts.training.state import TrainState
 
 
@@ -242,6 +246,19 @@ def load_params(
   checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
   with _reading(path):
     return checkpointer.restore(path / 'params', args=args), step
+
+
+def restore_params(
+  model: Model, model_dir: epath.PathLike, dataset: Dataset, mesh: Mesh
+) -> tuple[Any, int]:
+  """Unboxed parameters of a checkpoint on a mesh, and its step; see `find`.
+
+  Raises:
+    FileNotFoundError: no checkpoint. ValueError: of another architecture.
+  """
+  shapes = dataset.shapes(model.converter)
+  boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), shapes))
+  return load_params(model_dir, boxed, sharding.shardings(boxed, mesh))
 
 
 def digest(params: Mapping[str, Any]) -> str:

@@ -98,7 +98,7 @@ def test_a_layers_record_is_the_oracles(group_size):
   for mine, theirs in (
     (found.expert_BxLxK, np.where(taken, decided.ranked, E)),
     (found.gate_BxLxK, np.where(taken, gates, 0)),
-    (found.place_BxLxK, decided.place),
+    (found.position_BxLxK, decided.place),
     (
       np.array(FATES)[np.asarray(found.fate_BxLxK)],
       np.broadcast_to(fate, (*shape, 2)),

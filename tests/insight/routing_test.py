@@ -32,7 +32,7 @@ TOY = Record(
   gate_BxLxK=np.array(
     [[[0.6, 0.3], [0.5, 0.2], [0.4, 0.6], [1, 0], [0.7, 0.1], [0, 0]]]
   ),
-  place_BxLxK=np.array([[[0, 0], [1, 1], [2, 2], [3, 0], [0, 3], [0, 0]]]),
+  position_BxLxK=np.array([[[0, 0], [1, 1], [2, 2], [3, 0], [0, 3], [0, 0]]]),
   fate_BxLxK=np.array(
     [[[KEPT] * 2, [KEPT] * 2, [KEPT] * 2, [CUT, NONE], [KEPT, CUT], [PAD] * 2]]
   ),
@@ -60,7 +60,7 @@ def first_choices(*experts, num_experts=2):
   return Record(
     expert_BxLxK=expert_BxLxK,
     gate_BxLxK=np.ones(expert_BxLxK.shape),
-    place_BxLxK=np.zeros_like(expert_BxLxK),
+    position_BxLxK=np.zeros_like(expert_BxLxK),
     fate_BxLxK=np.where(expert_BxLxK < num_experts, KEPT, PAD),
     num_experts=num_experts,
     group_size=len(experts),

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from sparse_experts.moe.assignment import places
+from sparse_experts.moe.assignment import positions
 
 
 def test_a_later_first_choice_evicts_an_earlier_second_choice():
@@ -12,7 +12,7 @@ def test_a_later_first_choice_evicts_an_earlier_second_choice():
   for priority, place in [('choice', 1), ('token', 0)]:
     for later, expected in [((1, 0), place), ((0, 1), 0)]:
       choices = jnp.array([[(0, 1), (2, 0), (2, 0), later]])
-      line = places(choices, 3, priority=priority)
+      line = positions(choices, 3, priority=priority)
       assert line[0, 0].tolist() == [0, expected]
 
 
@@ -33,17 +33,17 @@ CHOICES = [(0, 1), (1, 0), (0, 1), (0, 2)]
     ('confidence', [[1, 1], [0, 3], [2, 2], [0, 0]]),
   ],
 )
-def test_places_by_hand(priority, expected):
-  place = places(
+def test_positions_by_hand(priority, expected):
+  position = positions(
     jnp.array([CHOICES]),
     3,
     priority=priority,
     confidence_GxS=jnp.array([[0.6, 0.7, 0.6, 0.8]]),
   )
-  assert place[0].tolist() == expected
+  assert position[0].tolist() == expected
 
 
-def test_a_choice_not_made_takes_no_place():
+def test_a_choice_not_made_takes_no_position():
   # Token 1 makes no second choice: token 2's second comes first in line.
-  place = places(jnp.array([[(0, 3), (0, 3), (0, 1)]]), 3)
-  assert place[0].tolist() == [[0, 0], [1, 0], [2, 0]]
+  position = positions(jnp.array([[(0, 3), (0, 3), (0, 1)]]), 3)
+  assert position[0].tolist() == [[0, 0], [1, 0], [2, 0]]

@@ -56,16 +56,16 @@ def masked_form(assignment, values, capacity):
   G, S, _ = values.shape
   form = np.zeros((G, S, assignment.num_experts, capacity), values.dtype)
   for g, s, j in np.argwhere(assignment.kept(capacity)):
-    slot = assignment.expert_GxSxK[g, s, j], assignment.place_GxSxK[g, s, j]
+    slot = assignment.expert_GxSxK[g, s, j], assignment.position_GxSxK[g, s, j]
     form[g, s, *slot] = values[g, s, j]
   return form
 
 
 def choices_form(assignment, slots):
   """Values [G, S, E, C] at the slots of kept choices, as [G, S, K]."""
-  form = np.zeros(assignment.place_GxSxK.shape, slots.dtype)
+  form = np.zeros(assignment.position_GxSxK.shape, slots.dtype)
   for g, s, j in np.argwhere(assignment.kept(slots.shape[-1])):
-    slot = assignment.expert_GxSxK[g, s, j], assignment.place_GxSxK[g, s, j]
+    slot = assignment.expert_GxSxK[g, s, j], assignment.position_GxSxK[g, s, j]
     form[g, s, j] = slots[g, s, *slot]
   return form
 
@@ -98,7 +98,7 @@ def test_routing(name, k, bpr):
     kept = assignment.kept(capacity)
     if case.startswith('scatter'):
       indices = np.stack(
-        [assignment.expert_GxSxK, assignment.place_GxSxK], axis=-1
+        [assignment.expert_GxSxK, assignment.position_GxSxK], axis=-1
       )
       np.testing.assert_array_equal(indices, expected['dispatch_indices'])
       close(gate * kept, expected['combine_weights'])

@@ -67,7 +67,7 @@ def check(router, params_of, inputs, logits_of, one_of_each, mask, **given):
   np.testing.assert_array_equal(
     assignment.expert_GxSxK, np.where(decisions.taken, decisions.ranked, E)
   )
-  np.testing.assert_array_equal(assignment.place_GxSxK, decisions.place)
+  np.testing.assert_array_equal(assignment.position_GxSxK, decisions.place)
   for ours, theirs in zip(results, outputs(inputs)):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
   expected = oracle.gradient(lambda inputs: total(*outputs(inputs)), inputs)

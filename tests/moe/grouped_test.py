@@ -357,7 +357,7 @@ def test_rows_without_room_are_dropped_and_counted():
       assignment = moe.Assignment(
         expert_GxSxK=jnp.asarray(choices[..., None]),
         gate_GxSxK=gate,
-        place_GxSxK=jnp.zeros((2, 4, 1), jnp.int32),
+        position_GxSxK=jnp.zeros((2, 4, 1), jnp.int32),
         num_experts=4,
       )
       experts = Experts(params, None, Mlp(HIDDEN))

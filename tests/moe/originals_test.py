@@ -15,7 +15,7 @@ from paths import DATA, ROOT
 
 from sparse_experts import config
 from sparse_experts.models.model import _symmetric_kl
-from sparse_experts.moe.assignment import places
+from sparse_experts.moe.assignment import positions
 from sparse_experts.moe.bias import BIAS, update_biases
 from sparse_experts.moe.routers.sinkhorn import log_plan
 
@@ -134,10 +134,10 @@ def run(router, case, monkeypatch):
       return jnp.einsum('GSKE,GSK->GSE', meets_GxSxKxE, of_choice_GxSxK)
 
     gate_GxSxE = by_expert(assignment.gate_GxSxK)
-    place_GxSxE = by_expert(assignment.place_GxSxK + 1.0) - 1
+    position_GxSxE = by_expert(assignment.position_GxSxK + 1.0) - 1
     values = {'combine': (gate_GxSxE * cotangent_GxSxE).sum(), **aux.losses}
     chosen_GxSxE = jax.nn.one_hot(assignment.expert_GxSxK, E).sum(2)
-    return values, (chosen_GxSxE, gate_GxSxE, place_GxSxE, aux.losses)
+    return values, (chosen_GxSxE, gate_GxSxE, position_GxSxE, aux.losses)
 
   compute = jax.jit(jax.jacrev(objectives, (0, 1), has_aux=True))
   gradients, decided = compute(params, x_GxSxD)
@@ -162,7 +162,7 @@ def test_a_router_decides_and_loses_what_its_original_does(name, monkeypatch):
     arguments = {'table': lambda *_: table, 'vocab_size': len(table)}
   E = case.get('gate', case.get('logits')).shape[-1]
   router, weights = recipe(name[1], E, arguments)
-  chosen_GxSxE, gate_GxSxE, place_GxSxE, losses, gradients = run(
+  chosen_GxSxE, gate_GxSxE, position_GxSxE, losses, gradients = run(
     router, case, monkeypatch
   )
   if 'chosen' in case:
@@ -172,7 +172,7 @@ def test_a_router_decides_and_loses_what_its_original_does(name, monkeypatch):
   if 'gate' in case:
     close(gate_GxSxE, case['gate'])
   if 'place' in case:
-    np.testing.assert_array_equal(place_GxSxE, case['place'])
+    np.testing.assert_array_equal(position_GxSxE, case['place'])
   scale = weights if 'weighted' in case else {}
   for loss, value in under(case, 'loss').items():
     if (*name, loss) in NOT_FOLLOWED:
@@ -199,7 +199,7 @@ def test_who_is_selected_at_random():
     case['uniform'], np.asarray(assignment.expert_GxSxK), -1
   )
   assignment = assignment.replace(
-    place_GxSxK=places(
+    position_GxSxK=positions(
       assignment.expert_GxSxK,
       E,
       priority='confidence',

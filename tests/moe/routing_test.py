@@ -73,7 +73,7 @@ def test_route_is_the_oracle(case):
   )
   expert = np.where(decisions.taken, decisions.ranked, E)
   np.testing.assert_array_equal(assignment.expert_GxSxK, expert)
-  np.testing.assert_array_equal(assignment.place_GxSxK, decisions.place)
+  np.testing.assert_array_equal(assignment.position_GxSxK, decisions.place)
   gates = oracle.gates(logits, decisions.ranked, over) * decisions.taken
   np.testing.assert_allclose(assignment.gate_GxSxK, gates, rtol=1e-5)
 
@@ -104,7 +104,7 @@ def test_route_is_the_oracle(case):
 def test_lines_have_no_gaps_and_slots_one_token(case):
   _, mask, options = case
   assignment, _ = routed(*case)
-  expert, place = assignment.expert_GxSxK, assignment.place_GxSxK
+  expert, place = assignment.expert_GxSxK, assignment.position_GxSxK
   assert expert.min() >= 0 and expert.max() <= E
   for g, e in np.ndindex(G, E):
     line = sorted(place[g][expert[g] == e])
@@ -148,7 +148,7 @@ def test_relabelling_experts_relabels_the_assignment(case, random):
   new, new_aux = routed(logits[..., names], mask, options)
   renamed = np.array([*names, E])[new.expert_GxSxK]
   np.testing.assert_array_equal(renamed, old.expert_GxSxK)
-  np.testing.assert_array_equal(new.place_GxSxK, old.place_GxSxK)
+  np.testing.assert_array_equal(new.position_GxSxK, old.position_GxSxK)
   np.testing.assert_allclose(new.gate_GxSxK, old.gate_GxSxK, rtol=1e-5)
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),

@@ -29,7 +29,7 @@ def test_readme():
     rtol=1e-5,
   )
   # Expert 1: token 0's first choice, then token 1's second.
-  assert names['assignment'].place_GxSxK.tolist() == [[[0, 0], [0, 1]]]
+  assert names['assignment'].position_GxSxK.tolist() == [[[0, 0], [0, 1]]]
   assert len(documents.blocks(ROOT / 'README.md')[0].splitlines()) <= 12
 
 
@@ -86,7 +86,14 @@ def test_how_to_add_a_router():
     0,
     1,
   ]
-  assert names['assignment'].place_GxSxK[0, :, 0].tolist() == [0, 0, 0, 0, 1, 1]
+  assert names['assignment'].position_GxSxK[0, :, 0].tolist() == [
+    0,
+    0,
+    0,
+    0,
+    1,
+    1,
+  ]
 
 
 def test_readme_names_every_command():

@@ -40,7 +40,7 @@ def soften(assignment: Assignment, capacity: int) -> SoftAssignment:
   expert_GxSxKxE = jax.nn.one_hot(
     assignment.expert_GxSxK, assignment.num_experts
   )
-  slot_GxSxKxC = jax.nn.one_hot(assignment.place_GxSxK, capacity)
+  slot_GxSxKxC = jax.nn.one_hot(assignment.position_GxSxK, capacity)
   return SoftAssignment(
     dispatch_GxSxExC=jnp.einsum(
       'GSKE,GSKC->GSEC', expert_GxSxKxE, slot_GxSxKxC

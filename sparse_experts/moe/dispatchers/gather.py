@@ -44,7 +44,7 @@ def _indices(assignment: Assignment, capacity: int) -> tuple[Array, Array]:
   num_slots = assignment.num_experts * capacity
   slot_GxSxK = jnp.where(
     assignment.kept(capacity),
-    assignment.expert_GxSxK * capacity + assignment.place_GxSxK,
+    assignment.expert_GxSxK * capacity + assignment.position_GxSxK,
     num_slots,
   )
   choices_SK = jnp.arange(S * K, dtype=jnp.int32)

@@ -48,7 +48,7 @@ def grouped(
     experts: made of `Linear` and functions of single entries or rows.
     x_GxSxD: tokens.
     assignment: who meets whom.
-    capacity: choices whose place is beyond it are dropped; None: none are.
+    capacity: choices whose position is beyond it are dropped; None: none are.
     exchange: between the devices of the mesh axis `expert`; None: 'gather' for
       groups of single tokens, as in decoding, otherwise 'ragged'.
       'ragged': rows go to their experts by `jax.lax.ragged_all_to_all`, which

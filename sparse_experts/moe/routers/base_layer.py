@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_experts.letters import Array
-from sparse_experts.moe.assignment import Assignment, places
+from sparse_experts.moe.assignment import Assignment, positions
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
 
@@ -92,7 +92,7 @@ class BalancedAssignment(Router):
     return Assignment(
       expert_GxSxK=expert_GxSxK,
       gate_GxSxK=gate_GxSxK,
-      place_GxSxK=places(expert_GxSxK, E),
+      position_GxSxK=positions(expert_GxSxK, E),
       num_experts=E,
     ), Aux(
       losses={},

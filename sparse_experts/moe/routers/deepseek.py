@@ -19,7 +19,7 @@ from sparse_experts.moe.assignment import (
   Assignment,
   is_causal,
   largest,
-  places,
+  positions,
 )
 from sparse_experts.moe.bias import BIAS
 from sparse_experts.moe.outputs import Aux
@@ -42,7 +42,7 @@ class DeepSeek(Router):
       It has no gradient; `bias.update_biases` moves it after each step, where
       `Model.bias_rate` says how far.
     balance_counts: see `route_scores`.
-    priority: who is served first, see `assignment.places`.
+    priority: who is served first, see `assignment.positions`.
     kernel_init: initialiser of W, [D, E].
 
   Example:
@@ -149,7 +149,7 @@ def route_scores(
       scores underflow where logits are below -87. None: taken of the scores.
     bias_E: added to the scores for the choice, never for the gates (V3,
       equation 16; Wang et al. 2024, equation 3); without gradient. None: none.
-    mask_GxS: boolean, False for padding, which gets no expert and no place.
+    mask_GxS: boolean, False for padding, which gets no expert and no position.
     renormalise: gates are s_e / sum of the k chosen s (V3, equation 13), for
       scores of any size: V3's code adds 1e-20 to the sum, so that gates of
       logits below -45 fall short there.
@@ -164,7 +164,7 @@ def route_scores(
       bias and groups (V3, equation 18; Megatron-Core), or the 'chosen' experts
       (V2's code). Once a bias balances the choice, the chosen ones are balanced
       and their loss teaches nothing.
-    priority: see `assignment.places`.
+    priority: see `assignment.positions`.
 
   Returns:
     Assignment, and Aux with metrics `entropy` and `confidence` (sums over
@@ -227,7 +227,7 @@ def route_scores(
   return Assignment(
     expert_GxSxK=expert_GxSxK,
     gate_GxSxK=jnp.where(taken_GxSxK, scale * gate_GxSxK, 0),
-    place_GxSxK=places(
+    position_GxSxK=positions(
       expert_GxSxK, E, priority=priority, confidence_GxS=confidence_GxS
     ),
     num_experts=E,

@@ -205,7 +205,7 @@ def above_threshold(
   )
   gate_GxSxE = jnp.where(taken_GxSxE, gate_GxSxE, 0)
   took_GxSxE = taken_GxSxE.astype(jnp.int32)
-  # As `places` with priority 'token', for which a token's own choices do not
+  # As `positions` with priority 'token', for which a token's own choices do not
   # meet: they are of different experts.
   before_GxSxE = jnp.cumsum(took_GxSxE, axis=1) - took_GxSxE
   experts_1x1xE = jnp.arange(E, dtype=jnp.int32)[None, None]
@@ -216,7 +216,7 @@ def above_threshold(
   return Assignment(
     expert_GxSxK=jnp.where(taken_GxSxE, experts_1x1xE, E),
     gate_GxSxK=gate_GxSxE,
-    place_GxSxK=jnp.where(taken_GxSxE, before_GxSxE, 0),
+    position_GxSxK=jnp.where(taken_GxSxE, before_GxSxE, 0),
     num_experts=E,
   ), Aux(
     losses={'load_balance': balance.loss()},

@@ -10,7 +10,7 @@ from jax.scipy.special import entr
 
 from sparse_experts import sharding
 from sparse_experts.letters import Array
-from sparse_experts.moe.assignment import Assignment, places
+from sparse_experts.moe.assignment import Assignment, positions
 from sparse_experts.moe.losses import masked_mean
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
@@ -119,7 +119,7 @@ def select(
     weight_GxSxK: float32 logits of the selectors' weights.
     num_experts: E >= 2.
     gamma: width of the smooth step.
-    mask_GxS: boolean, False for padding, which gets no expert and no place.
+    mask_GxS: boolean, False for padding, which gets no expert and no position.
 
   Returns:
     Assignment with E choices, of experts 0 to E - 1 where their weight is above
@@ -168,7 +168,7 @@ def select(
     expert_GxSxK=expert_GxSxE,
     gate_GxSxK=jnp.where(taken_GxSxE, gate_GxSxE, 0),
     # A token comes to an expert once at most, so all its choices are first.
-    place_GxSxK=places(expert_GxSxE, E, priority='token'),
+    position_GxSxK=positions(expert_GxSxE, E, priority='token'),
     num_experts=E,
   ), Aux(
     losses=found,

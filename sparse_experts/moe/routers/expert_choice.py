@@ -97,7 +97,7 @@ def choose(
     Assignment, whose gates are the scores, and Aux without losses and with
     metrics `entropy` and `confidence`. Without a cap, column e of the choices
     is expert e (K = E); with one, a token's experts in order of the score, ties
-    to the lower (K = max_experts). A place is the rank of the score among an
+    to the lower (K = max_experts). A position is the rank of the score among an
     expert's tokens.
 
   Raises:
@@ -128,8 +128,8 @@ def choose(
   score_GxSxE = jax.lax.stop_gradient(probs_GxSxE)
 
   if max_experts is None:
-    place_GxSxK = _rank(real_GxSx1, score_GxSxE)
-    taken_GxSxK = (place_GxSxK < n) & real_GxSx1
+    position_GxSxK = _rank(real_GxSx1, score_GxSxE)
+    taken_GxSxK = (position_GxSxK < n) & real_GxSx1
     expert_GxSxK = jnp.broadcast_to(
       jnp.arange(E, dtype=jnp.int32), taken_GxSxK.shape
     )
@@ -141,15 +141,15 @@ def choose(
     expert_GxSxK = largest(jnp.where(taken_GxSxE, score_GxSxE, -1), max_experts)
     onehot_GxSxKxE = jax.nn.one_hot(expert_GxSxK, E, dtype=bool)
     onehot_GxSxKxE &= taken_GxSxE[:, :, None]
-    place_GxSxE = _rank(taken_GxSxE, score_GxSxE)
+    position_GxSxE = _rank(taken_GxSxE, score_GxSxE)
     taken_GxSxK = onehot_GxSxKxE.any(-1)
-    place_GxSxK = (place_GxSxE[:, :, None] * onehot_GxSxKxE).sum(-1)
+    position_GxSxK = (position_GxSxE[:, :, None] * onehot_GxSxKxE).sum(-1)
     gate_GxSxK = jnp.where(onehot_GxSxKxE, probs_GxSxE[:, :, None], 0).sum(-1)
 
   assignment = Assignment(
     expert_GxSxK=jnp.where(taken_GxSxK, expert_GxSxK, E),
     gate_GxSxK=jnp.where(taken_GxSxK, gate_GxSxK, 0),
-    place_GxSxK=jnp.where(taken_GxSxK, place_GxSxK, 0),
+    position_GxSxK=jnp.where(taken_GxSxK, position_GxSxK, 0),
     num_experts=E,
   )
   return assignment, Aux(

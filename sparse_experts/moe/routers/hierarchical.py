@@ -11,7 +11,7 @@ from jax.scipy.special import entr
 
 from sparse_experts.letters import Array
 from sparse_experts.moe import losses
-from sparse_experts.moe.assignment import Assignment, is_causal, places
+from sparse_experts.moe.assignment import Assignment, is_causal, positions
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
 from sparse_experts.moe.routers.noisy_top_k import (
@@ -35,7 +35,7 @@ class Hierarchical(Router):
     primary_k: groups that a token chooses.
     expert_groups: a, that many groups of experts; None: the largest divisor of
       E up to its root.
-    priority: who is served first, see `assignment.places`; the paper drops
+    priority: who is served first, see `assignment.positions`; the paper drops
       nothing.
     least_noise: see `NoisyTopK`.
     kernel_init: of `primary_kernel`, `primary_noise_kernel` [D, a] and
@@ -124,8 +124,8 @@ def route_hierarchically(
       noise or None, [G, S, P] each, P groups of experts.
     secondary: likewise of all experts, [G, S, E].
     k: choices per token. primary_k: groups per token.
-    mask_GxS: boolean, False for padding, which gets no expert and no place.
-    priority: see `assignment.places`.
+    mask_GxS: boolean, False for padding, which gets no expert and no position.
+    priority: see `assignment.positions`.
 
   Raises:
     ValueError: groups or choices do not divide.
@@ -190,7 +190,7 @@ def route_hierarchically(
   assignment = Assignment(
     expert_GxSxK=expert_GxSxK,
     gate_GxSxK=gate_GxSxK,
-    place_GxSxK=places(
+    position_GxSxK=positions(
       expert_GxSxK, E, priority=priority, confidence_GxS=confidence_GxS
     ),
     num_experts=E,

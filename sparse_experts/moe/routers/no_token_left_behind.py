@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_experts.letters import Array
-from sparse_experts.moe.assignment import Assignment, largest, places
+from sparse_experts.moe.assignment import Assignment, largest, positions
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
 from sparse_experts.moe.routers.top_k import route
@@ -19,7 +19,7 @@ class NoTokenLeftBehind(Router):
   All tokens try their most probable expert, in token order. Those that find no
   slot try their second, those that find none there their third, and so on. The
   gate is the probability of the expert a token ends with. A token that no
-  attempt places stays in its first expert's line, beyond the capacity. Without
+  attempt gives a slot stays with its first expert, beyond the capacity. Without
   a capacity this is Switch. Tokens rank experts by logits; their code, by
   probabilities, takes those that round to 0 in order of their index.
 
@@ -97,7 +97,7 @@ def reroute(
 
   Args:
     logits_GxSxE: float32 router logits.
-    real_GxS: boolean, False for padding, which gets no expert and no place.
+    real_GxS: boolean, False for padding, which gets no expert and no position.
     attempts: experts that a token tries, from 1 to E.
     capacity: slots of each expert.
 
@@ -112,9 +112,12 @@ def reroute(
   probs_GxSxE = jax.nn.softmax(logits_GxSxE)
   ranked_GxSxK = largest(jax.lax.stop_gradient(logits_GxSxE), attempts)
   first_GxS = jnp.where(real_GxS, ranked_GxSxK[..., 0], E)
-  # Who finds no slot at all keeps its place in the first line.
-  expert_GxS, place_GxS = first_GxS, places(first_GxS[..., None], E)[..., 0]
-  placed_GxS = real_GxS & (place_GxS < capacity)
+  # Who finds no slot at all keeps its position there.
+  expert_GxS, position_GxS = (
+    first_GxS,
+    positions(first_GxS[..., None], E)[..., 0],
+  )
+  placed_GxS = real_GxS & (position_GxS < capacity)
   for attempt in range(1, attempts):
     filled_GxE = jax.nn.one_hot(
       jnp.where(placed_GxS, expert_GxS, E), E, dtype=jnp.int32
@@ -124,16 +127,16 @@ def reroute(
     filled_GxS = (
       jax.nn.one_hot(next_GxS, E, dtype=jnp.int32) * filled_GxE[:, None]
     ).sum(-1)
-    line_GxS = places(next_GxS[..., None], E)[..., 0] + filled_GxS
+    line_GxS = positions(next_GxS[..., None], E)[..., 0] + filled_GxS
     fits_GxS = tries_GxS & (line_GxS < capacity)
     expert_GxS = jnp.where(fits_GxS, next_GxS, expert_GxS)
-    place_GxS = jnp.where(fits_GxS, line_GxS, place_GxS)
+    position_GxS = jnp.where(fits_GxS, line_GxS, position_GxS)
     placed_GxS |= fits_GxS
   # One-hot rather than a lookup: the gradient is no scatter-add.
   gate_GxS = (jax.nn.one_hot(expert_GxS, E) * probs_GxSxE).sum(-1)
   return Assignment(
     expert_GxSxK=expert_GxS[..., None],
     gate_GxSxK=gate_GxS[..., None],
-    place_GxSxK=place_GxS[..., None],
+    position_GxSxK=position_GxS[..., None],
     num_experts=E,
   )

@@ -28,7 +28,7 @@ class NoisyTopK(Router):
   `allow_no_gradient` has to allow: the paper takes k > 1.
 
   Attributes:
-    priority: who is served first, see `assignment.places`; the paper drops
+    priority: who is served first, see `assignment.positions`; the paper drops
       nothing.
     least_noise: added to the noise's deviation: 0 in the paper, 1e-2 in its
       code (Tensor2Tensor, `noisy_top_k_gating`).
@@ -108,8 +108,8 @@ def route_noisily(
     deviation_GxSxE: float32 >= 0, softplus(x Wnoise).
     normal_GxSxE: standard normal noise; None for none.
     k: choices per token, 1 <= k <= E.
-    mask_GxS: boolean, False for padding, which gets no expert and no place.
-    priority: see `assignment.places`.
+    mask_GxS: boolean, False for padding, which gets no expert and no position.
+    priority: see `assignment.positions`.
 
   Returns:
     Assignment and Aux with losses `importance`, `load` and `router_z` and the

@@ -79,7 +79,7 @@ def route_prototypes(
   Args:
     logits_GxSxE: float32 router logits, those of a prototype in a run.
     k: prototypes, of equal size; choice z of a token is prototype z's.
-    mask_GxS: boolean, False for padding, which gets no expert and no place.
+    mask_GxS: boolean, False for padding, which gets no expert and no position.
 
   Raises:
     ValueError: k does not divide E.
@@ -112,7 +112,7 @@ def route_prototypes(
   return Assignment(
     expert_GxSxK=jnp.where(expert_GxSxK < size, first_1x1xK + expert_GxSxK, E),
     gate_GxSxK=choices(assignment.gate_GxSxK),
-    place_GxSxK=choices(assignment.place_GxSxK),
+    position_GxSxK=choices(assignment.position_GxSxK),
     num_experts=E,
   ), Aux(
     losses={

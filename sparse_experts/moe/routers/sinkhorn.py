@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.scipy.special import entr, logsumexp
 
 from sparse_experts.letters import Array
-from sparse_experts.moe.assignment import Assignment, largest, places
+from sparse_experts.moe.assignment import Assignment, largest, positions
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
 
@@ -87,7 +87,7 @@ class Sinkhorn(Router):
     return Assignment(
       expert_GxSxK=expert_GxSxK,
       gate_GxSxK=jnp.where(real_GxSx1, gate_GxSxK, 0),
-      place_GxSxK=places(expert_GxSxK, E),
+      position_GxSxK=positions(expert_GxSxK, E),
       num_experts=E,
     ), Aux(
       losses={},

@@ -13,7 +13,12 @@ from jax.scipy.special import entr
 
 from sparse_experts.letters import Array
 from sparse_experts.moe import losses
-from sparse_experts.moe.assignment import Assignment, is_causal, largest, places
+from sparse_experts.moe.assignment import (
+  Assignment,
+  is_causal,
+  largest,
+  positions,
+)
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
 
@@ -139,7 +144,7 @@ def route(
     logits_GxSxE: float32 router logits.
     noise_GxSxE: added to them, for all but the z-loss; None for none.
     k: choices per token, 1 <= k <= E; ties go to the lower expert index.
-    mask_GxS: boolean, False for padding, which gets no expert and no place.
+    mask_GxS: boolean, False for padding, which gets no expert and no position.
     gates: softmax over 'all' experts, p_e (Switch, V-MoE), or over the 'chosen'
       ones, p_e / sum of the k chosen p (GShard, ST-MoE, Mixtral). "Softmax
       after top-k" is 'chosen'; with k = 1 it leaves the router no gradient.
@@ -154,8 +159,8 @@ def route(
       with threshold 0.5; Mesh TF and ST-MoE (appendix G) use 0.2. Choices not
       taken keep their share of the gates: nothing is renormalised for them.
     threshold: of `policy`, a gate.
-    priority: see `assignment.places`; or 'random': first choices before second,
-      tokens in an order drawn anew (DeepSpeed's Random Token Selection,
+    priority: see `assignment.positions`; or 'random': first choices before
+      second, tokens in an order drawn anew (DeepSpeed's Random Token Selection,
       `use_rts`). Not causal.
     balance_counts: choices that count in f of the load-balancing loss: the
       'first' (Switch, GShard, Mesh TF) or 'all' k (flaxformer).
@@ -228,7 +233,7 @@ def route(
   assignment = Assignment(
     expert_GxSxK=expert_GxSxK,
     gate_GxSxK=jnp.where(taken_GxSxK, gate_GxSxK, 0),
-    place_GxSxK=places(
+    position_GxSxK=positions(
       expert_GxSxK,
       num_experts,
       priority=priority,

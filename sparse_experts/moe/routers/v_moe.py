@@ -18,7 +18,7 @@ class VMoE(Router):
   """TOP_k(softmax(x W + noise)): softmax before top-k, never renormalised.
 
   Attributes:
-    priority: who is served first, see `assignment.places`: 'choice', or
+    priority: who is served first, see `assignment.positions`: 'choice', or
       'confidence' for batch-prioritised routing (section 4.1).
     noise: in training, Gaussian noise of standard deviation noise / E is added
       to the logits (section 2.1, noise = 1).
@@ -97,8 +97,8 @@ def route_softmax(
     normal_GxSxE: standard normal noise; None for none.
     k: choices per token, 1 <= k <= E.
     deviation: of the noise, 1 / E.
-    mask_GxS: boolean, False for padding, which gets no expert and no place.
-    priority: see `assignment.places`.
+    mask_GxS: boolean, False for padding, which gets no expert and no position.
+    priority: see `assignment.positions`.
 
   Returns:
     Assignment and Aux with losses `importance`, `load` and `router_z` and the

@@ -153,7 +153,7 @@ def test_router_and_gradients_are_the_oracle(deterministic):
       assert loads.min() == tokens // E and loads.max() == -(-tokens // E)
     assert (expert != logits.argmax(-1))[MASK].any()
   for g, e in np.ndindex(G, E):  # Lines are in token order.
-    line = assignment.place_GxSxK[g, :, 0][expert[g] == e]
+    line = assignment.position_GxSxK[g, :, 0][expert[g] == e]
     assert line.tolist() == list(range(len(line)))
 
   def theirs(inputs):

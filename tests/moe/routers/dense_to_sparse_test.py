@@ -83,7 +83,7 @@ def test_choices_are_the_oracle(seed, temperature, threshold, hard, masked):
       aux.losses['load_balance'], balance, rtol=1e-4, atol=1e-7
     )
     for g, e in np.ndindex(G, E):  # Token order, no gaps.
-      line = assignment.place_GxSxK[g, :, e][taken[g, :, e]]
+      line = assignment.position_GxSxK[g, :, e][taken[g, :, e]]
       assert line.tolist() == list(range(len(line)))
     logs = np.log(np.where(weights > 0, weights, 1))
     np.testing.assert_allclose(

@@ -181,7 +181,7 @@ def test_an_assignment_is_well_formed(name, train):
       for weights in (assignment.dispatch_GxSxExC, assignment.combine_GxSxExC):
         assert np.isfinite(weights).all() and (weights[~real] == 0).all()
       continue
-    experts, places = assignment.expert_GxSxK, assignment.place_GxSxK
+    experts, places = assignment.expert_GxSxK, assignment.position_GxSxK
     chosen = assignment.chosen()
     assert experts.dtype == places.dtype == np.int32
     assert (experts >= 0).all() and (experts <= E).all()

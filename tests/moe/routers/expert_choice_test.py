@@ -59,7 +59,7 @@ def lists_of(assignment, g):
   lists = []
   for e in range(E):
     line = {
-      int(assignment.place_GxSxK[g, s, j]): int(s)
+      int(assignment.position_GxSxK[g, s, j]): int(s)
       for s, j in np.argwhere(assignment.expert_GxSxK[g] == e)
     }
     assert sorted(line) == list(range(len(line)))  # No gaps, none twice.
@@ -234,7 +234,7 @@ def test_ties_go_to_the_earlier_token_and_the_lower_expert():
     np.zeros((1, 4, 2)), np.ones((1, 4), bool), k=1, max_experts=1
   )
   assert assignment.expert_GxSxK[0, :, 0].tolist() == [0, 0, 1, 1]
-  assert assignment.place_GxSxK[0, :, 0].tolist() == [0, 1, 0, 1]
+  assert assignment.position_GxSxK[0, :, 0].tolist() == [0, 1, 0, 1]
 
 
 def test_too_few_tokens_for_all_slots_are_shared_out():

@@ -22,7 +22,10 @@ def test_modulo_by_hand():
     [0, 0, 2, 1, 4],
     [1, 2, 2, 2, 0],
   ]
-  assert plan.place_GxSxK[..., 0].tolist() == [[0, 1, 0, 0, 0], [0, 0, 1, 2, 0]]
+  assert plan.position_GxSxK[..., 0].tolist() == [
+    [0, 1, 0, 0, 0],
+    [0, 0, 1, 2, 0],
+  ]
   assert plan.gate_GxSxK[..., 0].tolist() == [[1, 1, 1, 1, 0], [1] * 5]
 
 
@@ -32,7 +35,7 @@ def test_several_experts_by_hand():
     [0, 1], [0, 1], [2, 3], [1, 2], [4, 4],
   ]  # fmt: skip
   # Token by token: 0 1 | 0 1 | 2 3 | 1 2 are places 0 0 | 1 1 | 0 0 | 2 1.
-  assert plan.place_GxSxK[0].tolist() == [
+  assert plan.position_GxSxK[0].tolist() == [
     [0, 0], [1, 1], [0, 0], [2, 1], [0, 0],
   ]  # fmt: skip
   assert plan.gate_GxSxK[0].tolist() == [[0.5, 0.5]] * 4 + [[0, 0]]

@@ -164,7 +164,7 @@ def test_lookup_by_hand():
     [[2, 1], none, [2, 1], [2, 1], [0, 1]],
   ]
   # In token order: 0, 1 | 1, 0 | 0, 1 are places 0, 0 | 1, 1 | 2, 2.
-  assert assignment.place_GxSxK.tolist() == [
+  assert assignment.position_GxSxK.tolist() == [
     [[0, 0], [1, 1], [2, 2], [0, 0], [0, 0]],
     [[0, 0], [0, 0], [1, 1], [2, 2], [0, 3]],
   ]

@@ -71,7 +71,7 @@ def test_reroutes_as_the_loop_does(seed, attempts, capacity, masked, scale):
   expert, place = by_definition(logits, mask, attempts, capacity)
   np.testing.assert_array_equal(assignment.expert_GxSxK[..., 0], expert)
   np.testing.assert_array_equal(
-    assignment.place_GxSxK[..., 0][mask], place[mask]
+    assignment.position_GxSxK[..., 0][mask], place[mask]
   )
   # Nobody shares a slot, and what is tried with all is left by nobody.
   kept = np.asarray(assignment.kept(capacity))[..., 0]
@@ -90,10 +90,10 @@ def test_three_tokens_by_hand():
   real = jnp.ones((1, 3), bool)
   three, two = run(logits, real, 3, 1), run(logits, real, 2, 1)
   assert three.expert_GxSxK[0, :, 0].tolist() == [0, 1, 2]
-  assert three.place_GxSxK[0, :, 0].tolist() == [0, 0, 0]
+  assert three.position_GxSxK[0, :, 0].tolist() == [0, 0, 0]
   np.testing.assert_allclose(three.gate_GxSxK[0, :, 0], [0.5, 0.3, 0.2])
   assert two.expert_GxSxK[0, :, 0].tolist() == [0, 1, 0]
-  assert two.place_GxSxK[0, :, 0].tolist() == [0, 0, 2]
+  assert two.position_GxSxK[0, :, 0].tolist() == [0, 0, 2]
   assert two.kept(1)[0, :, 0].tolist() == [True, True, False]
 
 

@@ -58,7 +58,7 @@ def test_each_prototype_is_a_top_1_router(k, masked):
       np.where(taken, decisions.ranked[..., 0] + z * size, E),
     )
     np.testing.assert_array_equal(
-      assignment.place_GxSxK[..., z], decisions.place[..., 0]
+      assignment.position_GxSxK[..., z], decisions.place[..., 0]
     )
   np.testing.assert_allclose(value, total(inputs), rtol=1e-5)
   for name, array in oracle.gradient(total, inputs).items():
@@ -88,7 +88,7 @@ def test_by_hand():
 def test_lines_are_first_choices_only_so_that_it_is_causal():
   # Every token has its own place in each prototype, whatever comes after it.
   assignment, _ = route_prototypes(jnp.zeros((1, 3, 4)), k=2)
-  assert assignment.place_GxSxK.tolist() == [[[0, 0], [1, 1], [2, 2]]]
+  assert assignment.position_GxSxK.tolist() == [[[0, 0], [1, 1], [2, 2]]]
   assert Prototyping(4, k=2).is_causal
 
 

@@ -149,7 +149,7 @@ def test_random_order_drops_anyone_alike():
       deterministic=False,
       rngs={'dropout': key},
     )
-    return assignment.place_GxSxK[0, :, 0]
+    return assignment.position_GxSxK[0, :, 0]
 
   drawn = np.asarray(places(jax.random.split(KEY, 800)))
   assert (np.sort(drawn, axis=1) == np.arange(8)).all()
@@ -157,7 +157,7 @@ def test_random_order_drops_anyone_alike():
   assert router.needs == ('rng',) and not router.is_causal
   # Evaluation draws nothing: token order.
   assignment = apply(router, params['kernel'], jnp.ones((1, 8, 1)))[0]
-  assert assignment.place_GxSxK[0, :, 0].tolist() == list(range(8))
+  assert assignment.position_GxSxK[0, :, 0].tolist() == list(range(8))
   with pytest.raises(ValueError, match="priority='random' draws numbers"):
     route(jnp.zeros((1, 2, 2)), priority='random')
 

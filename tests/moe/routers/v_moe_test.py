@@ -146,4 +146,4 @@ def test_the_most_confident_come_first():
     run = functools.partial(route_softmax, k=2, deviation=1, priority=priority)
     assignment, _ = jax.jit(run)(logits)
     assert assignment.expert_GxSxK.tolist() == [[[0, 1], [0, 1]]]
-    assert assignment.place_GxSxK[0, :, 0].tolist() == places
+    assert assignment.position_GxSxK[0, :, 0].tolist() == places
