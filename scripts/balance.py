@@ -41,7 +41,7 @@ METHODS = {
   ),
   'top-2, bias held at zero': (
     'loss_free',
-    {'model.Model.bias_rate': 0.0},
+    {'language.Language.bias_rate': 0.0},
     None,
   ),
   'noisy top-k, importance and load losses': (

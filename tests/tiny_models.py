@@ -11,8 +11,8 @@ from sparse_experts import moe
 from sparse_experts.layers.attention import Attention, RelativeBias
 from sparse_experts.layers.embed import TokenEmbed
 from sparse_experts.layers.mlp import Mlp
+from sparse_experts.models.language import Language
 from sparse_experts.models.language_model import LanguageModel
-from sparse_experts.models.model import Model
 from sparse_experts.models.transformer import Block, Stack
 
 partial = functools.partial
@@ -88,7 +88,7 @@ def make_model(
     encoder=stack(causal=False) if encoder else None,
   )
   weights = {'load_balance': 0.1, 'router_z': 0.01}
-  return Model(module, **{'loss_weights': weights, **model_arguments})
+  return Language(module, **{'loss_weights': weights, **model_arguments})
 
 
 def make_batch(rows=8, inputs=12, targets=8, encoder=True, seed=0):

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from sparse_experts.letters import Array
 from sparse_experts.models.decoding import Sampling
-from sparse_experts.models.model import Model
+from sparse_experts.models.language import Language
 from sparse_experts.planning import topology
 
 
@@ -37,14 +37,14 @@ class Given(Sampling):
 
 
 def measure(
-  models: Iterable[tuple[str, Model]],
+  models: Iterable[tuple[str, Language]],
   batch_sizes: Sequence[int] = (1, 8, 64),
   inputs: int = 32,
   max_tokens: int = 32,
   rounds: int = 11,
   on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
-  """Times `Model.decode` on this machine's first device.
+  """Times `Objective.decode` on this machine's first device.
 
   Each round runs every model once, the first before the others; ratios are
   taken within a round, and the median over rounds is given, so a machine that
@@ -97,15 +97,15 @@ def measure(
   return rows
 
 
-def _batch(model: Model, rows: int, inputs: int) -> dict[str, np.ndarray]:
+def _batch(model: Language, rows: int, inputs: int) -> dict[str, np.ndarray]:
   random = np.random.default_rng(0)
-  if model.converter == 'decoder':
+  if model.module.encoder is None:
     return {'decoder_input_tokens': np.zeros((rows, 1), np.int32)}
   tokens = random.integers(2, model.module.embed.vocab_size, (rows, inputs))
   return {'encoder_input_tokens': tokens.astype(np.int32)}
 
 
-def _params(model: Model):
+def _params(model: Language):
   shapes = {
     name: jax.ShapeDtypeStruct((1, 2), np.int32)
     for name in (
@@ -117,7 +117,7 @@ def _params(model: Model):
   return jax.jit(lambda: nn.unbox(model.init(jax.random.key(0), shapes)))()
 
 
-def _program(model: Model, params, rows: int, inputs: int, max_tokens: int):
+def _program(model: Language, params, rows: int, inputs: int, max_tokens: int):
   """Decodes a batch; compiled, and run once for nothing."""
   random = np.random.default_rng(1)
   vocab_size = model.module.embed.vocab_size
@@ -134,7 +134,7 @@ def _program(model: Model, params, rows: int, inputs: int, max_tokens: int):
   return program
 
 
-def _flops(model: Model, params, inputs: int, max_tokens: int) -> float:
+def _flops(model: Language, params, inputs: int, max_tokens: int) -> float:
   """Of one step of one row.
 
   The loop over the experts of a single row has one turn, so what XLA counts,

@@ -7,8 +7,8 @@ import functools
 import inspect
 from typing import Any
 
+from sparse_experts.models.language import Language
 from sparse_experts.models.layout import kinds
-from sparse_experts.models.model import Model
 
 # They change how a model is trained, not what it computes exactly.
 _TRAINING = {
@@ -24,7 +24,7 @@ _SILENT = _TRAINING | {
 }
 
 
-def arguments(model: Model) -> dict[str, Any]:
+def arguments(model: Language) -> dict[str, Any]:
   """Every argument of a model's module by path, defaults too.
 
   Example: 'decoder.make_block.make_attention.num_heads' -> 12.
@@ -32,7 +32,7 @@ def arguments(model: Model) -> dict[str, Any]:
   return dict(_flat(model.module, ''))
 
 
-def training(model: Model) -> dict[str, Any]:
+def training(model: Language) -> dict[str, Any]:
   """What a model says of its training: its own arguments, and by path."""
   found = {
     field.name: getattr(model, field.name)
@@ -46,7 +46,7 @@ def training(model: Model) -> dict[str, Any]:
   }
 
 
-def differences(ours: Model, theirs: Model) -> dict[str, tuple[Any, Any]]:
+def differences(ours: Language, theirs: Language) -> dict[str, tuple[Any, Any]]:
   """Arguments that differ and change exact logits, with both values."""
   mine, other = _speaking(ours), _speaking(theirs)
   return {
@@ -56,7 +56,7 @@ def differences(ours: Model, theirs: Model) -> dict[str, tuple[Any, Any]]:
   }
 
 
-def _speaking(model: Model) -> dict[str, Any]:
+def _speaking(model: Language) -> dict[str, Any]:
   return {
     path: value
     for path, value in _found(model).items()
@@ -64,7 +64,7 @@ def _speaking(model: Model) -> dict[str, Any]:
   }
 
 
-def _found(model: Model) -> dict[str, Any]:
+def _found(model: Language) -> dict[str, Any]:
   """Its arguments in one form of several, without those that change nothing."""
   found = arguments(model)
   if not found['tied_logits']:

@@ -41,7 +41,7 @@ def load(path: str | pathlib.Path, format: str | None = None):
     format: 't5x', 'hf' or 'native'; None: what it looks like.
 
   Returns:
-    (model, params), for `model.logits(params, batch)` and the rest of Model.
+    (model, params), for `model.logits(params, batch)` and the rest.
 
   Raises:
     ValueError, FileNotFoundError: one line that names what is wrong.

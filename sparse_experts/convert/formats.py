@@ -27,7 +27,7 @@ from sparse_experts.convert import (
 from sparse_experts.convert.arguments import differences
 from sparse_experts.convert.tensor_map import Places
 from sparse_experts.convert.tensors import Shapes, Tensors
-from sparse_experts.models.model import Model
+from sparse_experts.models.language import Language
 
 FORMATS = {'t5x': t5x, 'hf': hugging_face, 'native': native}
 
@@ -50,7 +50,7 @@ class Checkpoint:
 
   path: pathlib.Path
   gin: str
-  model: Model
+  model: Language
   shapes: Shapes
   places: Places
   tensors: Tensors
@@ -105,7 +105,7 @@ def look(
 
 
 def check_same(
-  path: pathlib.Path, own: Model, model: Model, but: str = ''
+  path: pathlib.Path, own: Language, model: Language, but: str = ''
 ) -> None:
   """Raises ValueError where `model` says anything else than `own`.
 

@@ -17,7 +17,7 @@ from sparse_experts.convert.architectures import ARCHITECTURES, Architecture
 from sparse_experts.convert.arguments import arguments, differences, training
 from sparse_experts.convert.tensor_map import Place
 from sparse_experts.convert.tensors import Found, Shapes, Tensor
-from sparse_experts.models.model import Model
+from sparse_experts.models.language import Language
 
 _GENERATION = 'generation_config.json'
 _SPECIAL = (
@@ -65,14 +65,14 @@ def read(path: pathlib.Path) -> Found:
 
 
 def source_places(
-  model: Model, names: Iterable[str], tensors: Iterable[str]
+  model: Language, names: Iterable[str], tensors: Iterable[str]
 ) -> dict[str, Place]:
   """Where plain parameters lie."""
   del tensors
   return tensor_map.theirs(ARCHITECTURES[_kind(model)].table, names)
 
 
-def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
+def target_places(model: Language, names: Iterable[str]) -> dict[str, Place]:
   """Where they lie in what `Writer` writes.
 
   Raises:
@@ -91,7 +91,7 @@ def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
   return found
 
 
-def unsaid(model: Model) -> list[str]:
+def unsaid(model: Language) -> list[str]:
   """What of a model's training config.json cannot say, and says instead."""
   ours = training(model)
   theirs = training(config.model_of(_gin(_describe(model))))
@@ -108,7 +108,7 @@ class Writer(safetensors.Writer):
   def __init__(
     self,
     folder: pathlib.Path,
-    model: Model,
+    model: Language,
     shapes: Shapes,
     parts: Shapes,
     step: int,
@@ -206,7 +206,7 @@ from sparse_experts.moe.routers import top_k
 """
 
 
-def _describe(model: Model) -> dict[str, Any]:
+def _describe(model: Language) -> dict[str, Any]:
   """The config.json of a model.
 
   Raises:
@@ -242,7 +242,7 @@ def _describe(model: Model) -> dict[str, Any]:
   return written
 
 
-def _kind(model: Model) -> str:
+def _kind(model: Language) -> str:
   """The one `model_type` that a model can be."""
   if model.module.encoder is not None:
     return 'switch_transformers'

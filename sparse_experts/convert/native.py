@@ -12,7 +12,7 @@ from flax import traverse_util
 from sparse_experts.convert import tensor_map, zarr
 from sparse_experts.convert.tensor_map import Place
 from sparse_experts.convert.tensors import Found, Shapes
-from sparse_experts.models.model import Model
+from sparse_experts.models.language import Language
 from sparse_experts.training import checkpoints
 
 CONFIG = 'config.gin'  # As `train` writes it, too.
@@ -39,7 +39,7 @@ def read(path: pathlib.Path) -> Found:
 
 
 def source_places(
-  model: Model, names: Iterable[str], tensors: Iterable[str]
+  model: Language, names: Iterable[str], tensors: Iterable[str]
 ) -> dict[str, Place]:
   """Where plain parameters lie in a checkpoint with these tensors."""
   paths = [name.split('/') for name in tensors]
@@ -47,7 +47,7 @@ def source_places(
   return tensor_map.ours(model, names, scanned)
 
 
-def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
+def target_places(model: Language, names: Iterable[str]) -> dict[str, Place]:
   """Where they lie in the model's own tree."""
   scanned = {
     stack
@@ -57,7 +57,7 @@ def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
   return tensor_map.ours(model, names, scanned)
 
 
-def unsaid(model: Model) -> list[str]:
+def unsaid(model: Language) -> list[str]:
   """Nothing: config.gin says all of a model."""
   del model
   return []
@@ -73,7 +73,7 @@ class Writer:
   def __init__(
     self,
     folder: pathlib.Path,
-    model: Model,
+    model: Language,
     shapes: Shapes,
     parts: Shapes,
     step: int,

@@ -15,7 +15,7 @@ from sparse_experts.convert import flaxformer, parameter_names, tensor_map, zarr
 from sparse_experts.convert.arguments import arguments
 from sparse_experts.convert.tensor_map import Place, Places
 from sparse_experts.convert.tensors import Found, Shapes, Tensor
-from sparse_experts.models.model import Model
+from sparse_experts.models.language import Language
 
 MODEL = 'model.gin'  # What we leave beside a checkpoint in T5X's format.
 _CONFIGS = ('config.gin', 'operative_config.gin')
@@ -51,13 +51,13 @@ def read(path: pathlib.Path) -> Found:
 
 
 def source_places(
-  model: Model, names: Iterable[str], tensors: Iterable[str]
+  model: Language, names: Iterable[str], tensors: Iterable[str]
 ) -> dict[str, Place]:
   """Where plain parameters lie in a checkpoint with these tensors."""
   return _scanned(target_places(model, names), tensors)
 
 
-def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
+def target_places(model: Language, names: Iterable[str]) -> dict[str, Place]:
   """Where they lie without scan.
 
   Raises:
@@ -77,7 +77,7 @@ def target_places(model: Model, names: Iterable[str]) -> dict[str, Place]:
   return tensor_map.theirs(parameter_names.T5X, names)
 
 
-def unsaid(model: Model) -> list[str]:
+def unsaid(model: Language) -> list[str]:
   """Nothing: our gin file of the model lies beside the checkpoint."""
   del model
   return []
@@ -180,7 +180,7 @@ class Writer:
   def __init__(
     self,
     folder: pathlib.Path,
-    model: Model,
+    model: Language,
     shapes: Shapes,
     parts: Shapes,
     step: int,

@@ -22,8 +22,8 @@ from sparse_experts.convert import axes
 from sparse_experts.convert.arguments import arguments
 from sparse_experts.convert.parameter_names import Row
 from sparse_experts.convert.tensors import Shape, Shapes, Tensors
+from sparse_experts.models.language import Language
 from sparse_experts.models.layout import kinds, split_period
-from sparse_experts.models.model import Model
 from sparse_experts.training import checkpoints
 
 PIECE_BYTES = 2**26
@@ -146,12 +146,12 @@ def parts(shapes: Shapes, places: Places) -> dict[str, Shape]:
   return found
 
 
-def plain_shapes(model: Model) -> dict[str, Shape]:
+def plain_shapes(model: Language) -> dict[str, Shape]:
   """Shapes of a model's parameters in plain form."""
   return {name: shape for name, (shape, _) in plain(model).items()}
 
 
-def plain(model: Model) -> dict[str, tuple[Shape, tuple[str, ...]]]:
+def plain(model: Language) -> dict[str, tuple[Shape, tuple[str, ...]]]:
   """Shape and axis names of each of a model's parameters in plain form."""
   sizes = [
     size
@@ -161,7 +161,7 @@ def plain(model: Model) -> dict[str, tuple[Shape, tuple[str, ...]]]:
   length = math.gcd(16, *sizes)  # Whole groups; shapes alone cost nothing.
   tokens = jax.ShapeDtypeStruct((math.lcm(1, *sizes), length), jnp.int32)
   names = ['decoder_input_tokens', 'decoder_target_tokens', 'decoder_task_ids']
-  if model.converter == 'encoder_decoder':
+  if model.module.encoder is not None:
     names += ['encoder_input_tokens', 'encoder_task_ids']
   boxed = jax.eval_shape(
     lambda: model.init(jax.random.key(0), dict.fromkeys(names, tokens))
@@ -185,7 +185,7 @@ def plain(model: Model) -> dict[str, tuple[Shape, tuple[str, ...]]]:
 
 
 def ours(
-  model: Model, names: Iterable[str], scanned: Collection[str]
+  model: Language, names: Iterable[str], scanned: Collection[str]
 ) -> dict[str, Place]:
   """Where plain parameters lie in our own tree, with these stacks scanned."""
   splits = {stack: split_period(_kinds(model, stack)) for stack in scanned}
@@ -204,7 +204,7 @@ def ours(
   return {name: place(name) for name in names}
 
 
-def _kinds(model: Model, stack: str) -> tuple[bool, ...]:
+def _kinds(model: Language, stack: str) -> tuple[bool, ...]:
   module = getattr(model.module, stack)
   return kinds(module.num_layers, module.sparse_layers)
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 
-from sparse_experts.data import streams
+from sparse_experts.data import streams, token_text
+from sparse_experts.data.features.base import Features
 from sparse_experts.data.special_tokens import T5, SpecialTokens
 
 
@@ -26,7 +27,7 @@ class Dataset:
     shuffle: in training.
     seed: of order and noise, in training.
     num_shards: streams that a global batch is made of in training; see
-      `batches`. Embedded tasks take 1; on pods, a multiple of the hosts.
+      `streams`. Embedded tasks take 1; on pods, a multiple of the hosts.
     num_batches: of an evaluation, at most; None takes the split.
     modules: modules to import that register further tasks.
   """
@@ -43,29 +44,23 @@ class Dataset:
   num_batches: int | None = None
   modules: Sequence[str] = ()
 
-  def shapes(self, converter: str) -> dict[str, jax.ShapeDtypeStruct]:
+  def shapes(self, features: Features) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of its batches; reads nothing."""
-    return streams.shapes(
-      converter,
+    return features.shapes(
       self.feature_lengths,
       self.batch_size,
-      self.pack,
-      self.task_ids,
+      pack=self.pack,
+      task_ids=self.task_ids,
     )
 
-  def training(
-    self,
-    converter: str,
-    rows: slice,
-    special_tokens: SpecialTokens = T5,
-  ) -> streams.Batches:
+  def training(self, features: Features, rows: slice) -> streams.Batches:
     """The endless stream of these rows of each global batch."""
     return streams.Batches(
       self.mixture_or_task_name,
       self.split,
       self.feature_lengths,
       self.batch_size,
-      converter,
+      features,
       seed=self.seed,
       pack=self.pack,
       task_ids=self.task_ids,
@@ -73,31 +68,27 @@ class Dataset:
       num_shards=self.num_shards,
       rows=rows,
       modules=self.modules,
-      special_tokens=special_tokens,
     )
 
-  def evaluation(
-    self, converter: str, special_tokens: SpecialTokens = T5
-  ) -> Iterator[streams.Batch]:
+  def evaluation(self, features: Features) -> Iterator[streams.Batch]:
     """The split once, in order, whole batches in every process."""
     return streams.eval_batches(
       self.mixture_or_task_name,
       self.split,
       self.feature_lengths,
       self.batch_size,
-      converter,
+      features,
       pack=self.pack,
       task_ids=self.task_ids,
       num_batches=self.num_batches,
       modules=self.modules,
-      special_tokens=special_tokens,
     )
 
   def check_vocabulary(
     self, embeddings: int, special_tokens: SpecialTokens = T5
   ) -> None:
     """Raises ValueError where the task's ids are not those of the model."""
-    streams.check_vocabulary(
+    token_text.check_vocabulary(
       self.mixture_or_task_name, embeddings, self.modules, special_tokens
     )
 
@@ -111,12 +102,12 @@ class Dataset:
 
   def pieces(self, feature: str, ids: Sequence[int]) -> dict[int, str]:
     """The text of each token id by itself."""
-    return streams.token_pieces(
+    return token_text.token_pieces(
       self.mixture_or_task_name, feature, ids, self.modules
     )
 
   def text(self, feature: str, ids: Sequence[int]) -> str:
     """The text of token ids of a feature."""
-    return streams.decode_tokens(
+    return token_text.decode_tokens(
       self.mixture_or_task_name, feature, ids, self.modules
     )

@@ -18,15 +18,15 @@ from etils import epath
 
 from sparse_experts.data import tasks
 from sparse_experts.data.dataset import Dataset
-from sparse_experts.data.special_tokens import T5, SpecialTokens
+from sparse_experts.data.features.text import Text, TextToText
 
 MOST_BYTES = 1_000_000  # Of a line. Models read far less.
 
 
-Text = str | list[int]
+Given = str | list[int]  # A text, or its token ids.
 
 
-def read(path: epath.PathLike) -> list[dict[str, Text]]:
+def read(path: epath.PathLike) -> list[dict[str, Given]]:
   """The examples of a file, with 'inputs' and maybe 'targets'.
 
   Raises:
@@ -60,11 +60,11 @@ def read(path: epath.PathLike) -> list[dict[str, Text]]:
   return examples
 
 
-def _parse_text(line: str, where: str) -> dict[str, Text]:
+def _parse_text(line: str, where: str) -> dict[str, Given]:
   return {'inputs': line.removesuffix('\r')}
 
 
-def _parse_json(line: str, where: str) -> dict[str, Text]:
+def _parse_json(line: str, where: str) -> dict[str, Given]:
   try:
     example = json.loads(line)
     texts = {k: example[k] for k in ('inputs', 'targets') if k in example}
@@ -84,7 +84,7 @@ def is_ids(text: Any) -> bool:
   return isinstance(text, list) and all(type(i) is int for i in text)
 
 
-def check_ids(read: Sequence[Mapping[str, Text]], embeddings: int) -> None:
+def check_ids(read: Sequence[Mapping[str, Given]], embeddings: int) -> None:
   """Raises ValueError where a token id is none of so many."""
   for number, example in enumerate(read, 1):
     for name, ids in example.items():
@@ -112,20 +112,14 @@ class Example:
   texts: Mapping[str, Any]
 
 
-def of_task(
-  dataset: Dataset, converter: str, special_tokens: SpecialTokens = T5
-) -> Iterator[Example]:
+def of_task(dataset: Dataset, features: TextToText | Text) -> Iterator[Example]:
   """The examples of a dataset that is not packed, in order."""
-  for batch in dataset.evaluation(converter, special_tokens):
-    for i in np.flatnonzero(batch['decoder_loss_weights'].any(1)):
+  for batch in dataset.evaluation(features):
+    for i in range(dataset.batch_size):
       row = {name: x[i] for name, x in batch.items()}
-      wanted = row['decoder_loss_weights'] > 0
-      targets = row['decoder_target_tokens'][wanted]
-      inputs = row.get('encoder_input_tokens', ())
-      if 'decoder_causal_attention' in row:
-        inputs = row['decoder_target_tokens'][~wanted]
-      inputs = np.asarray(inputs, int)
-      inputs = inputs[special_tokens.is_token(inputs)]
+      inputs, targets = features.question(row), features.answer(row)
+      if not len(targets):  # No example fills the last batch up.
+        continue
       texts = {
         'inputs': dataset.text('inputs', inputs) if len(inputs) else '',
         'targets': dataset.text('targets', targets),
@@ -134,10 +128,9 @@ def of_task(
 
 
 def of_file(
-  read: Sequence[Mapping[str, Text]],
+  read: Sequence[Mapping[str, Given]],
   dataset: Dataset,
-  converter: str,
-  special_tokens: SpecialTokens = T5,
+  features: TextToText | Text,
 ) -> Iterator[Example]:
   """The examples of `read`, in the vocabulary and lengths of a dataset.
 
@@ -147,7 +140,7 @@ def of_file(
   lengths = dataset.feature_lengths
   asks = 'inputs' in task.output_features
 
-  def tokenize(name: str, text: Text, end: bool) -> tuple[np.ndarray, int]:
+  def tokenize(name: str, text: Given, end: bool) -> tuple[np.ndarray, int]:
     """Token ids of a text, and how many more would not fit."""
     if is_ids(text):
       ids, last = text, []
@@ -164,47 +157,12 @@ def of_file(
     targets = np.zeros(0, np.int32)
     if 'targets' in texts:
       targets, _ = tokenize('targets', texts['targets'], end=True)
-    start = None if is_ids(texts['inputs']) else special_tokens.start
-    begun = dataclasses.replace(special_tokens, start=start)
+    asked = features
+    if is_ids(texts['inputs']):  # They say themselves what they begin with.
+      special_tokens = dataclasses.replace(features.special_tokens, start=None)
+      asked = dataclasses.replace(features, special_tokens=special_tokens)
     yield Example(
-      features(converter, tokens, lengths[name], begun),
+      asked.prompt(tokens, lengths[name]),
       targets,
       {**texts, **({'inputs_cut': cut} if cut else {})},
     )
-
-
-def features(
-  converter: str,
-  tokens: np.ndarray,
-  length: int,
-  special_tokens: SpecialTokens = T5,
-) -> dict[str, np.ndarray]:
-  """The features of one prompt of at most `length` tokens, padded to it.
-
-  A decoder alone has room for a start token before it.
-
-  Raises:
-    ValueError: a decoder has nothing to begin with.
-
-  >>> features('decoder', np.array([7, 8]), 3)['decoder_input_tokens'].tolist()
-  [0, 7, 8, 0]
-  """
-  tokens = tokens.astype(np.int32)
-  if converter == 'decoder':
-    length += 1
-    if special_tokens.start is not None:
-      tokens = np.append(np.int32(special_tokens.start), tokens)
-    if not len(tokens):
-      raise ValueError(
-        'a prompt is empty, and the model has no start token to begin with: '
-        'give each at least one token.'
-      )
-  fill = (0, length - len(tokens))
-  padded = np.pad(tokens, fill, constant_values=special_tokens.pad)
-  if converter == 'encoder_decoder':
-    return {'encoder_input_tokens': padded}
-  is_prompt = np.arange(length) < len(tokens)
-  return {
-    'decoder_input_tokens': padded,
-    'decoder_causal_attention': is_prompt.astype(np.int32),
-  }

@@ -16,65 +16,16 @@ import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 
-import jax
 import numpy as np
 from etils import epath
 
-from sparse_experts.data import converters, host_tensorflow, tasks
-from sparse_experts.data.special_tokens import T5, SpecialTokens
+from sparse_experts.data import host_tensorflow, tasks
+from sparse_experts.data.features.base import Features
 
 if typing.TYPE_CHECKING:
   import tensorflow as tf
 
-# The features of seqio's converters; packing adds the last two of each side.
-_DECODER = ('target_tokens', 'input_tokens', 'loss_weights')
-_PACKED = ('segment_ids', 'positions')
-
 Batch = dict[str, np.ndarray]
-
-
-def shapes(
-  converter: str,
-  feature_lengths: Mapping[str, int],
-  batch_size: int,
-  pack: bool,
-  task_ids: bool = False,
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """What batches look like, without reading data.
-
-  Args:
-    converter: 'encoder_decoder' (seqio.EncDecFeatureConverter) or 'decoder'
-      (seqio.DecoderFeatureConverter: a language model, or a prefix language
-      model where there are inputs).
-    feature_lengths: length of 'targets' and, where there are any, 'inputs'.
-    batch_size: global.
-    pack: whether several examples may share a row.
-    task_ids: whether rows say the task of every token.
-
-  Returns:
-    By feature name, shape [batch_size, length] and dtype int32.
-
-  Raises:
-    ValueError: unknown converter, or features it does not take.
-
-  >>> list(shapes('decoder', {'targets': 8}, batch_size=2, pack=False))
-  ['decoder_target_tokens', 'decoder_input_tokens', 'decoder_loss_weights']
-  """
-  _check_converter(converter, feature_lengths)
-  more = _PACKED * pack + ('task_ids',) * task_ids
-  decoder = _DECODER + more
-  if converter == 'encoder_decoder':
-    encoder = ('input_tokens', *more)
-    lengths = {f'encoder_{f}': feature_lengths['inputs'] for f in encoder}
-    lengths |= {f'decoder_{f}': feature_lengths['targets'] for f in decoder}
-  else:
-    decoder += ('causal_attention',) * ('inputs' in feature_lengths)
-    length = sum(feature_lengths.values())
-    lengths = {f'decoder_{f}': length for f in decoder}
-  return {
-    name: jax.ShapeDtypeStruct((batch_size, length), np.int32)
-    for name, length in lengths.items()
-  }
 
 
 def streams(rows: slice, batch_size: int, num_shards: int) -> range:
@@ -106,8 +57,9 @@ class Batches(Iterator[Batch]):
       embedded corpora; must be the same in all processes of a run.
     streams: those that this process has open.
 
+  >>> from sparse_experts.data.features.text import Text
   >>> batches = Batches('docs_lm', 'train', {'targets': 32}, batch_size=4,
-  ...                   converter='decoder', seed=0)
+  ...                   features=Text(), seed=0)
   >>> next(batches)['decoder_target_tokens'].shape
   (4, 32)
   """
@@ -118,7 +70,7 @@ class Batches(Iterator[Batch]):
     split: str,
     feature_lengths: Mapping[str, int],
     batch_size: int,
-    converter: str,
+    features: Features,
     *,
     seed: int,
     pack: bool = True,
@@ -127,7 +79,6 @@ class Batches(Iterator[Batch]):
     num_shards: int = 1,
     rows: slice = slice(None),
     modules: Sequence[str] = (),
-    special_tokens: SpecialTokens = T5,
   ):
     """Opens the streams that `rows` needs.
 
@@ -136,7 +87,7 @@ class Batches(Iterator[Batch]):
       split: of the task.
       feature_lengths: length of each feature of the task.
       batch_size: rows of the global batch.
-      converter: see `shapes`.
+      features: what rows are, see `features`.
       seed: of the shuffle, the noise and the mixing.
       pack: whether several examples may share a row.
       task_ids: whether rows say the task of every token; for tasks that do.
@@ -145,11 +96,10 @@ class Batches(Iterator[Batch]):
         process is too slow.
       rows: the contiguous rows of the global batch that this process needs.
       modules: further modules that register tasks.
-      special_tokens: the model's.
 
     Raises:
-      ValueError: unknown task, split or converter; features that the task does
-        not have; batch size no multiple of num_shards; rows out of range.
+      ValueError: unknown task or split; features that the task does not have;
+        batch size no multiple of num_shards; rows out of range.
     """
     task = tasks.find(task_name, modules)
     self.streams = streams(rows, batch_size, num_shards)
@@ -158,14 +108,12 @@ class Batches(Iterator[Batch]):
       'split': split,
       'feature_lengths': dict(feature_lengths),
       'batch_size': batch_size,
-      'converter': converter,
       'seed': seed,
       'pack': pack,
       'task_ids': task_ids,
       'shuffle': shuffle,
       'num_shards': num_shards,
-      'pad': special_tokens.pad,
-      'start': special_tokens.first(),
+      **features.identity(),
       'corpus': digests(task_name, modules),
     }
     size = batch_size // num_shards
@@ -176,13 +124,12 @@ class Batches(Iterator[Batch]):
     self._iterators = {}
     for i in self.streams:
       dataset = _dataset(
-        task, split, feature_lengths, converter, pack, task_ids,
+        task, split, feature_lengths, features, pack, task_ids,
         shuffle=shuffle,
         # Streams that shared a seed would share their noise.
         seed=int(np.random.SeedSequence([seed, i]).generate_state(1)[0]),
         shard=(i, num_shards),
         num_epochs=None,
-        special_tokens=special_tokens,
       )  # fmt: skip
       dataset = dataset.batch(size, drop_remainder=True).prefetch(2)
       self._iterators[i] = iter(dataset)
@@ -268,151 +215,41 @@ def eval_batches(
   split: str,
   feature_lengths: Mapping[str, int],
   batch_size: int,
-  converter: str,
+  features: Features,
   *,
   pack: bool = False,
   task_ids: bool = False,
   num_batches: int | None = None,
   modules: Sequence[str] = (),
-  special_tokens: SpecialTokens = T5,
 ) -> Iterator[Batch]:
   """Yields a split once, in order, the same in every process.
 
-  The last batch is filled up with rows of padding, whose
-  `decoder_loss_weights` are zero.
+  The last batch is filled up with rows of `Features.fill`, which weigh nothing.
 
   Args:
     num_batches: stop after so many batches; None for the whole split.
     (The others are those of `Batches`.)
 
-  >>> batch, = eval_batches('docs_lm', 'test', {'targets': 16}, 2, 'decoder',
+  >>> from sparse_experts.data.features.text import Text
+  >>> batch, = eval_batches('docs_lm', 'test', {'targets': 16}, 2, Text(),
   ...                       num_batches=1)
   >>> batch['decoder_target_tokens'].shape
   (2, 16)
   """
   task = tasks.find(task_name, modules)
   dataset = _dataset(
-    task, split, feature_lengths, converter, pack, task_ids,
+    task, split, feature_lengths, features, pack, task_ids,
     shuffle=False, seed=0, shard=(0, 1), num_epochs=1,
-    special_tokens=special_tokens,
   )  # fmt: skip
   # Without drop_remainder; the loop below fills up the last batch.
   batches = dataset.batch(batch_size).prefetch(2).as_numpy_iterator()
 
   def fill_up(name, rows):
-    fill = special_tokens.pad if name.endswith('_tokens') else 0
-    missing = [(0, batch_size - len(rows)), (0, 0)]
-    return np.pad(rows, missing, constant_values=fill)
+    missing = [(0, batch_size - len(rows)), *[(0, 0)] * (rows.ndim - 1)]
+    return np.pad(rows, missing, constant_values=features.fill(name))
 
   for batch in itertools.islice(batches, num_batches):
     yield {name: fill_up(name, rows) for name, rows in batch.items()}
-
-
-def vocabulary_size(task_name: str, modules: Sequence[str] = ()) -> int:
-  """Number of token ids of a task, the largest over its features.
-
-  >>> vocabulary_size('docs_lm')
-  8100
-  """
-  features = tasks.find(task_name, modules).output_features.values()
-  tf = host_tensorflow.load()
-  try:
-    return max(feature.vocabulary.vocab_size for feature in features)
-  except tf.errors.OpError as error:
-    raise FileNotFoundError(
-      f"the vocabulary of task {task_name!r} cannot be read ({error}); T5's is "
-      'on Google Cloud Storage and needs a network.'
-    ) from error
-
-
-def check_vocabulary(
-  task_name: str,
-  embeddings: int,
-  modules: Sequence[str] = (),
-  special_tokens: SpecialTokens = T5,
-) -> None:
-  """Checks that a model with so many embeddings knows all ids of a task.
-
-  Raises:
-    ValueError: it does not (out-of-range ids would be clamped in silence), or
-      its answers end with another token than the task's texts.
-  """
-  size = vocabulary_size(task_name, modules)
-  if size > embeddings:
-    raise ValueError(
-      f'task {task_name!r} has {size} token ids, but the model embeds only '
-      f'{embeddings}: give the model a vocabulary of at least {size}'
-    )
-  for name, feature in tasks.find(task_name, modules).output_features.items():
-    eos = feature.vocabulary.eos_id
-    if eos is not None and eos not in special_tokens.eos:
-      raise ValueError(
-        f'{name!r} of task {task_name!r} end with token {eos}, but answers of '
-        f'the model with {" or ".join(map(str, special_tokens.eos)) or "none"}'
-        f': take a task of its vocabulary, or train it with EOS_IDS = ({eos},).'
-      )
-
-
-def decode_tokens(
-  task_name: str,
-  feature: str,
-  ids: Sequence[int],
-  modules: Sequence[str] = (),
-) -> str:
-  """The text of token ids, sentinels included, without the padding.
-
-  Args:
-    feature: of the task, 'inputs' or 'targets'.
-    ids: one row; several documents are separated by '</s>'.
-  """
-  output_features = tasks.find(task_name, modules).output_features
-  vocabulary = output_features[feature].vocabulary
-  ids = [int(i) for i in ids if i != vocabulary.pad_id]
-  # seqio decodes no further than the first end of sequence.
-  is_eos = [i == vocabulary.eos_id for i in ids]
-  runs = itertools.groupby(range(len(ids)), is_eos.__getitem__)
-  return ''.join(
-    '</s>' * len(run) if eos else vocabulary.decode([ids[i] for i in run])
-    for eos, run in ((eos, list(run)) for eos, run in runs)
-  )
-
-
-def token_pieces(
-  task_name: str,
-  feature: str,
-  ids: Sequence[int],
-  modules: Sequence[str] = (),
-) -> dict[int, str]:
-  """The text of each token id by itself.
-
-  Of SentencePiece its pieces, where '▁' is the space before a word; control
-  tokens are '<pad>', '</s>', '<unk>', sentinels '<extra_id_0>' and so on.
-
-  >>> token_pieces('docs_lm', 'targets', [0, 8099])
-  {0: '<pad>', 8099: '<extra_id_0>'}
-  """
-  output_features = tasks.find(task_name, modules).output_features
-  vocabulary = output_features[feature].vocabulary
-  processor = getattr(vocabulary, 'tokenizer', None)
-  controls = {
-    vocabulary.pad_id: '<pad>',
-    vocabulary.eos_id: '</s>',
-    vocabulary.unk_id: '<unk>',
-  }
-
-  def piece(i):
-    if i < 0:  # Padding of a model that has no id of its own for it.
-      return '<pad>'
-    if i in controls:
-      return controls[i]
-    sentinel = vocabulary.vocab_size - 1 - i
-    if sentinel < vocabulary.extra_ids:
-      return f'<extra_id_{sentinel}>'
-    if hasattr(processor, 'id_to_piece'):
-      return processor.id_to_piece(i)
-    return vocabulary.decode([i])
-
-  return {int(i): piece(int(i)) for i in ids}
 
 
 def digests(task_name: str, modules: Sequence[str] = ()) -> dict[str, str]:
@@ -445,14 +282,13 @@ def task_names(task_name: str, modules: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 def _dataset(
-  task, split, feature_lengths, converter, pack, task_ids, shuffle, seed,
-  shard, num_epochs, special_tokens,
+  task, split, feature_lengths, features, pack, task_ids, shuffle, seed,
+  shard, num_epochs,
 ):  # fmt: skip
   """Rows of model features: read, preprocessed, packed or padded."""
   tf = host_tensorflow.load()
   import seqio
 
-  _check_converter(converter, feature_lengths)
   if set(feature_lengths) != set(task.output_features):
     raise ValueError(
       f'task {task.name!r} has the features {sorted(task.output_features)}, '
@@ -485,26 +321,7 @@ def _dataset(
     # A cache in memory would become part of every saved iterator.
     try_in_mem_cache=False,
   )
-  convert = converters.make(converter, pack, task_ids, special_tokens)
+  rows = features.rows(dataset, feature_lengths, pack=pack, task_ids=task_ids)
   options = tf.data.Options()
   options.deterministic = True
-  return convert(dataset, feature_lengths).with_options(options)
-
-
-def _check_converter(converter: str, feature_lengths: Mapping[str, int]):
-  takes = {
-    'encoder_decoder': [{'inputs', 'targets'}],
-    'decoder': [{'targets'}, {'inputs', 'targets'}],
-  }
-  if converter not in takes:
-    raise ValueError(
-      f'unknown converter {converter!r}; there are {", ".join(takes)}'
-    )
-  if set(feature_lengths) not in takes[converter]:
-    allowed = ' or '.join(
-      str(sorted(features)) for features in takes[converter]
-    )
-    raise ValueError(
-      f'converter {converter!r} takes lengths of {allowed}, not of '
-      f'{sorted(feature_lengths)}'
-    )
+  return rows.with_options(options)

@@ -15,7 +15,7 @@ from sparse_experts.console import scalars
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.evaluation import task_evaluators
 from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
-from sparse_experts.models.model import Model
+from sparse_experts.models.objective import Objective
 from sparse_experts.training import checkpoints
 from sparse_experts.training.checkpoints import restore_params
 from sparse_experts.training.train import LossEvaluation
@@ -37,14 +37,14 @@ class Evaluation:
 
   Results of a checkpoint are 'task', 'split', 'step', 'checkpoint_saved_at',
   'corpus' (digests of embedded ones), 'capacity_factor', 'metrics' (see
-  `models.model.summary`), 'task_metrics', 'ranking' and 'calibration' of tasks
+  `objective.summary`), 'task_metrics', 'ranking' and 'calibration' of tasks
   whose options are ranked (see `task_evaluators.judged_options`) and 'score',
   the mean of the task's metrics, or minus the loss if it has none.
   """
 
   def __init__(
     self,
-    model: Model,
+    model: Objective,
     model_dir: str,
     dataset: Dataset,
     *,

@@ -19,12 +19,12 @@ from jax.sharding import Mesh
 from sparse_experts import sharding
 from sparse_experts.inference.batch_decoding import place
 from sparse_experts.letters import Array
+from sparse_experts.models.language import Language
 from sparse_experts.models.language_model import answered
-from sparse_experts.models.model import Model
 
 
 def log_likelihood(
-  model: Model,
+  model: Language,
   params,
   batch: Mapping[str, Array],
   options_BxT: Array,
@@ -36,7 +36,7 @@ def log_likelihood(
   Args:
     model: exact, whatever its capacity factors.
     params: unboxed parameters.
-    batch: questions, as `Model.decode` takes them.
+    batch: questions, as `Objective.decode` takes them.
     options_BxT: int32, padded after their end; EOS counts if it is there.
     per_token: divided by the number of tokens.
 
@@ -52,7 +52,7 @@ def log_likelihood(
 
 
 def rank_options(
-  model: Model,
+  model: Language,
   params,
   batch: Mapping[str, Array],
   options_BxOxT: Array,
@@ -109,7 +109,7 @@ class OptionScores:
 
   def __init__(
     self,
-    model: Model,
+    model: Language,
     mesh: Mesh,
     batch_size: int,
     *,

@@ -12,7 +12,7 @@ from sparse_experts.data.dataset import Dataset
 from sparse_experts.evaluation import calibration, scoring
 from sparse_experts.inference.batch_decoding import Answers
 from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
-from sparse_experts.models.model import Model
+from sparse_experts.models.language import Language
 
 Metrics = dict[str, dict[str, float]]  # By task.
 
@@ -22,7 +22,7 @@ class TaskMetrics:
 
   def __init__(
     self,
-    model: Model,
+    model: Language,
     dataset: Dataset,
     mesh: jax.sharding.Mesh,
     max_tokens: int | None,
@@ -95,16 +95,11 @@ class _Written:
   def __init__(self, task, model, dataset, mesh, max_tokens, strategy):
     import seqio
 
-    from sparse_experts.data import converters
-
     self.task, self._special_tokens = task, model.special_tokens
     self._evaluator = seqio.Evaluator(
       task.name,
-      feature_converter=converters.make(
-        model.converter,
-        pack=False,
-        task_ids=dataset.task_ids,
-        special_tokens=model.special_tokens,
+      feature_converter=model.features.seqio_converter(
+        task_ids=dataset.task_ids
       ),
       eval_split=dataset.split,
       sequence_length=dict(dataset.feature_lengths),
@@ -143,8 +138,6 @@ class _Ranked:
   """The model answers by the most probable option, which ends as targets do."""
 
   def __init__(self, task, model, dataset, mesh):
-    from sparse_experts.data import converters
-
     self.task = task
     source = _source(task, dataset)
     self._examples = list(source.as_numpy_iterator())
@@ -153,13 +146,9 @@ class _Ranked:
         f'{task.name} has no example in split {dataset.split!r}; choose '
         'another split.'
       )
-    convert = converters.make(
-      model.converter,
-      pack=False,
-      task_ids=dataset.task_ids,
-      special_tokens=model.special_tokens,
+    questions = model.features.rows(
+      source, dataset.feature_lengths, task_ids=dataset.task_ids
     )
-    questions = convert(source, dict(dataset.feature_lengths))
     self._questions = list(questions.as_numpy_iterator())
     feature = task.output_features['targets']
     end = [feature.vocabulary.eos_id] * feature.add_eos

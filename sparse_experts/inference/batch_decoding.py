@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from sparse_experts import sharding
 from sparse_experts.letters import Array
 from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
-from sparse_experts.models.model import Model
+from sparse_experts.models.language import Language
 from sparse_experts.training import global_batch
 
 
@@ -24,7 +24,7 @@ class Answers:
 
   def __init__(
     self,
-    model: Model,
+    model: Language,
     params,
     mesh: Mesh,
     batch_size: int,

@@ -21,9 +21,14 @@ from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.special_tokens import SpecialTokens
 from sparse_experts.inference.batch_decoding import Answers, place
 from sparse_experts.inference.resumable import ResumableLines
-from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
+from sparse_experts.models.decoding import (
+  GREEDY,
+  BeamSearch,
+  Sampling,
+  check_decodable,
+)
+from sparse_experts.models.language import Language
 from sparse_experts.models.language_model import answered
-from sparse_experts.models.model import Model
 from sparse_experts.training import checkpoints
 from sparse_experts.training.checkpoints import restore_params
 
@@ -31,7 +36,7 @@ TO_LOOK_AT = 4
 
 
 def infer(
-  model: Model,
+  model: Language,
   model_dir: str,
   dataset: Dataset,
   *,
@@ -77,6 +82,7 @@ def infer(
     raise ValueError(
       'infer takes examples one by one: use a Dataset of pack=False.'
     )
+  check_decodable(model)
   special_tokens = model.special_tokens
   questions = None if input is None else prompts.read(input)
   if questions is not None:
@@ -84,7 +90,7 @@ def infer(
   if not questions or not all(
     prompts.is_ids(text) for texts in questions for text in texts.values()
   ):
-    dataset.check_vocabulary(model.module.embed.vocab_size, special_tokens)
+    model.check_data(dataset)
   if num_examples is None and input is None and output is None:
     num_examples = TO_LOOK_AT
   max_tokens = max_tokens or dataset.feature_lengths['targets']
@@ -92,12 +98,10 @@ def infer(
   with sharding.use_mesh(built_mesh, rules):
     params, step = restore_params(model, model_dir, dataset, built_mesh)
     if questions is None:
-      examples = prompts.of_task(dataset, model.converter, special_tokens)
+      examples = prompts.of_task(dataset, model.features)
       source, total = {'split': dataset.split}, num_examples
     else:
-      examples = prompts.of_file(
-        questions, dataset, model.converter, special_tokens
-      )
+      examples = prompts.of_file(questions, dataset, model.features)
       digest = hashlib.sha256(repr(questions).encode()).hexdigest()
       source, total = {'questions': digest}, len(questions[:num_examples])
     # Read the first: what is wrong with data shows before anything is written.
@@ -189,7 +193,7 @@ class _Statistics:
 
   def __init__(
     self,
-    model: Model,
+    model: Language,
     params,
     mesh: Mesh,
     dataset: Dataset,

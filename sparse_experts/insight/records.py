@@ -15,7 +15,7 @@ from etils import epath
 
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
-from sparse_experts.models.model import Batch, Model, layer_order
+from sparse_experts.models.objective import Batch, Objective, layer_order
 from sparse_experts.moe import Record
 from sparse_experts.training import checkpoints, global_batch, step
 from sparse_experts.training.checkpoints import restore_params
@@ -130,7 +130,7 @@ def load(path: epath.PathLike) -> Records:
 
 
 def collect(pairs: Iterable[tuple[Batch, Mapping[str, Record]]]) -> Records:
-  """Batches and what `Model.record` said of each, as one.
+  """Batches and what `Objective.record` said of each, as one.
 
   In a notebook:
 
@@ -165,7 +165,7 @@ def collect(pairs: Iterable[tuple[Batch, Mapping[str, Record]]]) -> Records:
 
 
 def record(
-  model: Model,
+  model: Objective,
   model_dir: str,
   dataset: Dataset,
   *,
@@ -205,7 +205,7 @@ def record(
     )
 
     def pairs():
-      for batch in dataset.evaluation(model.converter, model.special_tokens):
+      for batch in dataset.evaluation(model.features):
         placed = global_batch.place(batch, built_mesh, dataset.batch_size, 0)
         yield batch, take(params, placed)
 

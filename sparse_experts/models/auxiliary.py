@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import flax
 import jax
@@ -26,16 +27,34 @@ class Totals:
   With it the mean over microbatches is the loss of the whole batch.
 
   Attributes:
-    targets: float32, targets of a microbatch, the mean over microbatches.
+    weight: float32, `Objective.weight` of a microbatch, the mean over them.
     tokens: stack ('encoder', 'decoder') -> float32, tokens that its layers
       route in a microbatch, likewise.
     balance: layer ('decoder/layers_1') -> `Balance` of one group, of whose
-      counts f is: see `Model.balance_over`. None: of a microbatch's own.
+      counts f is: see `Objective.balance_over`. None: of a microbatch's own.
+    rows: what `Objective.statistics` found in every microbatch, [n, b, ...];
+      None: this is all of the batch.
+    part: int32, which of the n microbatches this one is.
   """
 
-  targets: Array
+  weight: Array
   tokens: dict[str, Array]
   balance: dict[str, Balance] | None = None
+  rows: Any = None
+  part: Array | None = None
+
+
+@flax.struct.dataclass
+class Statistics:
+  """What microbatches tell one another before the first gradient.
+
+  Attributes:
+    balance: as in `Totals`; added over microbatches.
+    rows: arrays of a microbatch's rows, [b, ...]; kept side by side.
+  """
+
+  balance: dict[str, Balance]
+  rows: Any = None
 
 
 def check(layer_reduction: str, balance_over: str) -> None:
@@ -58,7 +77,7 @@ def of_layers(
 
   Args:
     auxes: of sparse layers, by name.
-    balance_over: tokens that the balance loss is of, see `Model`.
+    balance_over: tokens that the balance loss is of, see `Objective`.
     totals: of the step.
   """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax
 import jax
@@ -22,6 +22,30 @@ from sparse_experts.moe.assignment import largest
 
 Step = Callable[[Any, Array], tuple[Any, Array]]
 MapRows = Callable[[Callable[[Array], Array], Any], Any]
+
+
+@runtime_checkable
+class Decodable(Protocol):
+  """An objective that writes text, see `language.Language`."""
+
+  special_tokens: SpecialTokens
+
+  def score(self, params: Any, batch: Any) -> Array:
+    """Log-probability of each row's targets, float32 [B]."""
+
+  def decode(
+    self, params: Any, batch: Any, keys_B: Array | None, *, max_tokens: int
+  ) -> tuple[Array, Array]:
+    """Answers, int32 [B, T], and their log-probabilities, float32 [B]."""
+
+
+def check_decodable(objective: Any) -> None:
+  """Raises ValueError unless the objective writes text."""
+  if not isinstance(objective, Decodable):
+    raise ValueError(
+      f'{type(objective).__name__} writes no text: answers come from Language '
+      'and what wraps it, by recipes such as gin/quickstart.gin.'
+    )
 
 
 @flax.struct.dataclass

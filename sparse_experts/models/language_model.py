@@ -48,11 +48,6 @@ class LanguageModel(nn.Module):
   special_tokens: SpecialTokens = T5
   max_length: int | None = None
 
-  @property
-  def converter(self) -> str:
-    """Which of seqio's feature converters makes its batches."""
-    return 'decoder' if self.encoder is None else 'encoder_decoder'
-
   def setup(self):
     if not self.tied_logits:
       self.logits = Linear(
@@ -269,7 +264,7 @@ def answered(
   answers_BxT: Array,
   special_tokens: SpecialTokens = T5,
 ) -> dict[str, Array]:
-  """The batch whose targets are these answers, as `Model.score` takes it.
+  """The batch whose targets are these answers, as `Language.score` takes it.
 
   Args:
     batch: inputs or prompts, as `LanguageModel.start` takes them. Targets that

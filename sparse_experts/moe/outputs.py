@@ -17,7 +17,7 @@ class Aux:
 
   Attributes:
     losses: name -> float32 scalar, unweighted, a mean over tokens or groups.
-      Their weights live in `models.Model`.
+      Their weights live in `models.Objective`.
     tokens: float32, how many tokens those are means over, by which microbatches
       weigh; None: all microbatches weigh alike.
     balance: a `moe.losses.Balance`, the sums that the loss `load_balance` is

@@ -13,8 +13,7 @@ import jax
 from flax import linen as nn
 
 from sparse_experts import sharding
-from sparse_experts.data import streams
-from sparse_experts.models.model import Model
+from sparse_experts.models.objective import Objective
 from sparse_experts.moe.assignment import SoftAssignment
 from sparse_experts.training import optimizers
 
@@ -33,7 +32,7 @@ class _Slots(NamedTuple):
 
 
 def ledger(
-  model: Model, feature_lengths: Mapping[str, int] | None = None
+  model: Objective, feature_lengths: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
   """Counts a model.
 
@@ -58,18 +57,13 @@ def ledger(
     input and target token; parameter_bytes and optimizer_bytes (by optimizer):
     all float32; feature_lengths.
   """
-  encoder_decoder = model.converter == 'encoder_decoder'
   if feature_lengths is None:
-    total = sum(T5_LENGTHS.values())
-    feature_lengths = T5_LENGTHS if encoder_decoder else {'targets': total}
-  shapes = streams.shapes(
-    model.converter, feature_lengths, _ROWS, pack=False, task_ids=True
-  )
+    feature_lengths = model.features.example_lengths()
+  shapes = model.features.shapes(feature_lengths, _ROWS, task_ids=True)
   boxed, slots = _trace(model, shapes)
   names = sharding.names_of(boxed)
-  targets = sum(feature_lengths.values())
-  inputs = 0
-  if encoder_decoder:
+  inputs, targets = 0, sum(feature_lengths.values())
+  if model.module.encoder is not None:
     inputs, targets = feature_lengths['inputs'], feature_lengths['targets']
 
   kinds = ('total_params', 'block_params', 'sparse_params', 'active_params')
@@ -127,14 +121,14 @@ def ledger(
   }
 
 
-def decode_flops(model: Model, inputs: int, targets: int) -> int:
+def decode_flops(model: Objective, inputs: int, targets: int) -> int:
   """Of a question and its answer: no padding, nothing computed twice.
 
   One forward pass over both, in which attention counts in full as in `ledger`,
   with the logits of the answer alone.
   """
   unread, lengths = 0, {'inputs': inputs, 'targets': targets}
-  if model.converter == 'decoder':
+  if model.module.encoder is None:
     unread, lengths = inputs, {'targets': inputs + targets}
   facts = ledger(model, lengths)
   parts = facts['components']
@@ -171,7 +165,9 @@ def text(facts: Mapping[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def _trace(model: Model, shapes) -> tuple[Any, dict[tuple[str, ...], _Slots]]:
+def _trace(
+  model: Objective, shapes
+) -> tuple[Any, dict[tuple[str, ...], _Slots]]:
   """Abstract boxed parameters, and the slots of sparse layers by path."""
   slots = {}
 

@@ -46,8 +46,7 @@ import jax
 from flax import linen as nn
 
 from sparse_experts import sharding
-from sparse_experts.data import streams
-from sparse_experts.models.model import Model
+from sparse_experts.models.objective import Objective
 from sparse_experts.models.transformer import REMAT_POLICIES
 from sparse_experts.planning.workload import Block, Workload, block_of, trace
 from sparse_experts.training import state
@@ -202,12 +201,10 @@ def memory(
 
 
 def activations_per_token(
-  model: Model, feature_lengths: Mapping[str, int]
+  model: Objective, feature_lengths: Mapping[str, int]
 ) -> dict[str, int]:
   """Bytes of a step on one device, by remat, per token of all features."""
-  shapes = streams.shapes(
-    model.converter, feature_lengths, 1, pack=False, task_ids=True
-  )
+  shapes = model.features.shapes(feature_lengths, 1, task_ids=True)
   _, workload = trace(
     model,
     lambda: jax.eval_shape(

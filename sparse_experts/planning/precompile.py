@@ -22,8 +22,7 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from sparse_experts import sharding
-from sparse_experts.data import prompts, streams
-from sparse_experts.models.model import Model
+from sparse_experts.models.objective import Objective
 from sparse_experts.planning import chips, hlo, ledger, topology
 from sparse_experts.training import state, step
 
@@ -40,7 +39,7 @@ class Run:
     max_tokens: as of `training.infer.infer`.
   """
 
-  model: Model
+  model: Objective
   feature_lengths: Mapping[str, int]
   batch_size: int
   optimizer: Callable[..., optax.GradientTransformation]
@@ -74,12 +73,11 @@ class Run:
 
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Of a batch."""
-    return streams.shapes(
-      self.model.converter,
+    return self.model.features.shapes(
       self.feature_lengths,
       self.batch_size,
-      self.pack,
-      self.task_ids,
+      pack=self.pack,
+      task_ids=self.task_ids,
     )
 
   def lengths(self, what: str) -> dict[str, int]:
@@ -97,11 +95,8 @@ class Run:
 
   def questions(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Of a batch that `infer` answers."""
-    row = prompts.features(
-      self.model.converter,
-      np.zeros(1, np.int32),
-      self.lengths('decode')['inputs'],
-      self.model.special_tokens,
+    row = self.model.features.prompt(
+      np.zeros(1, np.int32), self.lengths('decode')['inputs']
     )
     return {
       name: jax.ShapeDtypeStruct((self.batch_size, *x.shape), x.dtype)

@@ -18,7 +18,7 @@ from sparse_experts import sharding
 from sparse_experts.layers.attention import Attention
 from sparse_experts.layers.linear import Linear
 from sparse_experts.layers.mlp import Mlp
-from sparse_experts.models.model import Model
+from sparse_experts.models.objective import Objective
 
 
 @dataclasses.dataclass
@@ -90,7 +90,7 @@ class Workload:
     return self.logits_flops + sum(map(self.total, kinds))
 
 
-def trace(model: Model, init: Callable[[], Any]) -> tuple[Any, Workload]:
+def trace(model: Objective, init: Callable[[], Any]) -> tuple[Any, Workload]:
   """The boxed abstract parameters that `init` returns, and the workload.
 
   Args:
@@ -192,7 +192,7 @@ def trace(model: Model, init: Callable[[], Any]) -> tuple[Any, Workload]:
 
 
 def _rows_per_expert(
-  model: Model, router: Any, tokens: int, group_size: int
+  model: Objective, router: Any, tokens: int, group_size: int
 ) -> float:
   """Slots of an expert; without capacity its share of the choices."""
   factor, E, k = model.capacity_factor_train, router.num_experts, router.k

@@ -13,7 +13,7 @@ from sparse_experts.convert import tensor_map
 from sparse_experts.convert.formats import Checkpoint, check_same
 from sparse_experts.convert.tensor_map import Piece, Place
 from sparse_experts.convert.tensors import Tensor
-from sparse_experts.models.model import Model
+from sparse_experts.models.language import Language
 from sparse_experts.moe.router import Router
 
 AXES = ('expert', 'router')  # Logical names of an axis that is over experts.
@@ -86,7 +86,7 @@ def select(
   )
 
 
-def _axes(model: Model, path) -> dict[str, int]:
+def _axes(model: Language, path) -> dict[str, int]:
   """The axis of experts of each plain parameter that has one."""
   fixed = set()
 

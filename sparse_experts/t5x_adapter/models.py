@@ -1,4 +1,4 @@
-"""A `models.Model` as a model of T5X."""
+"""A `models.Objective` as a model of T5X."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from t5x import metrics as t5x_metrics
 from t5x import models as t5x_models
 from t5x import optimizers as t5x_optimizers
 
-from sparse_experts.data import converters, streams, tasks
-from sparse_experts.data.special_tokens import SpecialTokens
+from sparse_experts.data import tasks, token_text
+from sparse_experts.data.features.text import Text, TextToText
 from sparse_experts.letters import Array
 from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
-from sparse_experts.models.model import Model
+from sparse_experts.models.language import Language
 from sparse_experts.moe.router import Router
 from sparse_experts.t5x_adapter import metrics, predict, variables
 
@@ -37,7 +37,7 @@ class SparseModel(t5x_models.BaseTransformerModel):
     optimizer_def: see `optimizers`.
     microbatches: the `num_microbatches` of the trainer. Losses are means over
       targets, which T5X adds over microbatches; this makes it their mean.
-    strategy: how answers are chosen, by `Model.decode`.
+    strategy: how answers are chosen, by `Objective.decode`.
     max_tokens: of an answer, at most; None: as many as decoder features have.
     decode_fn: one of T5X's, such as `t5x.decoding.temperature_sample`, in the
       place of `strategy`. It takes `decoder_params`, and prompt and answer
@@ -48,7 +48,7 @@ class SparseModel(t5x_models.BaseTransformerModel):
 
   def __init__(
     self,
-    model: Model,
+    model: Language,
     task: str,
     optimizer_def: t5x_optimizers.OptimizerDef | None = None,
     *,
@@ -68,7 +68,7 @@ class SparseModel(t5x_models.BaseTransformerModel):
         f'of {", ".join(alone)} with microbatches={microbatches}, not '
         f'{model.balance_over!r}.'
       )
-    streams.check_vocabulary(
+    token_text.check_vocabulary(
       task, model.module.embed.vocab_size, task_modules, model.special_tokens
     )
     features = tasks.find(task, task_modules).output_features
@@ -83,7 +83,7 @@ class SparseModel(t5x_models.BaseTransformerModel):
     self._microbatches = microbatches or 1
     self._strategy, self._max_tokens = strategy, max_tokens
     self.FEATURE_CONVERTER_CLS = functools.partial(
-      _feature_converter, model.converter, task_ids, model.special_tokens
+      _feature_converter, model.features, task_ids
     )
 
   def get_initial_variables(
@@ -124,7 +124,7 @@ class SparseModel(t5x_models.BaseTransformerModel):
     dropout_rng: Array | None,
     flax_mutables=None,
   ):
-    """`Model.loss`: in training with a `dropout_rng`, else in evaluation.
+    """`Objective.loss`: in training with a `dropout_rng`, else in evaluation.
 
     Returns:
       The loss; metrics, or where there are `flax_mutables`, metrics and the
@@ -242,11 +242,11 @@ class SparseModel(t5x_models.BaseTransformerModel):
     rows, positions = targets_BxL.shape[0], targets_BxL.size
     parts = self._microbatches if train else 1
     average = clu.metrics.Average
-    targets = sums['targets']
+    targets, means = sums['counts']['targets'], sums['means']
     measured = {
       'loss': per_step(total=loss),
-      'cross_ent_loss': average(total=sums['cross_entropy'], count=targets),
-      'accuracy': average(total=sums['correct'], count=targets),
+      'cross_ent_loss': average(total=means['loss'].total, count=targets),
+      'accuracy': average(total=sums['means']['accuracy'].total, count=targets),
       'non_padding_fraction/loss_weights': average(
         total=targets, count=jnp.float32(positions)
       ),
@@ -261,9 +261,8 @@ class SparseModel(t5x_models.BaseTransformerModel):
 
 
 def _feature_converter(
-  converter: str,
+  features: Text | TextToText,
   task_ids: bool,
-  special_tokens: SpecialTokens,
   *,
   pack: bool = False,
   use_custom_packing_ops: bool = False,
@@ -274,4 +273,4 @@ def _feature_converter(
       "use_custom_packing_ops=True needs Google's own TensorFlow; set "
       'utils.DatasetConfig.use_custom_packing_ops = False.'
     )
-  return converters.make(converter, pack, task_ids, special_tokens)
+  return features.seqio_converter(pack=pack, task_ids=task_ids)

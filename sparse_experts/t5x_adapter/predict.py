@@ -14,12 +14,12 @@ from t5x import models as t5x_models
 from sparse_experts.data.special_tokens import NO_TOKEN
 from sparse_experts.letters import Array
 from sparse_experts.models.decoding import BeamSearch, Sampling
-from sparse_experts.models.model import Model
+from sparse_experts.models.language import Language
 from sparse_experts.t5x_adapter import variables
 
 
 def by_strategy(
-  model: Model,
+  model: Language,
   params,
   batch: Mapping[str, Array],
   rng: Array | None,
@@ -28,7 +28,7 @@ def by_strategy(
   strategy: Sampling | BeamSearch,
   max_tokens: int | None,
 ) -> tuple[Array, Array]:
-  """By `Model.decode`, with a key for each row and sample.
+  """By `Objective.decode`, with a key for each row and sample.
 
   Args:
     model, params, batch, strategy: as there.
@@ -65,7 +65,7 @@ def by_strategy(
 
 
 def by_t5x(
-  model: Model,
+  model: Language,
   params,
   batch: Mapping[str, Array],
   num_decodes: int,
@@ -97,7 +97,7 @@ def by_t5x(
   decoder_params.setdefault('eos_id', eos[0])
   tokens_BxL = batch['decoder_input_tokens']
   prompt_BxL, length_B = jnp.zeros_like(tokens_BxL), None
-  if model.converter == 'decoder':
+  if model.module.encoder is None:
     if 'decoder_causal_attention' in batch:
       prompt_BxL = tokens_BxL * batch['decoder_causal_attention']
     length_B = (prompt_BxL[:, 1:] != 0).sum(1)

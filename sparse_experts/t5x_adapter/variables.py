@@ -38,7 +38,7 @@ def collections(
   """T5X's collections of boxed parameters.
 
   Args:
-    boxed: from `Model.init`.
+    boxed: from `Objective.init`.
     loads: shapes of each layer's load, where biases move; None: they do not.
     needs_step: a router needs the training step.
 

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
-from sparse_experts.models.model import Model
+from sparse_experts.models.objective import Objective
 from sparse_experts.training.state import TrainState
 
 
@@ -249,14 +249,14 @@ def load_params(
 
 
 def restore_params(
-  model: Model, model_dir: epath.PathLike, dataset: Dataset, mesh: Mesh
+  model: Objective, model_dir: epath.PathLike, dataset: Dataset, mesh: Mesh
 ) -> tuple[Any, int]:
   """Unboxed parameters of a checkpoint on a mesh, and its step; see `find`.
 
   Raises:
     FileNotFoundError: no checkpoint. ValueError: of another architecture.
   """
-  shapes = dataset.shapes(model.converter)
+  shapes = dataset.shapes(model.features)
   boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), shapes))
   return load_params(model_dir, boxed, sharding.shardings(boxed, mesh))
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from sparse_experts import sharding
 from sparse_experts.letters import Array
-from sparse_experts.models.model import Model
+from sparse_experts.models.objective import Objective
 
 
 @flax.struct.dataclass
@@ -28,7 +28,7 @@ class TrainState:
     opt_state: the optimizer's.
     skipped: int32, steps not applied because something was not finite.
     balance: `Balance` of each sparse layer in the step before, where
-      `Model.balance_over` is 'last_step'; else ().
+      `Objective.balance_over` is 'last_step'; else ().
   """
 
   step: Array
@@ -39,7 +39,7 @@ class TrainState:
 
 
 def abstract(
-  model: Model,
+  model: Objective,
   shapes: Mapping[str, jax.ShapeDtypeStruct],
   make_optimizer: Callable[..., optax.GradientTransformation],
 ) -> tuple[TrainState, optax.GradientTransformation]:
@@ -87,7 +87,7 @@ def shardings(
 
 
 def create(
-  model: Model,
+  model: Objective,
   shapes: Mapping[str, jax.ShapeDtypeStruct],
   optimizer: optax.GradientTransformation,
   placed: TrainState,
@@ -129,7 +129,7 @@ def begin(
   return rest.replace(params=params)
 
 
-def _balance(model: Model, params: Any, shapes: Mapping[str, Any]) -> Any:
+def _balance(model: Objective, params: Any, shapes: Mapping[str, Any]) -> Any:
   """Shapes of `TrainState.balance`."""
   if model.balance_over != 'last_step':
     return ()

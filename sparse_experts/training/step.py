@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from sparse_experts import moe, sharding
 from sparse_experts.letters import Array
-from sparse_experts.models import model as model_module
+from sparse_experts.models import objective as objective_module
 from sparse_experts.models.auxiliary import Totals
-from sparse_experts.models.model import Batch, Model, Sums
+from sparse_experts.models.objective import Batch, Objective, Sums
 from sparse_experts.moe.bias import update_biases
 from sparse_experts.sharding import constrain
 from sparse_experts.training.state import TrainState
@@ -25,7 +25,7 @@ def train_step(
   state: TrainState,
   batch: Batch,
   *,
-  model: Model,
+  model: Objective,
   optimizer: optax.GradientTransformation,
   seed: int,
   microbatches: int = 1,
@@ -98,7 +98,7 @@ def gradients(
   state: TrainState,
   batch: Batch,
   *,
-  model: Model,
+  model: Objective,
   seed: int,
   microbatches: int = 1,
   data_shards: int = 1,
@@ -129,38 +129,51 @@ def gradients(
     return of_part(jnp.int32(0), batch, totals)
   parts = split_microbatches(batch, microbatches, data_shards)
   items = (jnp.arange(microbatches), parts)
-  if model.balance_over == 'batch':
+  if model.needs_statistics:
 
-    def count(_, i: Array, batch: Batch):
+    def look(_, i: Array, batch: Batch):
       rng_i = jax.random.fold_in(rng, i)
-      return model.counts(state.params, batch, rng_i, step=state.step)
+      found = model.statistics(state.params, batch, rng_i, step=state.step)
+      return found.balance, found.rows
 
-    totals = totals.replace(balance=_add_up(count, items))
+    balance, rows = _add_up(look, items)
+    totals = totals.replace(rows=rows)
+    if model.balance_over == 'batch':
+      totals = totals.replace(balance=balance)
 
   def of_next(so_far, i: Array, batch: Batch):
+    known = totals.replace(part=i)
     if so_far is not None and model.balance_over == 'batch_so_far':
       _, sums = so_far
-      return of_part(i, batch, totals.replace(balance=sums['balance']))
-    return of_part(i, batch, totals)
+      known = known.replace(balance=sums['balance'])
+    return of_part(i, batch, known), None
 
-  grads, sums = _add_up(of_next, items)
+  (grads, sums), _ = _add_up(of_next, items)
   return jax.tree.map(lambda g: g / microbatches, grads), sums
 
 
-def _add_up(function: Callable[..., Any], items: tuple[Any, ...]) -> Any:
-  """The sum over items of function(sum so far, *item), one after the other."""
+def _add_up(
+  function: Callable[..., tuple[Any, Any]], items: tuple[Any, ...]
+) -> tuple[Any, Any]:
+  """Goes through items: what adds up over them, and what is kept of each.
+
+  Args:
+    function: (sum so far, *item) -> (what adds, what is kept); the sum is None
+      when only its shape is asked for.
+  """
   first = jax.tree.map(lambda x: x[0], items)
-  shapes = jax.eval_shape(functools.partial(function, None), *first)
+  shapes, _ = jax.eval_shape(functools.partial(function, None), *first)
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
   def accumulate(so_far, item):
-    return jax.tree.map(jnp.add, so_far, function(so_far, *item)), None
+    more, kept = function(so_far, *item)
+    return jax.tree.map(jnp.add, so_far, more), kept
 
-  return jax.lax.scan(accumulate, zeros, items)[0]
+  return jax.lax.scan(accumulate, zeros, items)
 
 
 def jit_train_step(
-  model: Model,
+  model: Objective,
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
   placed: TrainState,
@@ -201,7 +214,7 @@ def jit_train_step(
   )
 
 
-def eval_step(params, batch: Batch, *, model: Model) -> Sums:
+def eval_step(params, batch: Batch, *, model: Objective) -> Sums:
   """The model's sums on a batch at evaluation's capacity, without dropout."""
   _, sums = model.loss(params, batch, train=False)
   del sums['balance']
@@ -212,11 +225,11 @@ def record_step(
   params,
   batch: Batch,
   *,
-  model: Model,
+  model: Objective,
   microbatches: int = 1,
   data_shards: int = 1,
 ) -> dict[str, moe.Record]:
-  """`Model.record` of a batch, in parts to save memory; see `train_step`."""
+  """Records of a batch, in parts to save memory; see `train_step`."""
   if microbatches == 1:
     return model.record(params, batch)
   parts = split_microbatches(batch, microbatches, data_shards)
@@ -228,13 +241,13 @@ def summary(sums: Sums, microbatches: int) -> dict[str, Any]:
   """Metrics from the sums of `train_step`, added over any number of steps.
 
   Returns:
-    `skipped` (steps) and, of the others, what `models.model.summary` does and
+    `skipped` (steps) and, of the others, what `objective.summary` has and
     `gradient_norm` (mean over steps).
   """
   metrics = {'skipped': int(sums['skipped'])}
   steps = float(sums['batches']) / microbatches
   if steps:
-    metrics |= model_module.summary(sums)
+    metrics |= objective_module.summary(sums)
     metrics['gradient_norm'] = float(sums['gradient_norm']) / steps
   return metrics
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
-from sparse_experts.models.model import Model, summary
+from sparse_experts.models.objective import Objective, summary
 from sparse_experts.training import (
   checkpoints,
   global_batch,
@@ -30,7 +30,7 @@ from sparse_experts.training.writers import Writers
 
 
 def train(
-  model: Model,
+  model: Objective,
   model_dir: str,
   dataset: Dataset,
   train_steps: int,
@@ -106,7 +106,7 @@ def train(
   # Outside the mesh, so that what does not divide over it is found by name.
   boxed, built_optimizer = state.abstract(
     model,
-    dataset.shapes(model.converter),
+    dataset.shapes(model.features),
     functools.partial(optimizer, learning_rate=learning_rate),
   )
   with sharding.use_mesh(built_mesh, rules):
@@ -128,7 +128,7 @@ def train(
     write_hardware(model_dir, built_mesh)
     now, start, feed = run.state, run.start, run.feed
     writers, preemption = Writers(model_dir), Preemption()
-    positions = dataset.batch_size * sum(dataset.feature_lengths.values())
+    positions = model.positions(dataset.shapes(model.features))
     progress = Progress(start, train_steps, positions)
     if start:
       progress.say(f'resumed at step {start}')
@@ -218,7 +218,7 @@ class _Run:
 
 
 def _begin(
-  model: Model,
+  model: Objective,
   model_dir: str,
   dataset: Dataset,
   mesh: jax.sharding.Mesh,
@@ -231,7 +231,7 @@ def _begin(
   keep_checkpoints: int | None,
 ) -> _Run:
   """Creates or restores the state on the mesh, with its step and data."""
-  shapes = dataset.shapes(model.converter)
+  shapes = dataset.shapes(model.features)
   placed = state.shardings(boxed, mesh, optimizer_rules)
   take_step = step.jit_train_step(
     model,
@@ -243,7 +243,7 @@ def _begin(
     microbatches=microbatches,
   )
   take_step.eval_shape(nn.unbox(boxed), shapes)  # Mistakes show in tracing.
-  dataset.check_vocabulary(model.module.embed.vocab_size, model.special_tokens)
+  model.check_data(dataset)
   feed = _Feed(model, dataset, mesh)
   saver = checkpoints.Checkpoints(model_dir, keep_checkpoints)
   start = saver.latest()
@@ -262,10 +262,10 @@ def _begin(
 class LossEvaluation:
   """The model's metrics on a dataset, at evaluation's capacity."""
 
-  def __init__(self, model: Model, dataset: Dataset, mesh: jax.sharding.Mesh):
-    dataset.check_vocabulary(
-      model.module.embed.vocab_size, model.special_tokens
-    )
+  def __init__(
+    self, model: Objective, dataset: Dataset, mesh: jax.sharding.Mesh
+  ):
+    model.check_data(dataset)
     self._model, self._dataset, self._mesh = model, dataset, mesh
     self._step = jax.jit(
       functools.partial(step.eval_step, model=model),
@@ -273,15 +273,13 @@ class LossEvaluation:
     )
 
   def __call__(self, params) -> dict[str, Any]:
-    """Metrics over the dataset, see `models.model.summary`.
+    """Metrics over the dataset, see `models.objective.summary`.
 
     Raises:
       ValueError: the dataset has no example.
     """
     total = Total()
-    for batch in self._dataset.evaluation(
-      self._model.converter, self._model.special_tokens
-    ):
+    for batch in self._dataset.evaluation(self._model.features):
       batch = global_batch.place(batch, self._mesh, self._dataset.batch_size, 0)
       total.add(self._step(params, batch))
     sums = total.sums()
@@ -296,12 +294,14 @@ class LossEvaluation:
 class _Feed:
   """Global batches of a dataset on a mesh."""
 
-  def __init__(self, model: Model, dataset: Dataset, mesh: jax.sharding.Mesh):
+  def __init__(
+    self, model: Objective, dataset: Dataset, mesh: jax.sharding.Mesh
+  ):
     self._mesh, self._batch_size = mesh, dataset.batch_size
     process = jax.process_index()
     rows = global_batch.rows_of_process(mesh, dataset.batch_size, process)
     self._first_row = rows.start
-    batches = dataset.training(model.converter, rows, model.special_tokens)
+    batches = dataset.training(model.features, rows)
     global_batch.check_same_on_all_processes(batches.identity)
     self._batches = batches
     self.data_args = checkpoints.DataArgs(

@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec
 from sparse_experts import convert, sharding
 from sparse_experts.data import streams
 from sparse_experts.data.special_tokens import NO_TOKEN, SpecialTokens
-from sparse_experts.models import model as model_module
+from sparse_experts.models import language, objective
 from sparse_experts.models.decoding import BeamSearch, Sampling
 from sparse_experts.moe.routers.deepseek import DeepSeek
 from sparse_experts.moe.routers.dense_to_sparse import DenseToSparse
@@ -148,7 +148,7 @@ def test_loss_gradients_and_metrics(name):
     )(params, batch, dropout_rng)
     assert_close(loss, our_loss)
     assert_close(gradients, our_gradients)
-  summary = model_module.summary(sums)
+  summary = objective.summary(sums)
   values = {
     name: metric.compute_value().value
     for name, metric in jax.device_get(metrics).items()
@@ -437,7 +437,7 @@ def test_rows_of_t5x_s_pipeline(special_tokens, task_ids):
     embed=module.embed.clone(vocab_size=9000), special_tokens=special_tokens
   )
   adapted = models.SparseModel(
-    model_module.Model(module), 'docs_lm', task_ids=task_ids
+    language.Language(module), 'docs_lm', task_ids=task_ids
   )
   rows = t5x.utils.get_dataset(
     t5x.utils.DatasetConfig(

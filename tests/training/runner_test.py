@@ -15,7 +15,6 @@ import pytest
 
 from sparse_experts import config, sharding
 from sparse_experts.data.dataset import Dataset
-from sparse_experts.models.model import Model
 from sparse_experts.training import (
   checkpoints,
   optimizers,
@@ -32,12 +31,12 @@ DATASET = Dataset(
 
 
 @pytest.fixture(scope='module')
-def model() -> Model:
+def model() -> Language:
   config.parse([command.TINY.partition('=')[2]], ['MODEL_DIR=/none'], [])
   return config.value('MODEL')
 
 
-def _abstract(model: Model, learning_rate: float = 0.1):
+def _abstract(model: Language, learning_rate: float = 0.1):
   make = functools.partial(optimizers.adafactor, learning_rate=learning_rate)
   return state.abstract(model, DATASET.shapes('decoder'), make)
 
@@ -229,7 +228,7 @@ def _logged(model_dir, name='train'):
   return [x for x in map(json.loads, lines) if x['name'] == name]
 
 
-class Failing(Model):
+class Failing(Language):
   """A model whose loss is NaN at steps 0, 2 and 3 of training."""
 
   def loss(self, *args, step=None, **kwargs):

@@ -40,7 +40,7 @@ class DeepSeek(Router):
     expert_groups, limited_groups, group_score: see `route_scores`.
     balance_bias: a bias of each expert is added to the scores for the choice.
       It has no gradient; `bias.update_biases` moves it after each step, where
-      `Model.bias_rate` says how far.
+      `Objective.bias_rate` says how far.
     balance_counts: see `route_scores`.
     priority: who is served first, see `assignment.positions`.
     kernel_init: initialiser of W, [D, E].

@@ -16,7 +16,7 @@ from sparse_experts.moe.routers.hash import RandomTable, look_up
 class Random(Router):
   """k different experts, drawn anew at every training step, of gate 1 / k.
 
-  THOR (Zuo et al. 2021) is `draw='batch'` with `Model.consistency`: each of two
+  THOR (Zuo et al. 2021) is `draw='batch'` with `Consistency`: each of two
   passes sends the whole batch through one random expert of each layer. Its
   experts learn the same function, so that any of them can serve any token.
 

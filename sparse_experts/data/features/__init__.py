@@ -1,0 +1,1 @@
+"""What a batch looks like: the features of each kind of objective."""

@@ -1,0 +1,72 @@
+"""Features: what the rows of a batch look like, and where they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+
+if typing.TYPE_CHECKING:
+  import tensorflow as tf
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+  """The features of a batch, without reading data, and of rows of a task.
+
+  An objective names the features that it takes; whoever needs to know what a
+  batch is asks them: the data, the ledger, `precompile`, `plan`, `init`.
+
+  Attributes:
+    name: what saved positions in data call it.
+  """
+
+  name: ClassVar[str]
+
+  def shapes(
+    self,
+    feature_lengths: Mapping[str, int],
+    batch_size: int,
+    *,
+    pack: bool = False,
+    task_ids: bool = False,
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch, by the names its objective reads.
+
+    Args:
+      feature_lengths: length of each feature of the task.
+      batch_size: rows; the first axis of every feature is `batch`.
+      pack: several examples may share a row.
+      task_ids: rows say the task of every token.
+
+    Raises:
+      ValueError: these features do not take such lengths, or `pack`.
+    """
+    raise NotImplementedError
+
+  def rows(
+    self,
+    dataset: tf.data.Dataset,
+    feature_lengths: Mapping[str, int],
+    *,
+    pack: bool = False,
+    task_ids: bool = False,
+  ) -> tf.data.Dataset:
+    """Rows of a batch from the examples of a seqio task; arguments as above."""
+    raise NotImplementedError
+
+  def example_lengths(self) -> dict[str, int]:
+    """Feature lengths that counts of a model are given for by default."""
+    raise NotImplementedError
+
+  def fill(self, feature: str) -> int:
+    """What fills a row of `feature` that no example is in; 0 weighs nothing."""
+    del feature
+    return 0
+
+  def identity(self) -> dict[str, Any]:
+    """What rows are a function of, beside the examples; goes into JSON."""
+    return {'converter': self.name}

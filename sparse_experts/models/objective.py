@@ -1,0 +1,363 @@
+"""Objective: what a batch is worth. Everything trains through it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_experts import moe
+from sparse_experts.data.dataset import Dataset
+from sparse_experts.data.features.base import Features
+from sparse_experts.letters import Array
+from sparse_experts.models import auxiliary, policy_gradient
+from sparse_experts.models.auxiliary import Statistics, Totals
+from sparse_experts.moe.outputs import Aux
+
+Batch = Mapping[str, Array]
+Sums = dict[str, Any]
+
+
+@flax.struct.dataclass
+class Mean:
+  """A mean of what many batches hold: sums that add; float32 scalars."""
+
+  total: Array
+  weight: Array
+
+
+class Judged(NamedTuple):
+  """What an objective says of a module's outputs, its sparse layers aside.
+
+  Attributes:
+    loss: float32, a sum over what counts, over `totals.weight`.
+    means: by name, for people; 'loss' is what is compared between models.
+    counts: by name, sums for people, such as of targets.
+  """
+
+  loss: Array
+  means: dict[str, Mean]
+  counts: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """A module, and what its outputs are worth.
+
+      batch -> outputs -> (outputs, auxes) -> judge -> (loss, sums)
+
+      loss = own loss + sum over names w_name * (over layers) aux_name
+
+  A module maps (batch, step=, capacity_factor=, deterministic=, record=) to
+  outputs and the Aux of every sparse layer, and says in `masks(batch)` which
+  tokens each of its stacks routes. The base knows no feature by name. An
+  objective of its own says `features`, `weight` and `measure`; one whose
+  routers may learn from reward also `rewards`, and one that can be distilled
+  `predictions`.
+
+  Attributes:
+    module: what the parameters are of.
+    loss_weights: weight of each auxiliary loss the routers return, by name.
+    layer_reduction: auxiliary losses are combined over sparse layers by 'sum'
+      (Mesh TF, so Switch and ST-MoE as published), 'mean' (flaxformer,
+      MegaBlocks), or 'joint': the balance loss is of all tokens of a stack's
+      layers together, whose f and P are averaged before they are multiplied;
+      other losses are the mean over a stack's layers, and stacks add
+      (transformers: Mixtral, OLMoE, Switch).
+    balance_over: the tokens that f and P of the balance loss are means over.
+      'group': each group of a layer, as routers return it (Mesh TF,
+        DeepSeek-V3's sequences).
+      'microbatch': what one forward pass sees, on all devices (transformers,
+        MegaBlocks, Megatron: there, on one device); microbatches weigh alike.
+      'batch': all tokens of a step (Qiu et al. 2025,
+        https://arxiv.org/abs/2501.11873), exactly: with microbatches, a first
+        forward pass over all of them, up to the last router, counts choices,
+        with the same draws. It costs a third of a step at most, a quarter where
+        remat makes a step of four passes.
+      'batch_so_far': the step's microbatches up to this one, an approximation
+        that costs nothing (their buffer; Megatron's `global_aux_loss`).
+      'last_step': f of the step before and P of this one, an approximation
+        that costs a state of E counts a layer.
+      Without microbatches the three in the middle are one.
+    capacity_factor_train, capacity_factor_eval: of sparse layers; None drops
+      nothing.
+    bias_rate: how far routers' balance biases move after each training step
+      (`moe.bias.update_biases`); 0 for routers that have none.
+  """
+
+  module: nn.Module
+  loss_weights: Mapping[str, float] = dataclasses.field(
+    default_factory=lambda: {'load_balance': 1e-2}
+  )
+  layer_reduction: str = 'sum'
+  balance_over: str = 'group'
+  capacity_factor_train: float | None = 1.25
+  capacity_factor_eval: float | None = 2.0
+  bias_rate: float = 0.0
+
+  def __post_init__(self):
+    auxiliary.check(self.layer_reduction, self.balance_over)
+
+  # What each objective says.
+
+  @property
+  def features(self) -> Features:
+    """What its batches look like."""
+    raise NotImplementedError
+
+  def weight(self, batch: Batch) -> Array:
+    """What a batch's loss is divided by, float32: targets, rows, frames."""
+    raise NotImplementedError
+
+  def measure(self, outputs: Any, batch: Batch, totals: Totals) -> Judged:
+    """The loss of the outputs, and what people want to know of them."""
+    raise NotImplementedError
+
+  def rewards(
+    self, outputs: Any, batch: Batch
+  ) -> dict[str, tuple[Array, Array]]:
+    """By stack, the reward of each token and its weight, float32 [B, L]."""
+    raise ValueError(
+      f'a router learns from reward, and {type(self).__name__} gives none; '
+      'take another router of gin/routers/.'
+    )
+
+  def predictions(self, outputs: Any, batch: Batch) -> tuple[Array, Array]:
+    """Logits [..., V] of what is predicted, and weights [...] of each."""
+    raise ValueError(
+      f'{type(self).__name__} predicts no distribution: it can neither be '
+      'distilled nor be consistent with itself.'
+    )
+
+  def check_data(self, dataset: Dataset) -> None:
+    """Raises ValueError where the data is none of the module's."""
+
+  # What all share.
+
+  def init(self, rng: Array, shapes: Mapping[str, jax.ShapeDtypeStruct]):
+    """Boxed parameters (with axis names) for batches of these shapes.
+
+    Under `jax.eval_shape` it costs nothing at any size; under `jax.jit` with
+    out_shardings the parameters are created where they live.
+    """
+    batch = {k: jnp.zeros(v.shape, v.dtype) for k, v in shapes.items()}
+    return self.module.init(rng, batch)['params']
+
+  def loss(
+    self,
+    params,
+    batch: Batch,
+    rng: Array | None = None,
+    *,
+    train: bool,
+    step: Array | None = None,
+    totals: Totals | None = None,
+  ) -> tuple[Array, Sums]:
+    """The training objective and sums that metrics are read from.
+
+    Args:
+      params: unboxed parameters.
+      batch: features.
+      rng: for dropout, jitter and noise; required in training.
+      train: training's capacity, policies and dropout, or evaluation's.
+      step: int32 training step, for routers with a schedule.
+      totals: what losses are divided by, the batch's own by default. A
+        microbatch is given the mean of all, so that the mean over microbatches
+        is the whole batch's loss.
+
+    Returns:
+      Scalar loss; sums (see `summary`), which add over batches. 'balance',
+      among the sums, is what `statistics` has of it.
+    """
+    if totals is None:
+      totals = self.totals(batch)
+    outputs, auxes = self.outputs(params, batch, rng, train=train, step=step)
+    return self.judge(outputs, auxes, batch, totals)
+
+  def outputs(
+    self,
+    params,
+    batch: Batch,
+    rng: Array | None = None,
+    *,
+    train: bool,
+    step: Array | None = None,
+  ) -> tuple[Any, Any]:
+    """What the module computes, and every sparse layer's Aux; see `loss`."""
+    factor = self.capacity_factor_train if train else self.capacity_factor_eval
+    return self.apply(
+      params, batch, rng, train=train, step=step, capacity_factor=factor
+    )
+
+  def judge(
+    self, outputs: Any, auxes: Any, batch: Batch, totals: Totals
+  ) -> tuple[Array, Sums]:
+    """Loss and sums of what `outputs` returns; see `loss`."""
+    judged = self.measure(outputs, batch, totals)
+    counted = auxiliary.counts(auxes)
+    auxes = auxiliary.of_layers(auxes, self.balance_over, totals)
+    if any(aux.decisions for aux in auxes.values()):
+      auxes = policy_gradient.losses(
+        auxes, self.rewards(outputs, batch), auxiliary.or_one(totals.weight)
+      )
+    self._check_weights(auxes)
+    aux_losses = auxiliary.over_layers(
+      auxes, self.layer_reduction, self.balance_over, totals
+    )
+    loss = judged.loss
+    for name, value in aux_losses.items():
+      loss += self.loss_weights.get(name, 0.0) * value
+    sums = {
+      'batches': jnp.float32(1),
+      'means': judged.means,
+      'counts': judged.counts,
+      'aux_losses': aux_losses,
+      'layers': {name: aux.metrics for name, aux in auxes.items()},
+      'balance': counted,
+    }
+    return loss, sums
+
+  def totals(self, batch: Batch) -> Totals:
+    """What the losses of a batch are divided by."""
+    return Totals(
+      weight=self.weight(batch),
+      tokens={
+        stack: mask.sum().astype(jnp.float32)
+        for stack, mask in self.module.masks(batch).items()
+      },
+    )
+
+  def positions(self, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """Positions of a batch in all stacks, those of padding too."""
+    masks = jax.eval_shape(self.module.masks, dict(shapes))
+    return sum(mask.size for mask in masks.values())
+
+  @property
+  def needs_statistics(self) -> bool:
+    """Whether losses of a microbatch need `statistics` of all of them."""
+    return self.balance_over == 'batch'
+
+  def statistics(
+    self, params, batch: Batch, rng: Array | None = None, *, step=None
+  ) -> Statistics:
+    """What the loss of a step needs to know of all its microbatches first.
+
+    A forward pass with the draws of `loss`; arguments as there.
+    """
+    _, auxes = self.outputs(params, batch, rng, train=True, step=step)
+    return Statistics(balance=auxiliary.counts(auxes))
+
+  def record(
+    self,
+    params,
+    batch: Batch,
+    rng: Array | None = None,
+    *,
+    train: bool = False,
+    step: Array | None = None,
+  ) -> dict[str, moe.Record]:
+    """What every sparse layer does with every token, by layer.
+
+    Args:
+      params: unboxed parameters.
+      batch: features.
+      rng, step: as in `loss`.
+      train: at training's capacity, with its draws, or at evaluation's.
+    """
+    factor = self.capacity_factor_train if train else self.capacity_factor_eval
+    _, auxes = self.apply(
+      params,
+      batch,
+      rng,
+      train=train,
+      step=step,
+      capacity_factor=factor,
+      record=True,
+    )
+    return {name: aux.record for name, aux in auxes.items()}
+
+  def apply(
+    self,
+    params,
+    batch: Batch,
+    rng: Array | None = None,
+    *,
+    train: bool = False,
+    step: Array | None = None,
+    capacity_factor: float | None = None,
+    record: bool = False,
+  ) -> tuple[Any, dict[str, Aux]]:
+    """The module on a batch, by default exactly: nothing is dropped."""
+    return self.module.apply(
+      {'params': params},
+      batch,
+      step=step,
+      capacity_factor=capacity_factor,
+      deterministic=not train,
+      record=record,
+      rngs=None if rng is None else {'dropout': rng},
+    )
+
+  def _check_weights(self, auxes: Mapping[str, Aux]) -> None:
+    """Raises ValueError if a weighed loss is no router's."""
+    there = {name for aux in auxes.values() for name in aux.losses}
+    unknown = set(self.loss_weights) - there
+    if auxes and unknown:
+      raise ValueError(
+        f'loss_weights names {sorted(unknown)}, which no router returns; they '
+        f'return {sorted(there)}.'
+      )
+
+
+class Wrapper:
+  """An objective made of another: it has all that it does not change.
+
+  A wrapper calls `outputs` and `judge` of the one inside, and gives its own.
+  """
+
+  objective: Objective
+
+  loss = Objective.loss
+
+  def __getattr__(self, name: str) -> Any:
+    if name.startswith('__') or name == 'objective':  # Not made yet.
+      raise AttributeError(name)
+    return getattr(self.objective, name)
+
+
+def summary(sums: Sums) -> dict[str, Any]:
+  """Metrics from the sums of `Objective.loss`, added over batches.
+
+  Returns:
+    The objective's means and counts ('loss', 'accuracy', 'targets' of language,
+    in nats per target); one mean per auxiliary loss; layers: name ->
+    `moe.summary` of that layer.
+  """
+  return {
+    **{
+      name: float(mean.total) / max(float(mean.weight), 1.0)
+      for name, mean in sums['means'].items()
+    },
+    **{name: float(count) for name, count in sums['counts'].items()},
+    **{
+      name: float(value) / float(sums['batches'])
+      for name, value in sums['aux_losses'].items()
+    },
+    'layers': {
+      name: moe.summary(layer)
+      for name, layer in sorted(
+        sums['layers'].items(), key=lambda item: layer_order(item[0])
+      )
+    },
+  }
+
+
+def layer_order(name: str) -> tuple[bool, int]:
+  """To sort by: encoder before decoder, and layers_10 after layers_9."""
+  stack, _, index = name.rpartition('_')
+  return not stack.startswith('encoder'), int(index)
