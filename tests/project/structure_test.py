@@ -11,7 +11,7 @@ PACKAGE = ROOT / 'sparse_experts'
 
 # Ground first. A file imports only from its own line or from lines above.
 LAYERS = (
-  'letters console',
+  'letters console earlier',
   'sharding',
   'data layers',
   'moe',
