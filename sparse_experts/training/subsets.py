@@ -142,9 +142,9 @@ def masks(optimizer: Any, params: Any) -> Any:
   """What an optimizer trains of `params`: a tree of masks like theirs.
 
   A mask is a bool array of numpy that broadcasts to its parameter. All of them
-  are true of an optimizer that is no `Subset`.
+  are true of an optimizer that does not say what it trains.
   """
-  if isinstance(optimizer, Subset):
+  if hasattr(optimizer, 'trained'):
     return optimizer.trained(params)
   return jax.tree.map(lambda leaf: np.ones((1,) * leaf.ndim, bool), params)
 

@@ -342,6 +342,34 @@ def test_a_state_that_mixes_experts_is_refused(optimizer):
   assert trained_of('experts', optimizer) == {EXPERT: True}
 
 
+@pytest.fixture(scope='module')
+def boxed_of():
+  """scan -> parameters of seven blocks; it repeats two of them three times."""
+  batch = tiny_models.make_batch(encoder=False)
+
+  def boxed(scan):
+    model = tiny_models.make_model(encoder=False, layers=7, scan=scan)
+    return jax.eval_shape(partial(model.init, shapes=batch), jax.random.key(0))
+
+  return {scan: boxed(scan) for scan in (False, True)}
+
+
+def broadcast_masks(boxed, trained):
+  """Masks, each of its parameter's shape."""
+  tx = subsets.only(
+    sharding.names_of(boxed),
+    learning_rate=0.1,
+    optimizer=OPTIMIZERS['adamw'],
+    trained=trained,
+  )
+  params = nn.unbox(boxed)
+  return jax.tree.map(
+    lambda mask, leaf: np.broadcast_to(mask, leaf.shape),
+    subsets.masks(tx, params),
+    params,
+  )
+
+
 @pytest.mark.parametrize(
   'trained',
   [
@@ -350,32 +378,51 @@ def test_a_state_that_mixes_experts_is_refused(optimizer):
     {'.*layers_0/.*': True, 'decoder/layers_[4-6]/.*/expert/.*': (2,)},
   ],
 )
-def test_layers_are_the_same_ones_with_scan(trained):
-  """Seven blocks, of which a scan repeats two (0 and 1) three times."""
+def test_layers_are_the_same_ones_with_scan(trained, boxed_of):
+  plain = broadcast_masks(boxed_of[False], trained)['decoder']
+  scanned = broadcast_masks(boxed_of[True], trained)['decoder']
+  unrolled = layout.unroll(scanned, layout.kinds(7, 2))
+  assert all(jax.tree.leaves(jax.tree.map(np.array_equal, plain, unrolled)))
+  trained_blocks = {
+    name for name, block in plain.items()
+    if any(leaf.any() for leaf in jax.tree.leaves(block))
+  }  # fmt: skip
+  assert 2 <= len(trained_blocks) < 7
+
+
+def test_a_pattern_of_stored_paths(boxed_of):
+  """Position 0 of the period is blocks 0, 2 and 4."""
+  masks = broadcast_masks(boxed_of[True], 'decoder/period/layers_0/.*')
+  unrolled = layout.unroll(masks['decoder'], layout.kinds(7, 2))
+  assert {
+    name
+    for name, block in unrolled.items()
+    if any(leaf.any() for leaf in jax.tree.leaves(block))
+  } == {'layers_0', 'layers_2', 'layers_4'}
+  with pytest.raises(ValueError, match='matches no parameter'):
+    broadcast_masks(boxed_of[False], 'decoder/period/layers_0/.*')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scan', [False, True])
+def test_gradients_of_what_is_frozen_are_not_computed(scan):
+  """Without those of the blocks, a third of a step and the logits remain."""
   batch = tiny_models.make_batch(encoder=False)
-  masks, kinds = [], layout.kinds(7, 2)
-  for scan in (False, True):
-    model = tiny_models.make_model(encoder=False, layers=7, scan=scan)
-    boxed = jax.eval_shape(partial(model.init, shapes=batch), jax.random.key(0))
-    tx = subsets.only(
-      sharding.names_of(boxed),
+  model = tiny_models.make_model(encoder=False, scan=scan, hidden_width=64)
+
+  def flops(trained):
+    optimizer = partial(
+      subsets.only,
       learning_rate=0.1,
       optimizer=OPTIMIZERS['adamw'],
       trained=trained,
     )
-    params = nn.unbox(boxed)
-    masks.append(
-      jax.tree.map(
-        lambda mask, leaf: np.broadcast_to(mask, leaf.shape),
-        subsets.masks(tx, params),
-        params,
-      )
-    )
-  plain, scanned = masks
-  unrolled = layout.unroll(scanned['decoder'], kinds)
-  same = jax.tree.map(np.array_equal, plain['decoder'], unrolled)
-  assert all(jax.tree.leaves(same))
-  assert any(leaf.any() for leaf in jax.tree.leaves(unrolled))
+    boxed, tx = state.abstract(model, batch, optimizer)
+    one = jax.jit(partial(step.train_step, model=model, optimizer=tx, seed=0))
+    program = one.lower(nn.unbox(boxed), batch).compile()
+    return program.cost_analysis()['flops']
+
+  assert flops('.*logits.*') < flops('all') / 2
 
 
 def test_a_gin_file_trains_experts():
