@@ -58,6 +58,8 @@ RULES: Mapping[str, MeshAxes] = {
   'relpos_buckets': None,
 }
 
+EXPERT_AXES = ('expert', 'router')  # Names of an axis that is over experts.
+
 _rules: contextvars.ContextVar[Mapping[str, MeshAxes]] = contextvars.ContextVar(
   'rules', default=RULES
 )
