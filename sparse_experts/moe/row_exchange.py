@@ -36,7 +36,7 @@ class Runs:
 
 
 @flax.struct.dataclass
-class Plan:
+class Traffic:
   """What one device sends and receives.
 
   Attributes:
@@ -57,10 +57,10 @@ class Plan:
   ragged: bool = flax.struct.field(pytree_node=False)
 
 
-def plan(
+def traffic(
   sizes_E: Array, *, peer_rows: int, receive_rows: int, ragged: bool
-) -> Plan:
-  """A plan under which no buffer overflows, the same seen from all devices.
+) -> Traffic:
+  """Traffic under which no buffer overflows, the same seen from all devices.
 
   Args:
     sizes_E: int32, this device's rows for each expert of all devices.
@@ -68,7 +68,7 @@ def plan(
       are dropped, by the sender.
     receive_rows: R, how many rows a device can receive. Senders are served in
       order of their index; the rest is dropped, by the receiver.
-    ragged: see `Plan`.
+    ragged: see `Traffic`.
   """
   P, me = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
   # X experts of each device; axes are sender, receiver.
@@ -85,7 +85,7 @@ def plan(
   )
   ends_PX = jnp.cumsum(sent_PxPxX[:, me].reshape(-1))
   run_R = (jnp.arange(receive_rows)[:, None] >= ends_PX[None]).sum(-1)
-  return Plan(
+  return Traffic(
     out=Runs(start_PxP[me], sent_PxP[me], landing_PxP[me]),
     into=Runs(landing_PxP[:, me], sent_PxP[:, me], start_PxP[:, me]),
     offered_P=offered_PxP[me],
@@ -95,21 +95,21 @@ def plan(
   )
 
 
-def send(x_IxD: Array, plan: Plan) -> Array:
+def send(x_IxD: Array, traffic: Traffic) -> Array:
   """This device's rows to the devices of their experts; those received."""
   return _move(
-    (x_IxD.shape[0], plan.expert_R.size, plan.peer_rows, plan.ragged),
+    (x_IxD.shape[0], traffic.expert_R.size, traffic.peer_rows, traffic.ragged),
     x_IxD,
-    (plan.out, plan.into),
+    (traffic.out, traffic.into),
   )
 
 
-def send_back(x_IxD: Array, plan: Plan, num_rows: int) -> Array:
+def send_back(x_IxD: Array, traffic: Traffic, num_rows: int) -> Array:
   """Received rows to where they came from; zeros for those never sent."""
   return _move(
-    (x_IxD.shape[0], num_rows, plan.peer_rows, plan.ragged),
+    (x_IxD.shape[0], num_rows, traffic.peer_rows, traffic.ragged),
     x_IxD,
-    (plan.into, plan.out),
+    (traffic.into, traffic.out),
   )
 
 

@@ -180,9 +180,11 @@ def _run_chunk(
   else:
     peer_rows = room(choices / P, choices)
     buffers = {'peer_rows': peer_rows, 'receive_rows': P * peer_rows}
-  plan = row_exchange.plan(rows.sizes_E, **buffers, ragged=exchange == 'ragged')
-  y_IxD = _send_rows(run, x_IxD, gate_IxK, rows, plan, X=X)
-  return y_IxD, _lost(expert_IxK // X, rows, plan)
+  traffic = row_exchange.traffic(
+    rows.sizes_E, **buffers, ragged=exchange == 'ragged'
+  )
+  y_IxD = _send_rows(run, x_IxD, gate_IxK, rows, traffic, X=X)
+  return y_IxD, _lost(expert_IxK // X, rows, traffic)
 
 
 @flax.struct.dataclass
@@ -239,22 +241,22 @@ class Rows:
     )[0]
 
 
-def _send_rows(run, x_IxD, gate_IxK, rows, plan, *, X):
+def _send_rows(run, x_IxD, gate_IxK, rows, traffic, *, X):
   """Rows to their experts and back."""
-  x_RxD = row_exchange.send(rows.lay_out(x_IxD), plan)
-  there = Rows.sort(plan.expert_R[:, None], X)
+  x_RxD = row_exchange.send(rows.lay_out(x_IxD), traffic)
+  there = Rows.sort(traffic.expert_R[:, None], X)
   y_RxD = there.put_back(run(there.lay_out(x_RxD), there.sizes_E))
-  y_RxD = row_exchange.send_back(y_RxD, plan, rows.choice_R.size)
+  y_RxD = row_exchange.send_back(y_RxD, traffic, rows.choice_R.size)
   return rows.collect(y_RxD, gate_IxK)
 
 
-def _lost(device_IxK, rows, plan):
+def _lost(device_IxK, rows, traffic):
   """Which choices found no room, by who had none."""
   exists_IxK = rows.row_IxK < rows.choice_R.size
   device_IxK = jnp.where(exists_IxK, device_IxK, 0)
-  place_IxK = rows.row_IxK - plan.out.start_P[device_IxK]
-  offered_IxK = place_IxK < plan.offered_P[device_IxK]
-  sent_IxK = place_IxK < plan.out.size_P[device_IxK]
+  place_IxK = rows.row_IxK - traffic.out.start_P[device_IxK]
+  offered_IxK = place_IxK < traffic.offered_P[device_IxK]
+  sent_IxK = place_IxK < traffic.out.size_P[device_IxK]
   return {
     'sender': exists_IxK & ~offered_IxK,
     'receiver': exists_IxK & offered_IxK & ~sent_IxK,
