@@ -32,6 +32,14 @@ _MOVED = {
   'training.evaluate': 'evaluation.evaluate',
   'training.infer': 'inference.infer',
 }
+# What had the three arguments that are one `sharding.Placement` now.
+_PLACED = (
+  'train.train',
+  'evaluate.Evaluation',
+  'infer.infer',
+  'records.record',
+  'precompile.Run',
+)
 
 
 def root() -> pathlib.Path:
@@ -244,7 +252,34 @@ def _open(path: str) -> io.StringIO:
       text,
       flags=re.MULTILINE,
     )
-  return io.StringIO(text)
+  return io.StringIO(_placed(text))
+
+
+def _placed(text: str) -> str:
+  """`text` where what has a mesh and rules of its own has a placement.
+
+  Its values are bound in a scope, so that they are of no other function.
+  """
+  for function in _PLACED:
+    scope = function.partition('.')[0]
+    placement = f'{scope}_placement/sharding.Placement'
+    text, count = re.subn(
+      rf'^{re.escape(function)}\.(mesh|(?:optimizer_)?rules)\b',
+      lambda match, to=placement: f'{to}.{match[1].replace("mesh", "sizes")}',
+      text,
+      flags=re.MULTILINE,
+    )
+    if count:
+      text += f'\n{function}.placement = @{placement}()\n'
+  if '_placement/sharding.Placement' in text:
+    text = re.sub(
+      r'^from __gin__ import dynamic_registration$',
+      r'\g<0>\nfrom sparse_experts import sharding',
+      text,
+      count=1,
+      flags=re.MULTILINE,
+    )
+  return text
 
 
 def _one_line(function, *args):
