@@ -260,6 +260,7 @@ def _placed(text: str) -> str:
 
   Its values are bound in a scope, so that they are of no other function.
   """
+  translated = False
   for function in _PLACED:
     scope = function.partition('.')[0]
     placement = f'{scope}_placement/sharding.Placement'
@@ -270,8 +271,9 @@ def _placed(text: str) -> str:
       flags=re.MULTILINE,
     )
     if count:
+      translated = True
       text += f'\n{function}.placement = @{placement}()\n'
-  if '_placement/sharding.Placement' in text:
+  if translated:
     text = re.sub(
       r'^from __gin__ import dynamic_registration$',
       r'\g<0>\nfrom sparse_experts import sharding',

@@ -25,20 +25,28 @@ ids = lambda mesh: 'x'.join(map(str, mesh))
 G, S, D, F, E, K = 8, 32, 16, 64, 8, 2
 
 
-def make_layer(dispatch=moe.gather):
+class Constrained(Mlp):
+  """An expert that says where what it returns is."""
+
+  def __call__(self, x_xD, **given):
+    y_xD = super().__call__(x_xD, **given)
+    return sharding.constrain(y_xD, *[None] * (y_xD.ndim - 1), 'act_embed')
+
+
+def make_layer(dispatch=moe.gather, expert=Mlp):
   return moe.MoE(
     make_router=functools.partial(
       moe.TopK, num_experts=E, k=K, priority='token'
     ),
-    make_expert=functools.partial(Mlp, hidden_width=F),
+    make_expert=functools.partial(expert, hidden_width=F),
     dispatch=dispatch,
   )
 
 
-def compile_gradient(layer, mesh, capacity_factor=1.25):
+def compile_gradient(layer, mesh, capacity_factor=1.25, rules=None):
   """The compiled gradient of a layer by parameters and tokens."""
   x = jax.ShapeDtypeStruct((G, S, D), jnp.float32)
-  with sharding.use_mesh(mesh):
+  with sharding.use_mesh(mesh, rules):
     boxed = jax.eval_shape(
       lambda: layer.init(jax.random.key(0), jnp.zeros(x.shape))['params']
     )
@@ -84,6 +92,14 @@ def test_a_layer_exchanges_tokens_by_all_to_all_only(mesh, dispatch):
   )
   assert router['kernel'].spec == PartitionSpec(None, None)
   assert expert['wi']['kernel'].spec == PartitionSpec('expert', None, 'model')
+
+
+def test_a_constraint_of_an_expert_leaves_experts_where_they_are():
+  rules = {'expert': 'data', 'expert_group': None}
+  layer, mesh = make_layer(expert=Constrained), sharding.make_mesh()
+  found = collectives(compile_gradient(layer, mesh, rules=rules))
+  assert found['all-to-all'] == 4
+  assert found['all-gather'] == 0
 
 
 def test_without_constraints_there_would_be_no_all_to_all():
