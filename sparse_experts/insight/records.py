@@ -170,8 +170,7 @@ def record(
   dataset: Dataset,
   *,
   microbatches: int = 1,
-  mesh: Mapping[str, int] | None = None,
-  rules: Mapping[str, sharding.MeshAxes] | None = None,
+  placement: sharding.Placement = sharding.DATA_PARALLEL,
 ) -> tuple[Records, epath.Path]:
   """Records the latest checkpoint in `model_dir` on a dataset's split.
 
@@ -182,7 +181,7 @@ def record(
     model, dataset: who routes what.
     model_dir: a run's directory, or one checkpoints/<step> of it.
     microbatches: parts a batch is run in, to save memory.
-    mesh, rules: as in `train.train`; any mesh reads any checkpoint.
+    placement: as in `train.train`; any reads any checkpoint.
 
   Returns:
     The records, and where they are written:
@@ -191,22 +190,21 @@ def record(
   domain_names = dataset.task_names()
   if domain_names:
     dataset = dataclasses.replace(dataset, task_ids=True)
-  built_mesh = sharding.make_mesh(**(mesh or {}))
-  with sharding.use_mesh(built_mesh, rules):
-    params, at = restore_params(model, model_dir, dataset, built_mesh)
+  with placement.use() as mesh:
+    params, at = restore_params(model, model_dir, dataset, mesh)
     take = jax.jit(
       functools.partial(
         step.record_step,
         model=model,
         microbatches=microbatches,
-        data_shards=sharding.data_shards(built_mesh),
+        data_shards=sharding.data_shards(mesh),
       ),
-      out_shardings=sharding.replicated(built_mesh),
+      out_shardings=sharding.replicated(mesh),
     )
 
     def pairs():
       for batch in dataset.evaluation(model.features):
-        placed = global_batch.place(batch, built_mesh, dataset.batch_size, 0)
+        placed = global_batch.place(batch, mesh, dataset.batch_size, 0)
         yield batch, take(params, placed)
 
     found = collect(pairs())

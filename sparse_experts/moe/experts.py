@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_experts import sharding
 from sparse_experts.layers.linear import use_product
 from sparse_experts.letters import Array
 
@@ -42,7 +43,8 @@ class Experts:
     """Expert e on its slots of every group, [E, G, C, D]."""
     E = x_ExGxCxD.shape[0]
     keys_E = None if self.key is None else jax.random.split(self.key, E)
-    return jax.vmap(self.apply, spmd_axis_name='expert')(
+    axes = sharding.current().axes('expert')
+    return jax.vmap(self.apply, spmd_axis_name=axes or None)(
       self.params, keys_E, x_ExGxCxD
     )
 

@@ -45,7 +45,7 @@ def train_step(
     microbatches: parts the batch is run in, one after the other, to save
       memory; each takes an equal share of every data shard's rows, so no row
       changes device and groups stay whole.
-    data_shards: data x expert devices.
+    data_shards: see `sharding.data_shards`.
 
   Returns:
     The state after, and the model's sums plus `objective` (sum over

@@ -56,7 +56,6 @@ def run() -> precompile.Run:
     batch_size=B,
     optimizer=optimizers.adam,
     learning_rate=lambda step: 1e-3,
-    mesh={'data': -1},
   )
 
 
@@ -111,8 +110,8 @@ def test_groups_are_those_of_training():
 def test_bytes_are_those_of_the_arrays(run, traced, rules):
   boxed, _ = traced
   sizes = {'data': 2, 'expert': 2, 'model': 2}
-  with sharding.use_mesh(sharding.make_mesh(**sizes), rules) as mesh:
-    placed = state.shardings(boxed, mesh)
+  with sharding.Placement(sizes, rules).use() as mesh:
+    placed, stacks = state.shardings(boxed, mesh), place(boxed, mesh)
 
   def on_a_device(leaf, where):
     array = jax.device_put(np.zeros(leaf.shape, leaf.dtype), where)
@@ -121,8 +120,6 @@ def test_bytes_are_those_of_the_arrays(run, traced, rules):
   def bytes_of(field):
     trees = getattr(nn.unbox(boxed), field), getattr(placed, field)
     return sum(jax.tree.leaves(jax.tree.map(on_a_device, *trees)))
-
-  stacks = plan._place(boxed, sizes, rules)
 
   def total(field):
     return sum(getattr(at, field) for at in stacks.values())
@@ -261,8 +258,7 @@ def test_every_mesh_is_a_candidate_or_rejected(run):
   precompile.check(
     dataclasses.replace(
       run,
-      mesh=split.mesh,
-      rules=plan.FSDP,
+      placement=sharding.Placement(split.mesh, plan.FSDP),
       microbatches=split.microbatches,
     ),
     8,
@@ -413,7 +409,8 @@ def test_the_page_has_what_is_predicted_now():
 
 def test_a_run_as_it_is_must_have_legal_groups(run):
   mesh = {'data': 8, 'expert': 1, 'model': 1}
-  given = dataclasses.replace(run, mesh=mesh, rules=plan.FSDP, microbatches=2)
+  fsdp = sharding.Placement(mesh, plan.FSDP)
+  given = dataclasses.replace(run, placement=fsdp, microbatches=2)
   found = plan.predict(given, CHIP, 8)
   assert (found.mesh, found.microbatches, found.fsdp) == (mesh, 2, True)
   big = tiny_models.make_model(encoder=False, scan=True, group_size=4 * L)
@@ -438,7 +435,8 @@ def test_command_verifies_the_best_with_the_compiler(monkeypatch):
   assert (outcome.code, outcome.stderr) == (0, '')
   best = json.loads(outcome.stdout)['candidates'][0]
   ((run, topology),) = compiled
-  assert (topology, dict(run.mesh)) == ('v4:2x2x2', best['mesh'])
+  sizes = dict(run.placement.sizes)
+  assert (topology, sizes) == ('v4:2x2x2', best['mesh'])
   assert (run.remat, run.microbatches) == (best['remat'], best['microbatches'])
-  assert bool(run.rules) == best['fsdp']
+  assert bool(run.placement.rules) == best['fsdp']
   assert best['verified']['fits']
