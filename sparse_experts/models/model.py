@@ -17,6 +17,7 @@ from sparse_experts.letters import Array
 from sparse_experts.models import auxiliary, policy_gradient
 from sparse_experts.models.auxiliary import Totals
 from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
+from sparse_experts.models.layout import LayerId
 from sparse_experts.models.transformer import map_rows
 from sparse_experts.moe.outputs import Aux
 
@@ -69,7 +70,7 @@ class Model:
 
       p the predictions and the last term a mean over target tokens.
     bias_rate: how far routers' balance biases move after each training step
-      (`moe.bias.update_biases`); 0 for routers that have none.
+      (`balance_bias.update_biases`); 0 for routers that have none.
 
   Example: docs/architecture.md builds and runs one; tests run that.
   """
@@ -407,16 +408,10 @@ def summary(sums: Sums) -> dict[str, Any]:
     'layers': {
       name: moe.summary(layer)
       for name, layer in sorted(
-        sums['layers'].items(), key=lambda item: layer_order(item[0])
+        sums['layers'].items(), key=lambda item: LayerId.parse(item[0])
       )
     },
   }
-
-
-def layer_order(name: str) -> tuple[bool, int]:
-  """To sort by: encoder before decoder, and layers_10 after layers_9."""
-  stack, _, index = name.rpartition('_')
-  return not stack.startswith('encoder'), int(index)
 
 
 def _read(logits_BxLxV: Array, targets_BxL: Array):

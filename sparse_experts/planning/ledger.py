@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from sparse_experts import sharding
 from sparse_experts.data import streams
+from sparse_experts.models import layout
 from sparse_experts.models.model import Model
 from sparse_experts.moe.assignment import SoftAssignment
 from sparse_experts.training import optimizers
@@ -90,7 +91,7 @@ def ledger(
       share, executed_share = layer.useful / E, layer.executed / E
       counts['sparse_params'] += size
     counts['total_params'] += size
-    if any(part.startswith('layers_') for part in parts):
+    if layout.block_of(parts):
       counts['block_params'] += size
     counts['active_params'] += size * share
     component = _component(parts)

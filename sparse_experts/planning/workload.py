@@ -18,6 +18,7 @@ from sparse_experts import sharding
 from sparse_experts.layers.attention import Attention
 from sparse_experts.layers.linear import Linear
 from sparse_experts.layers.mlp import Mlp
+from sparse_experts.models import layout
 from sparse_experts.models.model import Model
 
 
@@ -132,7 +133,7 @@ def trace(model: Model, init: Callable[[], Any]) -> tuple[Any, Workload]:
   logits = logits_flops = 0
   num_experts = 1
   for path, axes, shape in _leaves(boxed):
-    size, at = math.prod(shape), block_of(path)
+    size, at = math.prod(shape), layout.block_of(path)
     if path[:-1] in rows and not at:  # Logits, or the table that makes them.
       logits = rows[path[:-1]] * shape[axes.index('vocab')]
       logits_flops = 2 * rows[path[:-1]] * size
@@ -167,17 +168,17 @@ def trace(model: Model, init: Callable[[], Any]) -> tuple[Any, Workload]:
       block.mlp += rows[path[:-1]] * shape[-1]
   lengths = {}
   for path, (module, bias, (B, L, D), (_, M, _)) in attentions.items():
-    block = blocks[block_of(path)]
+    block = blocks[layout.block_of(path)]
     elements = B * module.num_heads * L * M
     block.attention += elements
     block.biased += elements * bias
     products = 3 if module.relative else 2
     block.attention_flops += 2 * products * elements * module.head_width
     block.stream = B * L * D
-    lengths[block_of(path)] = L
+    lengths[layout.block_of(path)] = L
   for path, (S, _, logits_of_router) in routers.items():
-    block = blocks[block_of(path)]
-    block.group = (S, lengths[block_of(path)])
+    block = blocks[layout.block_of(path)]
+    block.group = (S, lengths[layout.block_of(path)])
     block.float32_inputs += 1
     block.routed += logits_of_router
   dtype = jax.dtypes.canonicalize_dtype(model.module.embed.dtype)
@@ -210,9 +211,3 @@ def _leaves(boxed: Any):
   )
   for (keys, axes), leaf in zip(names, jax.tree.leaves(boxed)):
     yield tuple(key.key for key in keys), axes, leaf.shape
-
-
-def block_of(path: tuple[str, ...]) -> tuple[str, ...]:
-  """The part of a path up to its block; () outside all blocks."""
-  ends = [i for i, part in enumerate(path) if part.startswith('layers_')]
-  return path[: ends[-1] + 1] if ends else ()
