@@ -109,6 +109,16 @@ def test_only_layout_knows_how_blocks_are_named():
       assert not names, f'{path} names blocks, {names}: ask layout.py.'
 
 
+def test_planning_knows_no_layer():
+  # Layers tell what they cost: whoever adds one changes no plan.
+  for path in FILES:
+    if part(path) == 'planning':
+      names = [name.split('.') for name in imports(ast.parse(path.read_text()))]
+      known = {tuple(name[1:3]) for name in names if name[1:2] == ['layers']}
+      assert known <= {('layers', 'cost')}, path
+      assert not [name for name in names if name[1:2] == ['moe']], path
+
+
 def test_names_of_files_say_what_they_hold():
   vague = {'utils', 'util', 'common', 'helpers', 'misc'}
   assert not [path for path in FILES if path.stem in vague]
