@@ -29,7 +29,8 @@ class Cost:
       asked for, and of queries and keys and of weights and values.
     width, heads, mlp, logits: elements of outputs of products with parameters,
       by the axis they have at the end (D; H A; F or any other; V).
-    relu: of these in `mlp` and of `hidden`, those that go through ReLU.
+    activated: elements that go through an activation. relu: of these, through
+      ReLU.
     float32_inputs: how many norms and routers read their input in float32.
     routed: elements of routers' logits, G S E.
     attention: B H L M. biased: of these, logits that get a bias of positions.
@@ -47,6 +48,7 @@ class Cost:
   heads: float = 0
   mlp: float = 0
   logits: float = 0
+  activated: float = 0
   relu: float = 0
   float32_inputs: float = 0
   routed: float = 0
@@ -117,28 +119,29 @@ def calls(
       were: `capacity_factor=1.25`.
   """
   found: dict[tuple[str, ...], Call] = {}
-  roots: list[nn.Module] = []  # The module, and what is applied in it.
+  roots: list[nn.Module | None] = [None]  # Of calls under way: who was applied.
 
   def record(call, args, kwargs, context):
     module = context.module
     if module.scope is None:
       return call(*args, **kwargs)
-    is_root = not module.path and not (roots and roots[-1] is module)
-    roots.extend([module] * is_root)
+    roots.append(roots[-1] if module.path else module)
     try:
       result = call(*args, **kwargs)
-      if len(roots) > 1:
-        return result
-      asked = {name: others.get(name, value) for name, value in kwargs.items()}
-      told = _told(module, context.method_name, args, asked)
+      is_apart = roots[-1] is not roots[1]
     finally:
-      del roots[len(roots) - is_root :]
+      roots.pop()
+    if is_apart:
+      return result
+    asked = {name: others.get(name, value) for name, value in kwargs.items()}
+    told = _told(module, context.method_name, args, asked)
     if told is not _NOTHING:
       path, before = module.path, found.get(module.path)
       # Tracing anew makes the modules anew.
       if before is not None and before.module is module and told is not None:
         told += before.cost
-      found[path] = Call(module, getattr(args[0], 'shape', ()), told)
+      shape = getattr(args[0], 'shape', ()) if args else ()
+      found[path] = Call(module, shape, told)
     return result
 
   with nn.intercept_methods(record):
@@ -172,7 +175,7 @@ def _told(
 ) -> Any:
   """The cost of a call; None, if it must have some and tells none."""
   name = 'cost' if method == '__call__' else f'{method}_cost'
-  if hasattr(module, name):
+  if callable(getattr(type(module), name, None)):
     return getattr(module, name)(*args, **kwargs)
   if method != '__call__':
     return _NOTHING

@@ -69,4 +69,4 @@ class Mlp(nn.Module):
   def cost(self, x_xD: Array, **_) -> Cost:
     """Of the activation."""
     hidden = math.prod(x_xD.shape[:-1]) * self.hidden_width * (1 + self.gated)
-    return Cost(relu=hidden if self.activation == 'relu' else 0)
+    return Cost(activated=hidden, relu=hidden * (self.activation == 'relu'))

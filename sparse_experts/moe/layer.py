@@ -221,6 +221,7 @@ class MoE(nn.Module):
       rows=rows,
       slots=rows * each.width,
       hidden=rows * (each.heads + each.mlp),
+      activated=rows * each.activated,
       relu=rows * each.relu,
       group=(S, L),
     )

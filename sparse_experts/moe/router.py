@@ -23,6 +23,7 @@ class Router(nn.Module):
   A router is called as `router(x_GxSxD, mask_GxS=, deterministic=, **given)`,
   where `given` has what it `needs`, and returns an `Assignment` (or, if it is
   soft, a `SoftAssignment`) and `Aux`. Masked tokens (mask False) get no expert.
+  Products with parameters of its own, but for those of `logits`, are in `cost`.
 
   Attributes:
     num_experts: E.

@@ -100,7 +100,7 @@ def trace(model: Model, init: Callable[[], Any]) -> tuple[Any, Workload]:
     head.logits,
     head.flops,
     dtype.itemsize,
-    whole.relu > 0 and math.isclose(whole.relu, whole.mlp + whole.hidden),
+    0 < whole.relu == whole.activated,
     num_experts,
   )
 

@@ -87,8 +87,12 @@ def test_flops_are_those_of_the_products_in_the_trace(module, args):
 def test_mlp_by_hand():
   T = B * L
   plain, gated = total(Mlp(F), X), total(Mlp(F, 'silu', gated=True), X)
-  assert plain == Cost(flops=4 * T * D * F, width=T * D, mlp=T * F, relu=T * F)
-  assert gated == Cost(flops=6 * T * D * F, width=T * D, mlp=2 * T * F)
+  assert plain == Cost(
+    flops=4 * T * D * F, width=T * D, mlp=T * F, activated=T * F, relu=T * F
+  )
+  assert gated == Cost(
+    flops=6 * T * D * F, width=T * D, mlp=2 * T * F, activated=2 * T * F
+  )
 
 
 def test_attention_by_hand():
@@ -146,6 +150,7 @@ def test_experts_by_hand():
     rows=rows,
     slots=rows * D,
     hidden=rows * F,
+    activated=rows * F,
     relu=rows * F,
     group=(3, L),
   )
