@@ -15,7 +15,8 @@ from etils import epath
 
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
-from sparse_experts.models.objective import Batch, Objective, layer_order
+from sparse_experts.models.layout import LayerId
+from sparse_experts.models.objective import Batch, Objective
 from sparse_experts.moe import Record
 from sparse_experts.training import checkpoints, global_batch, step
 from sparse_experts.training.checkpoints import restore_params
@@ -157,7 +158,7 @@ def collect(pairs: Iterable[tuple[Batch, Mapping[str, Record]]]) -> Records:
       name: jax.tree.map(
         lambda *parts: np.concatenate(parts), *(part[name] for part in layers)
       )
-      for name in sorted(layers[0], key=layer_order)
+      for name in sorted(layers[0], key=LayerId.parse)
     },
     tokens=column('input_tokens'),
     domains=column('task_ids'),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_experts import sharding
+from sparse_experts.layers.cost import Cost
 from sparse_experts.letters import Array
 
 Product = Callable[[Array, Array], Array]
@@ -98,6 +100,19 @@ class Linear(nn.Module):
       kernel.astype(x.dtype),
       ((contracting, tuple(range(num_inputs))), ((), ())),
     )
+
+  def cost(self, x: Array) -> Cost:
+    """Of the product."""
+    outputs = math.prod(x.shape[: x.ndim - self.num_inputs] + self.features)
+    inputs = math.prod(x.shape[x.ndim - self.num_inputs :])
+    kinds = {
+      'embed': 'width',
+      'kv': 'heads',
+      'heads': 'heads',
+      'vocab': 'logits',
+    }
+    kind = kinds.get(self.names[-1], 'mlp')
+    return Cost(flops=2 * outputs * inputs, **{kind: outputs})
 
 
 class Projection(nn.Module):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 from flax import linen as nn
 
+from sparse_experts.layers.cost import Cost
 from sparse_experts.layers.linear import Linear
 from sparse_experts.letters import Array
 
@@ -62,3 +65,8 @@ class Mlp(nn.Module):
     return Linear(
       (x_xD.shape[-1],), ('mlp', 'embed'), 1, self.init_scale, name='wo'
     )(h_xF)
+
+  def cost(self, x_xD: Array, **_) -> Cost:
+    """Of the activation."""
+    hidden = math.prod(x_xD.shape[:-1]) * self.hidden_width * (1 + self.gated)
+    return Cost(activated=hidden, relu=hidden * (self.activation == 'relu'))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_experts import sharding
+from sparse_experts.layers.cost import Cost
 from sparse_experts.letters import Array
 
 
@@ -36,6 +37,11 @@ class RMSNorm(nn.Module):
     scale_xD = scale_D.reshape((1,) * (x_xD.ndim - 1) + (-1,))
     return (y_xD * scale_xD).astype(x_xD.dtype)
 
+  def cost(self, x_xD: Array) -> Cost:
+    """Of reading x in float32."""
+    del x_xD
+    return Cost(float32_inputs=1)
+
 
 class LayerNorm(nn.Module):
   """y = (x - mean) / sqrt(variance + epsilon) * scale + bias, in float32.
@@ -61,3 +67,8 @@ class LayerNorm(nn.Module):
     )
     y_xD *= parameter('scale', nn.initializers.ones)
     return (y_xD + parameter('bias', nn.initializers.zeros)).astype(x_xD.dtype)
+
+  def cost(self, x_xD: Array) -> Cost:
+    """Of reading x in float32."""
+    del x_xD
+    return Cost(float32_inputs=1)

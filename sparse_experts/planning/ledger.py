@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-from flax import linen as nn
 
 from sparse_experts import sharding
+from sparse_experts.layers import cost
+from sparse_experts.models import layout
 from sparse_experts.models.objective import Objective
-from sparse_experts.moe.assignment import SoftAssignment
 from sparse_experts.training import optimizers
 
 T5_LENGTHS = {'inputs': 512, 'targets': 114}
@@ -84,7 +84,7 @@ def ledger(
       share, executed_share = layer.useful / E, layer.executed / E
       counts['sparse_params'] += size
     counts['total_params'] += size
-    if any(part.startswith('layers_') for part in parts):
+    if layout.block_of(parts):
       counts['block_params'] += size
     counts['active_params'] += size * share
     component = _component(parts)
@@ -169,30 +169,17 @@ def _trace(
   model: Objective, shapes
 ) -> tuple[Any, dict[tuple[str, ...], _Slots]]:
   """Abstract boxed parameters, and the slots of sparse layers by path."""
-  slots = {}
-
-  def record(call, args, kwargs, context):
-    result = call(*args, **kwargs)
-    called = context.method_name == '__call__'
-    if called and context.module.name == 'router':
-      router, layer = context.module, context.module.parent
-      # Initialising has no capacity, so a group here is a sequence.
-      E, k, S = router.num_experts, router.k, layer.group_size
-      S = S or args[0].shape[1]
-      factor = model.capacity_factor_train
-      executed = k
-      if isinstance(result[0], SoftAssignment):
-        executed = E * result[0].combine_GxSxExC.shape[-1] / args[0].shape[1]
-      elif factor is not None:
-        C = layer.capacity_rule(factor, tokens=S, num_experts=E, k=k)
-        executed = E * C / S
-      slots[router.path[:-1]] = _Slots(k, executed)
-    return result
-
-  with nn.intercept_methods(record):
-    boxed = jax.eval_shape(
+  boxed, calls = cost.calls(
+    lambda: jax.eval_shape(
       lambda key: model.init(key, shapes), jax.random.key(0)
-    )
+    ),
+    capacity_factor=model.capacity_factor_train,
+  )
+  slots = {}
+  for path, call in calls.items():
+    if call.told is not None and call.told.choices:
+      tokens = math.prod(call.shape[:2])
+      slots[path] = _Slots(call.told.choices / tokens, call.told.rows / tokens)
   return boxed, slots
 
 

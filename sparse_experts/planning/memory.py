@@ -47,9 +47,10 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh
 
 from sparse_experts import sharding
+from sparse_experts.models import layout
 from sparse_experts.models.objective import Objective
 from sparse_experts.models.transformer import REMAT_POLICIES
-from sparse_experts.planning.workload import Block, Workload, block_of, trace
+from sparse_experts.planning.workload import Block, Workload, trace
 from sparse_experts.training import state
 
 FLOAT32 = 3 * 4  # Kept of an element that is read in float32.
@@ -134,7 +135,7 @@ def place(boxed: Any, mesh: Mesh | AbstractMesh) -> dict[str, Placed]:
       at.gathered += whole
       names = leaf.names
       layers = value.shape[names.index('layers')] if 'layers' in names else 1
-      block = block_of(path) or path
+      block = layout.block_of(path) or path
       blocks[stack, block] += whole / layers
       at.block = max(at.block, blocks[stack, block])
   return dict(stacks)

@@ -15,8 +15,7 @@ from paths import ROOT
 
 from sparse_experts import config, sharding
 from sparse_experts.models import layout
-from sparse_experts.moe.bias import BIAS
-from sparse_experts.moe.routers.deepseek import DeepSeek
+from sparse_experts.moe.routers.deepseek import BIAS, DeepSeek
 from sparse_experts.training import optimizers, state, step, subsets
 
 partial = functools.partial
