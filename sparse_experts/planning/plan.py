@@ -1,7 +1,7 @@
 """Which meshes can train a model on a pod, how fast, and why others cannot.
 
 Every (data, expert, model) mesh, with and without FSDP, is placed by the rules
-of `sharding.py`, as the runner places it; memory and time are predictions, see
+of `sharding`, as the runner places it; memory and time are predictions, see
 `memory.py` and `roofline.py`. Of the remat policies and numbers of microbatches
 a mesh gets those of the fastest step that fits.
 """

@@ -102,10 +102,6 @@ class Placement:
     (('data', 'expert'), ('data',), ())
     >>> fsdp.sizes_on(8)
     {'data': 2, 'expert': 4, 'model': 1}
-    >>> Placement(rules={'embd': 'data'})
-    Traceback (most recent call last):
-    ...
-    ValueError: rules: no array has an axis 'embd'; did you mean embed? ...
   """
 
   sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)

@@ -131,6 +131,26 @@ def test_bytes_are_those_of_the_arrays(run, traced, rules):
   assert (total('gathered') > total('parameters')) == bool(rules)
 
 
+def test_an_axis_of_another_name_is_predicted_alike(run):
+  """What an axis is for is what rules say, not what it is called."""
+  known = sharding.Placement({'data': 4, 'expert': 2}, plan.FSDP)
+  rows = ('rows', 'experts')
+  renamed = sharding.Placement(
+    {'data': 1, 'rows': 4, 'experts': 2},
+    {
+      **{'batch': rows, 'group': rows, 'embed': 'rows', 'expert': 'experts'},
+      'expert_group': 'rows',
+    },
+  )
+  one, other = (
+    plan.predict(dataclasses.replace(run, placement=placement), CHIP, 8)
+    for placement in (known, renamed)
+  )
+  assert one.time.exchange > 0
+  assert one.memory.gathered > 0
+  assert dataclasses.replace(other, mesh=one.mesh) == one
+
+
 def test_memory_by_hand():
   stacks = {
     'decoder': Placed(parameters=4000, optimizer=10, gathered=4000),
