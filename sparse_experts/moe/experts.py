@@ -13,7 +13,6 @@ from flax import linen as nn
 from sparse_experts.layers import parameters
 from sparse_experts.letters import Array
 
-
 # What runs an expert that cannot be grouped.
 UNGROUPED = (
   'dispatch=gather and exact_dispatch=all_experts (in gin '

@@ -15,6 +15,7 @@ from flax import linen as nn
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.models.model import Model, summary
+from sparse_experts.moe import expert_check
 from sparse_experts.training import (
   checkpoints,
   global_batch,
@@ -88,7 +89,8 @@ def train(
     'preempted'.
 
   Raises:
-    ValueError: an argument, the data or the checkpoint does not fit the rest.
+    ValueError: an argument, the data or the checkpoint does not fit the rest,
+      or an expert is none, see `moe.expert_check`.
     FloatingPointError: too many steps in a row were not finite.
   """
   if keep_checkpoints is not None:
@@ -104,11 +106,12 @@ def train(
   )
   built_mesh = sharding.make_mesh(**(mesh or {}))
   # Outside the mesh, so that what does not divide over it is found by name.
-  boxed, built_optimizer = state.abstract(
-    model,
-    dataset.shapes(model.converter),
-    functools.partial(optimizer, learning_rate=learning_rate),
-  )
+  with expert_check.checking():
+    boxed, built_optimizer = state.abstract(
+      model,
+      dataset.shapes(model.converter),
+      functools.partial(optimizer, learning_rate=learning_rate),
+    )
   with sharding.use_mesh(built_mesh, rules):
     run = _begin(
       model,
