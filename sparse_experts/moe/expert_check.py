@@ -89,26 +89,33 @@ def check_expert(
   )
   rows = (_E, _G, _C)
   x, other = rng.normal(size=(2, *rows, width)).astype(np.float32)
-  run = jax.jit(functools.partial(_outputs, expert, is_grouped=is_grouped))
-  name, base = type(expert).__name__, jax.device_get(run(params, x))
-  if is_grouped:
-    _check_grouped(name, base['one by one'], base['grouped'])
+  run = jax.jit(functools.partial(_one_by_one, expert))
+  base = jax.device_get(run(params, x))
   # One program, so rows that do not meet are the same to the last bit.
   for at in np.ndindex(_G, _C):
     here = np.zeros(rows, bool)
     here[(slice(None), *at)] = True
     found = jax.device_get(run(params, np.where(here[..., None], other, x)))
-    for how in base:
-      same = (found[how] == base[how]) | np.isnan(base[how])
-      moved = np.argwhere(~same.all(-1) & ~here)
-      if len(moved):
-        raise ValueError(
-          f'{name} mixes rows: when slot {at[1]} of group {at[0]} changes, so '
-          f'does slot {moved[0][2]} of group {moved[0][1]}. Rows of an expert '
-          'are tokens of different sequences under every dispatcher '
-          '(all_experts keeps sequences in training, not in decoding): compute '
-          'each row from itself alone, and mix tokens outside the experts.'
-        )
+    _check_rows(type(expert).__name__, base, found, here)
+  if is_grouped:
+    by_group = jax.jit(functools.partial(_by_group, expert))(params, x)
+    _check_grouped(type(expert).__name__, base[0], by_group)
+
+
+def _check_rows(name, base, found, here) -> None:
+  """Outputs of the rows that are not `here` are as they were."""
+  for before, after in zip(base, found):
+    same = ((before == after) | np.isnan(before)).all(-1)
+    moved = np.argwhere(~same & ~here)
+    if len(moved):
+      at, slot = np.argwhere(here)[0], moved[0]
+      raise ValueError(
+        f'{name} mixes rows: when slot {at[2]} of group {at[1]} changes, so '
+        f'does slot {slot[2]} of group {slot[1]}. Rows of an expert are tokens '
+        'of different sequences under every dispatcher (all_experts keeps '
+        'sequences in training, not in decoding): compute each row from itself '
+        'alone, and mix tokens outside the experts.'
+      )
 
 
 def _check_grouped(name: str, expected: Array, found: Array) -> None:
@@ -122,22 +129,22 @@ def _check_grouped(name: str, expected: Array, found: Array) -> None:
     )
 
 
-def _outputs(
-  expert: nn.Module, params: Any, x_ExGxCxD: Array, *, is_grouped: bool
-) -> dict[str, Array]:
-  """Of all experts on their rows, in each way that they run."""
+def _one_by_one(
+  expert: nn.Module, params: Any, x_ExGxCxD: Array
+) -> tuple[Array, Array]:
+  """Of all experts on their rows, without dropout and with it."""
   still = Experts(params, None, expert)
   drawing = Experts(params, jax.random.key(0), expert, deterministic=False)
-  outputs = {
-    'one by one': still(x_ExGxCxD),
-    'with dropout': drawing(x_ExGxCxD),
-  }
-  if is_grouped:
-    E, G, C, D = x_ExGxCxD.shape
-    sizes_E = jnp.full(E, G * C, jnp.int32)
-    y_TxD = still.grouped(x_ExGxCxD.reshape(-1, D), sizes_E, grouped_matmul)
-    outputs['grouped'] = y_TxD.reshape(x_ExGxCxD.shape)
-  return outputs
+  return still(x_ExGxCxD), drawing(x_ExGxCxD)
+
+
+def _by_group(expert: nn.Module, params: Any, x_ExGxCxD: Array) -> Array:
+  """The same without dropout, as `grouped` runs them."""
+  E, G, C, D = x_ExGxCxD.shape
+  y_TxD = Experts(params, None, expert).grouped(
+    x_ExGxCxD.reshape(-1, D), jnp.full(E, G * C, jnp.int32), grouped_matmul
+  )
+  return y_TxD.reshape(x_ExGxCxD.shape)
 
 
 def _narrow(expert: nn.Module, width: int) -> int:
