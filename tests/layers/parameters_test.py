@@ -67,21 +67,24 @@ def test_a_vector_lies_along_the_last_axes(shape):
   np.testing.assert_allclose(pull_back(dy)[0], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_of_vectors_are_sums_in_float32():
-  # Of 300 ones; bfloat16 cannot count beyond 256.
+def test_a_bias_is_added_and_its_gradient_summed_in_float32():
+  # bfloat16 has no 1 + 2^-10, and no odd number beyond 256.
   linear = Linear((1,), ('embed', 'mlp'), use_bias=True)
-  x = jnp.ones((300, 1), jnp.bfloat16)
+  x = jnp.ones((301, 1), jnp.bfloat16)
 
   def total(params):
     y = linear.apply({'params': params}, x)
     assert y.dtype == jnp.bfloat16
-    return y.astype(jnp.float32).sum()
+    return y.astype(jnp.float32).sum(), y
 
-  one = {'kernel': jnp.ones((1, 1)), 'bias': jnp.ones(1)}
-  assert jax.grad(total)(one)['bias'].tolist() == [300]
+  total = jax.grad(total, has_aux=True)
+  one = {'kernel': -jnp.ones((1, 1)), 'bias': jnp.ones(1) + 2**-10}
+  gradient, y = total(one)
+  assert gradient['bias'].tolist() == [301] and (y == 2**-10).all()
   two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), one)
-  with parameters.use(grouped(300, [10, 290])):
-    assert jax.grad(total)(two)['bias'].tolist() == [[10], [290]]
+  with parameters.use(grouped(301, [10, 291])):
+    gradient, y = total(two)
+  assert gradient['bias'].tolist() == [[10], [291]] and (y == 2**-10).all()
 
 
 def test_a_bias_starts_at_zero_and_has_the_names_of_the_outputs():

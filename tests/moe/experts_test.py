@@ -205,11 +205,12 @@ def test_eight_devices_equal_one(axes, exchange):
 def masks(dispatch, num_experts=4, mesh=None):
   """Which hidden units each of 16 rows keeps, boolean [16, 64].
 
-  Matrices are the identity and tokens are ones, so a unit that is kept gives 2.
+  Two rows of a group meet the same expert. Matrices are the identity and tokens
+  are ones, so a unit that is kept gives 2.
   """
   eye = np.broadcast_to(np.eye(64, dtype=np.float32), (num_experts, 64, 64))
   params = {'wi': {'kernel': eye}, 'wo': {'kernel': eye}}
-  choice = jnp.arange(16, dtype=jnp.int32).reshape(4, 4, 1) % num_experts
+  choice = jnp.arange(16, dtype=jnp.int32).reshape(4, 4, 1) // 2 % num_experts
 
   @jax.jit
   def run(params, x):
