@@ -33,8 +33,9 @@ class MoE(nn.Module):
   Attributes:
     make_router: builds the router, see `router.Router`.
     make_expert: builds one expert, any module x_...xD -> y_...xD that takes
-      `deterministic` and has parameters only; the classes of the dense blocks
-      serve. `experts.init` stacks it.
+      `deterministic`, has parameters only, and computes each row from itself
+      alone (`expert_check.check_expert` tries that); the classes of the dense
+      blocks serve. `experts.init` stacks it.
     group_size: tokens S of a group, which share the experts' slots; None: one
       sequence, as it always is without capacity and draws.
     capacity_rule: from capacity factor to slots.

@@ -15,6 +15,7 @@ from flax import linen as nn
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.models.objective import Objective, summary
+from sparse_experts.moe import expert_check
 from sparse_experts.training import (
   checkpoints,
   global_batch,
@@ -84,7 +85,8 @@ def train(
     'preempted'.
 
   Raises:
-    ValueError: an argument, the data or the checkpoint does not fit the rest.
+    ValueError: an argument, the data or the checkpoint does not fit the rest,
+      or an expert is none, see `moe.expert_check`.
     FloatingPointError: too many steps in a row were not finite.
   """
   if keep_checkpoints is not None:
@@ -100,11 +102,12 @@ def train(
   )
   built_mesh = placement.mesh
   # Outside the mesh, so that what does not divide over it is found by name.
-  boxed, built_optimizer = state.abstract(
-    model,
-    dataset.shapes(model.features),
-    functools.partial(optimizer, learning_rate=learning_rate),
-  )
+  with expert_check.checking():
+    boxed, built_optimizer = state.abstract(
+      model,
+      dataset.shapes(model.features),
+      functools.partial(optimizer, learning_rate=learning_rate),
+    )
   with placement.use():
     run = _begin(
       model,

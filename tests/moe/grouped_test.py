@@ -486,8 +486,8 @@ def test_what_cannot_be_done_is_refused():
     assert '\n' not in str(error.value)
 
   refused(
-    'this expert cannot be grouped: BiasedMlp has a parameter that is not the '
-    'kernel of a Linear .*"bias".*use dispatch=gather',
+    'this expert cannot be grouped: BiasedMlp declares parameter "bias" in "/" '
+    'by itself, .*exact_dispatch=all_experts',
     make_expert=BiasedMlp,
   )
   refused(

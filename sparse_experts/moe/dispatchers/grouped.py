@@ -45,7 +45,7 @@ def grouped(
   """Sends tokens to experts and mixes their outputs, [G, S, D].
 
   Args:
-    experts: made of `Linear` and functions of single entries or rows.
+    experts: whose parameters meet rows by `layers.parameters`.
     x_GxSxD: tokens.
     assignment: who meets whom.
     capacity: choices whose position is beyond it are dropped; None: none are.
@@ -145,12 +145,16 @@ def _run(experts, x_GxSxD, expert_GxSxK, gate_GxSxK, *, chunks, **options):
     raise ValueError(
       f'chunks={chunks} does not divide the {G * S} tokens of a device.'
     )
+  if experts.key is not None and not jax.sharding.get_abstract_mesh().empty:
+    experts = experts.fold_in(jax.lax.axis_index(('data', 'expert')))
   parts = [
-    _run_chunk(experts, *chunk, **options)
-    for chunk in zip(
-      jnp.split(x_GxSxD.reshape(G * S, D), chunks),
-      jnp.split(expert_GxSxK.reshape(G * S, K), chunks),
-      jnp.split(gate_GxSxK.reshape(G * S, K), chunks),
+    _run_chunk(experts.fold_in(i), *chunk, **options)
+    for i, chunk in enumerate(
+      zip(
+        jnp.split(x_GxSxD.reshape(G * S, D), chunks),
+        jnp.split(expert_GxSxK.reshape(G * S, K), chunks),
+        jnp.split(gate_GxSxK.reshape(G * S, K), chunks),
+      )
     )
   ]
   y_IxD, lost = jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)
