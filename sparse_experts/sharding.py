@@ -56,6 +56,8 @@ RULES: Mapping[str, MeshAxes] = {
   'router_width': None,  # What else a router has: tasks, groups, bits.
   'slots': None,  # Slots of an expert, where a router has parameters of them.
   'relpos_buckets': None,
+  'patch': None,  # Values of a patch.
+  'position': None,  # Of a learned table.
 }
 
 _rules: contextvars.ContextVar[Mapping[str, MeshAxes]] = contextvars.ContextVar(
