@@ -54,10 +54,11 @@ class Classification(Objective):
     >>> from sparse_experts.layers.mlp import Mlp
     >>> from sparse_experts.models.transformer import Block, Stack
     >>> from sparse_experts.models.vision import VisionTransformer
-    >>> block = functools.partial(
+    >>> partial = functools.partial
+    >>> block = partial(
     ...   Block,
-    ...   make_attention=functools.partial(Attention, num_heads=2, head_width=4),
-    ...   make_mlp=functools.partial(Mlp, hidden_width=16),
+    ...   make_attention=partial(Attention, num_heads=2, head_width=4),
+    ...   make_mlp=partial(Mlp, hidden_width=16),
     ... )
     >>> model = Classification(VisionTransformer(
     ...   encoder=Stack(num_layers=1, make_block=block), image_shape=(4, 4, 1),
@@ -78,11 +79,11 @@ class Classification(Objective):
       raise ValueError(
         f'kind must be one of {", ".join(KINDS)}, not {self.kind!r}.'
       )
-    smoothed = self.label_smoothing != 0
-    if not 0 <= self.label_smoothing < 1 or smoothed and self.kind != 'softmax':
+    most = 1 if self.kind == 'softmax' else 0
+    if self.label_smoothing and not 0 < self.label_smoothing < most:
       raise ValueError(
-        f'label_smoothing={self.label_smoothing} must be in [0, 1), and 0 for '
-        f"kind={self.kind!r} unless that is 'softmax'."
+        f'label_smoothing={self.label_smoothing} of {self.kind!r}: set it to '
+        "at least 0 and less than 1 with 'softmax', to 0 with others."
       )
 
   @property
@@ -90,7 +91,7 @@ class Classification(Objective):
     """An input of the module, and the label that `kind` has."""
     V = self.module.num_outputs
     is_number = self.kind == 'squared'
-    one = self.kind == 'softmax' or is_number and V == 1
+    one = self.kind == 'softmax' or (is_number and V == 1)
     return dataclasses.replace(
       self.module.inputs,
       label_shape=() if one else (V,),

@@ -65,7 +65,8 @@ class Workload:
 
   Attributes:
     blocks: by path, as ('decoder', 'period', 'layers_1').
-    logits: elements B L V. logits_flops: of their product.
+    logits: elements B L V. logits_flops: of their product, and of others
+      outside blocks, such as of patches.
     itemsize: bytes of an activation.
     is_relu: the FFNs' activation is that.
     num_experts: most of any layer; 1 for a dense model.
@@ -133,9 +134,10 @@ def trace(model: Objective, init: Callable[[], Any]) -> tuple[Any, Workload]:
   num_experts = 1
   for path, axes, shape in _leaves(boxed):
     size, at = math.prod(shape), block_of(path)
-    if path[:-1] in rows and not at:  # Logits, or the table that makes them.
-      logits = rows[path[:-1]] * shape[axes.index('vocab')]
-      logits_flops = 2 * rows[path[:-1]] * size
+    if path[:-1] in rows and not at:  # Logits, or the table of them; patches.
+      logits_flops += 2 * rows[path[:-1]] * size
+      if 'vocab' in axes:
+        logits += rows[path[:-1]] * shape[axes.index('vocab')]
     if not at or path[-1] not in ('kernel', 'scale'):
       continue
     block = blocks.setdefault(at, Block())
@@ -180,7 +182,7 @@ def trace(model: Objective, init: Callable[[], Any]) -> tuple[Any, Workload]:
     block.group = (S, lengths[block_of(path)])
     block.float32_inputs += 1
     block.routed += logits_of_router
-  dtype = jax.dtypes.canonicalize_dtype(model.module.embed.dtype)
+  dtype = jax.dtypes.canonicalize_dtype(model.module.dtype)
   return boxed, Workload(
     blocks,
     logits,

@@ -59,7 +59,7 @@ class Features:
     raise NotImplementedError
 
   def of_task(self, feature_lengths: Mapping[str, int]) -> set[str]:
-    """The features that the task must have: those that lengths are given for."""
+    """The features of the task: by default those that have lengths."""
     return set(feature_lengths)
 
   def example_lengths(self) -> dict[str, int]:

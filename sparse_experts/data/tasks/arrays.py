@@ -22,19 +22,17 @@ class ArraySource(seqio.DataSource):
     self,
     read: Callable[[], Mapping[str, Columns]],
     splits: Sequence[str],
-    task_names: Sequence[str] = (),
   ):
     """A source of the columns, by split and by name, that `read` returns.
 
     Args:
       read: is called once.
       splits: their names.
-      task_names: what labels mean.
     """
     super().__init__(
       tuple(splits), caching_permitted=False, performs_internal_shuffling=True
     )
-    self._read, self.task_names = read, tuple(task_names)
+    self._read = read
 
   @functools.cached_property
   def _columns(self) -> Mapping[str, Columns]:
