@@ -164,8 +164,8 @@ def text(facts: Mapping[str, Any]) -> str:
     title = f'bytes of activations per token, {remat}'
     lines.append(f'{title:36}{size:>20,}')
   lines.append(
-    f'(a sequence is {facts["example"]}; attention counts in full; executed: with the '
-    'empty slots of experts)'
+    f'(a sequence is {facts["example"]}; attention counts in full; executed: '
+    'with the empty slots of experts)'
   )
   return '\n'.join(lines)
 
