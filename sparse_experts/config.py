@@ -13,28 +13,14 @@ import inspect
 import io
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import gin
+from sparse_experts import earlier
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
-
-# Where what config.gin files of earlier versions name is now: modules, and
-# classes of modules.
-_MOVED = {
-  'analysis.bench': 'bench.layer',
-  'analysis.decode_speed': 'bench.decode',
-  'analysis.precompile': 'planning.precompile',
-  'analysis.records': 'insight.records',
-  'models.model': 'models.language',
-  'models.special_tokens': 'data.special_tokens',
-  'training.evaluate': 'evaluation.evaluate',
-  'training.infer': 'inference.infer',
-}
-_RENAMED = {'model.Model': 'language.Language'}
 
 
 def root() -> pathlib.Path:
@@ -236,21 +222,7 @@ def _bind_now(value: Any, scopes: Sequence[str]) -> Any:
 
 
 def _open(path: str) -> io.StringIO:
-  """A gin file, in which modules have today's names."""
-  text = pathlib.Path(path).read_text()
-  for old, new in _MOVED.items():
-    (room, name), (new_room, new_name) = (m.split('.') for m in (old, new))
-    line = f'from sparse_experts.{room} import {name}\n'
-    if line not in text:
-      continue
-    renamed = [of for of in _RENAMED if of.startswith(f'{name}.')]
-    alias = f' as {name}' if new_name != name and not renamed else ''
-    text = text.replace(
-      line, f'from sparse_experts.{new_room} import {new_name}{alias}\n'
-    )
-    for of in renamed:
-      text = re.sub(rf'\b{re.escape(of)}\b', _RENAMED[of], text)
-  return io.StringIO(text)
+  return io.StringIO(earlier.translate(pathlib.Path(path).read_text()))
 
 
 def _one_line(function, *args):

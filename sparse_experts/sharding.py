@@ -60,6 +60,8 @@ RULES: Mapping[str, MeshAxes] = {
   'position': None,  # Of a learned table.
 }
 
+EXPERT_AXES = ('expert', 'router')  # Names of an axis that is over experts.
+
 _rules: contextvars.ContextVar[Mapping[str, MeshAxes]] = contextvars.ContextVar(
   'rules', default=RULES
 )

@@ -72,7 +72,7 @@ class Comparison:
     self._key = jax.random.key(seed)
 
     self._assignment: Assignment | None = None
-    layer = self._layer(self._record)
+    layer = self._layer(self._remember)
     self._boxed = jax.eval_shape(lambda: self._init(layer))
     # All different, those too that start at zero.
     self.params = jax.tree.map(
@@ -151,7 +151,7 @@ class Comparison:
     y_BxLxD, aux = self._apply(layer, params, x_BxLxD, inputs)
     return (y_BxLxD * self._cotangent_BxLxD).sum() + _total(aux), y_BxLxD
 
-  def _record(self, experts, x_GxSxD, assignment, capacity):
+  def _remember(self, experts, x_GxSxD, assignment, capacity):
     """A dispatcher that only remembers what it was to do."""
     del experts
     self._assignment, self._capacity = assignment, capacity

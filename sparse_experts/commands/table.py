@@ -20,12 +20,12 @@ def run(args: argparse.Namespace) -> None:
 
   if args.gin_file or args.bindings:
     raise ValueError('table takes --paper=TABLE alone; its rows name recipes.')
-  if args.paper not in published.TABLES:
+  tables = published.tables()
+  if args.paper not in tables:
     raise ValueError(
-      f'--paper must be one of {", ".join(published.TABLES)}, not '
-      f'{args.paper!r}.'
+      f'--paper must be one of {", ".join(tables)}, not {args.paper!r}.'
     )
-  table = published.TABLES[args.paper]
+  table = tables[args.paper]
   rows = []
   for row in table.rows:
     config.parse([row.file], row.bindings, [])

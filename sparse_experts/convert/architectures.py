@@ -46,8 +46,8 @@ class Architecture:
       `arguments` of a model.
     fixed: keys that must have this value, or be absent.
     absent: what other keys are where they are absent, as in transformers.
-    read: the rest of the gin bindings, from config.json.
-    write: the rest of config.json, from arguments of a model, and of what
+    to_ours: the rest of the gin bindings, from config.json.
+    to_theirs: the rest of config.json, from arguments of a model, and of what
       trains it (`arguments.training`).
     remedies: what to do about an argument, by its name, that it has no key for.
     copies: tensors that may repeat the embedding, the table's first; the
@@ -60,8 +60,8 @@ class Architecture:
   same: list[tuple[str, str, str]]
   fixed: Mapping[str, Any]
   absent: Mapping[str, Any]
-  read: Callable[[Mapping[str, Any]], dict[str, Any]]
-  write: Callable[[Mapping[str, Any]], dict[str, Any]]
+  to_ours: Callable[[Mapping[str, Any]], dict[str, Any]]
+  to_theirs: Callable[[Mapping[str, Any]], dict[str, Any]]
   remedies: Mapping[str, str]
   copies: tuple[str, ...] = ()
 
@@ -71,7 +71,7 @@ _MOE = f'{_BLOCK}.make_moe'
 _ATTENTION = f'{_BLOCK}.make_attention'
 
 
-def _read_switch(found: Mapping[str, Any]) -> dict[str, Any]:
+def _switch_to_ours(found: Mapping[str, Any]) -> dict[str, Any]:
   def sparse(num_layers, step):
     if step == 1:
       return list(range(num_layers))
@@ -98,13 +98,13 @@ def _read_switch(found: Mapping[str, Any]) -> dict[str, Any]:
     'DROPOUT_RATE': found['dropout_rate'],
     'EXPERT_DROPOUT_RATE': found['dropout_rate'],
     # As T5's, which begin with padding.
-    **_read_tokens(
+    **_tokens_to_ours(
       found, found.get('decoder_start_token_id', found['pad_token_id'])
     ),
   }
 
 
-def _write_switch(found: Mapping[str, Any]) -> dict[str, Any]:
+def _switch_to_theirs(found: Mapping[str, Any]) -> dict[str, Any]:
   def sparse(stack):
     number = found[f'{stack}.num_layers']
     sparse_layers = kinds(number, found[f'{stack}.sparse_layers'])
@@ -128,7 +128,7 @@ def _write_switch(found: Mapping[str, Any]) -> dict[str, Any]:
     'router_z_loss_coef': found['loss_weights'].get('router_z', 0.0),
     'router_dtype': 'float32',
     'is_encoder_decoder': True,
-    **_write_tokens(found, 'decoder_start_token_id'),
+    **_tokens_to_theirs(found, 'decoder_start_token_id'),
   }
 
 
@@ -149,7 +149,9 @@ def _loss_weights(**weights: float) -> dict[str, float]:
   return {name: weight for name, weight in weights.items() if weight}
 
 
-def _read_tokens(found: Mapping[str, Any], start: int | None) -> dict[str, Any]:
+def _tokens_to_ours(
+  found: Mapping[str, Any], start: int | None
+) -> dict[str, Any]:
   """Macros of `SpecialTokens`; the keys are generation_config.json's, too."""
   eos = found['eos_token_id']
   eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
@@ -164,7 +166,7 @@ def _read_tokens(found: Mapping[str, Any], start: int | None) -> dict[str, Any]:
   }
 
 
-def _write_tokens(found: Mapping[str, Any], start: str) -> dict[str, Any]:
+def _tokens_to_theirs(found: Mapping[str, Any], start: str) -> dict[str, Any]:
   """Keys of config.json; `start`: the one of a decoder's first input."""
   eos, pad = found['special_tokens.eos'], found['special_tokens.pad']
   return {
@@ -175,7 +177,7 @@ def _write_tokens(found: Mapping[str, Any], start: str) -> dict[str, Any]:
   }
 
 
-def _read_decoder(found: Mapping[str, Any]) -> dict[str, Any]:
+def _decoder_to_ours(found: Mapping[str, Any]) -> dict[str, Any]:
   rope = found.get('rope_parameters') or found
   heads = found['num_attention_heads']
   return {
@@ -186,11 +188,11 @@ def _read_decoder(found: Mapping[str, Any]) -> dict[str, Any]:
     'LOSS_WEIGHTS': _loss_weights(load_balance=found['router_aux_loss_coef']),
     'attention.Attention.dropout_rate': found.get('attention_dropout', 0.0),
     'MAX_LENGTH': found['max_position_embeddings'],
-    **_read_tokens(found, found['bos_token_id']),
+    **_tokens_to_ours(found, found['bos_token_id']),
   }
 
 
-def _write_decoder(found: Mapping[str, Any]) -> dict[str, Any]:
+def _decoder_to_theirs(found: Mapping[str, Any]) -> dict[str, Any]:
   base, length = found[f'{_ATTENTION}.rotary_base'], found['max_length']
   return {
     'rope_theta': base,  # Before transformers 5.
@@ -198,29 +200,29 @@ def _write_decoder(found: Mapping[str, Any]) -> dict[str, Any]:
     'hidden_act': _their_activation(found),
     'attention_dropout': found[f'{_ATTENTION}.dropout_rate'],
     'router_aux_loss_coef': found['loss_weights'].get('load_balance', 0.0),
-    **_write_tokens(found, 'bos_token_id'),
+    **_tokens_to_theirs(found, 'bos_token_id'),
     **({} if length is None else {'max_position_embeddings': length}),
   }
 
 
-def _read_mixtral(found: Mapping[str, Any]) -> dict[str, Any]:
+def _mixtral_to_ours(found: Mapping[str, Any]) -> dict[str, Any]:
   return {
-    **_read_decoder(found),
+    **_decoder_to_ours(found),
     **_gates(found, renormalised=True),
     'top_k.TopK.jitter': float(found['router_jitter_noise']),
   }
 
 
-def _write_mixtral(found: Mapping[str, Any]) -> dict[str, Any]:
+def _mixtral_to_theirs(found: Mapping[str, Any]) -> dict[str, Any]:
   return {
-    **_write_decoder(found),
+    **_decoder_to_theirs(found),
     'head_dim': found[f'{_ATTENTION}.head_width'],
     'router_jitter_noise': found[f'{_MOE}.make_router.jitter'],
   }
 
 
-def _read_olmoe(found: Mapping[str, Any]) -> dict[str, Any]:
-  return {**_read_decoder(found), **_gates(found, found['norm_topk_prob'])}
+def _olmoe_to_ours(found: Mapping[str, Any]) -> dict[str, Any]:
+  return {**_decoder_to_ours(found), **_gates(found, found['norm_topk_prob'])}
 
 
 def _gates(found: Mapping[str, Any], renormalised: bool) -> dict[str, Any]:
@@ -232,9 +234,9 @@ def _gates(found: Mapping[str, Any], renormalised: bool) -> dict[str, Any]:
   }
 
 
-def _write_olmoe(found: Mapping[str, Any]) -> dict[str, Any]:
+def _olmoe_to_theirs(found: Mapping[str, Any]) -> dict[str, Any]:
   gates = found[f'{_MOE}.make_router.gates']
-  return {**_write_decoder(found), 'norm_topk_prob': gates == 'chosen'}
+  return {**_decoder_to_theirs(found), 'norm_topk_prob': gates == 'chosen'}
 
 
 _DECODER = [
@@ -319,8 +321,8 @@ EVAL_CAPACITY_FACTOR = None
       'router_aux_loss_coef': 0.001,
       'router_z_loss_coef': 0.001,
     },
-    read=_read_switch,
-    write=_write_switch,
+    to_ours=_switch_to_ours,
+    to_theirs=_switch_to_theirs,
     remedies={
       'sparse_layers': (
         'the sparse blocks of that format are all, none, or 1, 1 + n, 1 + 2 n '
@@ -352,8 +354,8 @@ EVAL_CAPACITY_FACTOR = None
       'router_aux_loss_coef': 0.001,
       'router_jitter_noise': 0.0,
     },
-    read=_read_mixtral,
-    write=_write_mixtral,
+    to_ours=_mixtral_to_ours,
+    to_theirs=_mixtral_to_theirs,
     remedies=_DECODER_REMEDIES,
   ),
   'olmoe': Architecture(
@@ -373,8 +375,8 @@ EVAL_CAPACITY_FACTOR = None
       'max_position_embeddings': 4096,
       'router_aux_loss_coef': 0.01,
     },
-    read=_read_olmoe,
-    write=_write_olmoe,
+    to_ours=_olmoe_to_ours,
+    to_theirs=_olmoe_to_theirs,
     remedies=_DECODER_REMEDIES,
   ),
 }

@@ -188,7 +188,7 @@ def _gin(found: Mapping[str, Any]) -> str:
     )
   try:
     bindings = {gin: found[key] for key, gin, _ in known.same}
-    bindings |= known.read(found)
+    bindings |= known.to_ours(found)
   except KeyError as error:
     raise ValueError(
       f'config.json lacks {error.args[0]!r}, or has a value of it that is '
@@ -224,7 +224,7 @@ def _describe(model: Language) -> dict[str, Any]:
     written |= {key: found[path] for key, _, path in known.same}
     if written.get('num_key_value_heads', 0) is None:
       written['num_key_value_heads'] = written['num_attention_heads']
-    written |= known.write(found)
+    written |= known.to_theirs(found)
   except KeyError as error:
     raise ValueError(
       f'this model cannot be {kind}: it has no {error.args[0]}.'

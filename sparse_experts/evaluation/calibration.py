@@ -1,7 +1,7 @@
 """Whether a model's probabilities of options are how often they are right.
 
-Everything takes probabilities p_NxO of O options (rows sum to 1; where examples
-have fewer options, zeros fill them up) and label_N, the index of the right one.
+Everything takes probabilities p_BxW of W options (rows sum to 1; where examples
+have fewer options, zeros fill them up) and label_B, the index of the right one.
 A confidence is the probability of the most probable option, the first of equal
 ones.
 """
@@ -18,17 +18,17 @@ import numpy as np
 
 
 def probabilities(log_likelihoods: Sequence[Sequence[float]]) -> np.ndarray:
-  """Softmax over each example's options, [N, O], zeros where it has fewer.
+  """Softmax over each example's options, [B, W], zeros where it has fewer.
 
   >>> probabilities([[-1.0, -1.0], [-5.0]]).tolist()
   [[0.5, 0.5], [1.0, 0.0]]
   """
   options = max(map(len, log_likelihoods), default=0)
-  x_NxO = np.full((len(log_likelihoods), options), -np.inf)
-  for row_O, values in zip(x_NxO, log_likelihoods):
-    row_O[: len(values)] = values
-  p_NxO = np.exp(x_NxO - x_NxO.max(1, keepdims=True))
-  return p_NxO / p_NxO.sum(1, keepdims=True)
+  x_BxW = np.full((len(log_likelihoods), options), -np.inf)
+  for row_W, values in zip(x_BxW, log_likelihoods):
+    row_W[: len(values)] = values
+  p_BxW = np.exp(x_BxW - x_BxW.max(1, keepdims=True))
+  return p_BxW / p_BxW.sum(1, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Bin:
 
 
 def reliability(
-  p_NxO: np.ndarray,
-  label_N: np.ndarray,
+  p_BxW: np.ndarray,
+  label_B: np.ndarray,
   *,
   bins: int = 10,
   binning: str = 'equal_width',
@@ -68,19 +68,19 @@ def reliability(
   Raises:
     ValueError: probabilities or labels are none, or an argument is wrong.
   """
-  confidence_N, right_N = _confidence(p_NxO, label_N)
+  confidence_B, right_B = _confidence(p_BxW, label_B)
   if bins < 1:
     raise ValueError(f'bins must be at least 1, got {bins}.')
   if binning == 'equal_width':
     edges = np.linspace(0, 1, bins + 1)
-    place_N = np.digitize(confidence_N, edges[1:-1], right=True)
-    members = [place_N == b for b in range(bins)]
+    place_B = np.digitize(confidence_B, edges[1:-1], right=True)
+    members = [place_B == b for b in range(bins)]
     ranges = list(itertools.pairwise(edges))
   elif binning == 'equal_mass':
-    order_N = np.argsort(confidence_N, kind='stable')
-    members = [part for part in np.array_split(order_N, bins) if part.size]
+    order_B = np.argsort(confidence_B, kind='stable')
+    members = [part for part in np.array_split(order_B, bins) if part.size]
     ranges = [
-      (confidence_N[part].min(), confidence_N[part].max()) for part in members
+      (confidence_B[part].min(), confidence_B[part].max()) for part in members
     ]
   else:
     raise ValueError(
@@ -90,9 +90,9 @@ def reliability(
     Bin(
       float(low),
       float(high),
-      count := right_N[part].size,
-      float(right_N[part].mean()) if count else 0.0,
-      float(confidence_N[part].mean()) if count else 0.0,
+      count := right_B[part].size,
+      float(right_B[part].mean()) if count else 0.0,
+      float(confidence_B[part].mean()) if count else 0.0,
     )
     for part, (low, high) in zip(members, ranges)
   ]
@@ -112,32 +112,32 @@ def rms_calibration_error(diagram: Sequence[Bin]) -> float:
   return (sum(squares) / total) ** 0.5
 
 
-def brier_score(p_NxO: np.ndarray, label_N: np.ndarray) -> float:
+def brier_score(p_BxW: np.ndarray, label_B: np.ndarray) -> float:
   """Mean over examples of sum over options of (p - is it right)^2, in [0, 2].
 
   Brier 1950's definition; half of it is in use, too.
   """
-  _confidence(p_NxO, label_N)
-  right_NxO = np.arange(p_NxO.shape[1])[None] == np.asarray(label_N)[:, None]
-  return float(((p_NxO - right_NxO) ** 2).sum(1).mean())
+  _confidence(p_BxW, label_B)
+  right_BxW = np.arange(p_BxW.shape[1])[None] == np.asarray(label_B)[:, None]
+  return float(((p_BxW - right_BxW) ** 2).sum(1).mean())
 
 
-def summary(p_NxO: np.ndarray, label_N: np.ndarray) -> dict[str, Any]:
+def summary(p_BxW: np.ndarray, label_B: np.ndarray) -> dict[str, Any]:
   """Every number of this file, and the bins of a diagram.
 
   ECE is of 10 bins of equal width, RMS of bins of 100 examples (the last in
   Hendrycks et al. 2019; ten bins where that would be fewer).
   """
-  equal_width = reliability(p_NxO, label_N)
-  bins = max(10, len(label_N) // 100)
-  equal_mass = reliability(p_NxO, label_N, bins=bins, binning='equal_mass')
-  confidence_N, right_N = _confidence(p_NxO, label_N)
+  equal_width = reliability(p_BxW, label_B)
+  bins = max(10, len(label_B) // 100)
+  equal_mass = reliability(p_BxW, label_B, bins=bins, binning='equal_mass')
+  confidence_B, right_B = _confidence(p_BxW, label_B)
   return {
-    'accuracy': float(right_N.mean()),
-    'confidence': float(confidence_N.mean()),
+    'accuracy': float(right_B.mean()),
+    'confidence': float(confidence_B.mean()),
     'expected_calibration_error': expected_calibration_error(equal_width),
     'rms_calibration_error': rms_calibration_error(equal_mass),
-    'brier_score': brier_score(p_NxO, label_N),
+    'brier_score': brier_score(p_BxW, label_B),
     'bins': [dataclasses.asdict(b) for b in equal_width],
   }
 
@@ -175,23 +175,23 @@ def plot(bins: Sequence[Mapping[str, Any]], path: os.PathLike | str) -> None:
   figure.savefig(path, dpi=150)
 
 
-def _confidence(p_NxO, label_N) -> tuple[np.ndarray, np.ndarray]:
+def _confidence(p_BxW, label_B) -> tuple[np.ndarray, np.ndarray]:
   """Probability of the most probable option, and whether it is right."""
-  p_NxO, label_N = np.asarray(p_NxO), np.asarray(label_N)
-  if p_NxO.ndim != 2 or not len(p_NxO) or label_N.shape != p_NxO.shape[:1]:
+  p_BxW, label_B = np.asarray(p_BxW), np.asarray(label_B)
+  if p_BxW.ndim != 2 or not len(p_BxW) or label_B.shape != p_BxW.shape[:1]:
     raise ValueError(
-      'calibration takes probabilities [N, O] and labels [N] of at least one '
-      f'example, not shapes {p_NxO.shape} and {label_N.shape}.'
+      'calibration takes probabilities [B, W] and labels [B] of at least one '
+      f'example, not shapes {p_BxW.shape} and {label_B.shape}.'
     )
-  if not (p_NxO >= 0).all() or not np.allclose(p_NxO.sum(1), 1, atol=1e-4):
+  if not (p_BxW >= 0).all() or not np.allclose(p_BxW.sum(1), 1, atol=1e-4):
     raise ValueError(
       "an example's probabilities must be at least 0 and sum to 1; "
       '`probabilities` makes such from log-likelihoods.'
     )
-  if (label_N < 0).any() or (label_N >= p_NxO.shape[1]).any():
+  if (label_B < 0).any() or (label_B >= p_BxW.shape[1]).any():
     raise ValueError(
-      f'labels must be from 0 to {p_NxO.shape[1] - 1}, the options; one is '
-      f'{label_N[(label_N < 0) | (label_N >= p_NxO.shape[1])][0]}.'
+      f'labels must be from 0 to {p_BxW.shape[1] - 1}, the options; one is '
+      f'{label_B[(label_B < 0) | (label_B >= p_BxW.shape[1])][0]}.'
     )
-  choice_N = p_NxO.argmax(1)
-  return p_NxO[np.arange(len(p_NxO)), choice_N], choice_N == label_N
+  choice_B = p_BxW.argmax(1)
+  return p_BxW[np.arange(len(p_BxW)), choice_B], choice_B == label_B

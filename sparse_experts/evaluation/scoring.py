@@ -55,13 +55,13 @@ def rank_options(
   model: Language,
   params,
   batch: Mapping[str, Array],
-  options_BxOxT: Array,
+  options_BxWxT: Array,
   *,
   per_token: bool = False,
 ) -> Array:
-  """`log_likelihood` of each option of each row, float32 [B, O].
+  """`log_likelihood` of each option of each row, float32 [B, W].
 
-  The choice is its argmax over O; `choose` takes it of a row's own options.
+  The choice is its argmax over W; `choose` takes it of a row's own options.
   Rows with fewer are filled up with options of padding, which score -inf.
   """
 
@@ -70,16 +70,16 @@ def rank_options(
       model, params, batch, options_BxT, per_token=per_token
     )
 
-  return jax.lax.map(score, options_BxOxT.swapaxes(0, 1)).swapaxes(0, 1)
+  return jax.lax.map(score, options_BxWxT.swapaxes(0, 1)).swapaxes(0, 1)
 
 
 def choose(
-  log_likelihood_O: Sequence[float], question: str
+  log_likelihood_W: Sequence[float], question: str
 ) -> tuple[int, bool]:
   """The most probable option, the first of equal ones, and whether it is tied.
 
   Args:
-    log_likelihood_O: of the options of a question.
+    log_likelihood_W: of the options of a question.
     question: its name, for errors.
 
   Raises:
@@ -88,17 +88,17 @@ def choose(
   >>> choose([-2.0, -1.5], 'Q'), choose([-2.0, -1.5, -1.5], 'Q')
   ((1, False), (1, True))
   """
-  scores_O = np.asarray(log_likelihood_O, np.float64)
-  if not scores_O.size:
+  scores_W = np.asarray(log_likelihood_W, np.float64)
+  if not scores_W.size:
     raise ValueError(f'{question} has no option to choose; leave it out.')
-  if not np.isfinite(scores_O).all():
-    o = int(np.isfinite(scores_O).argmin())
+  if not np.isfinite(scores_W).all():
+    o = int(np.isfinite(scores_W).argmin())
     raise ValueError(
-      f'option {o} of {question} has log-likelihood {scores_O[o]}, and only '
+      f'option {o} of {question} has log-likelihood {scores_W[o]}, and only '
       'finite ones can be ranked: an option needs a token, and the checkpoint '
       'parameters that give finite logits.'
     )
-  return int(scores_O.argmax()), bool((scores_O == scores_O.max()).sum() > 1)
+  return int(scores_W.argmax()), bool((scores_W == scores_W.max()).sum() > 1)
 
 
 class OptionScores:

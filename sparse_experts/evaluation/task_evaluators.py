@@ -139,10 +139,10 @@ class _Written:
     def predict(examples):
       indices, features = zip(*examples.as_numpy_iterator())
       tokens, _ = self._answers(features, list(indices))
-      tokens_NxT = tokens if tokens.ndim == 2 else tokens[:, 0]  # Of beams.
-      is_token_NxT = self._special_tokens.is_token(tokens_NxT)
-      tokens_NxT = np.where(is_token_NxT, tokens_NxT, 0)  # seqio's padding.
-      return list(zip(indices, tokens_NxT.tolist()))
+      tokens_BxT = tokens if tokens.ndim == 2 else tokens[:, 0]  # Of beams.
+      is_token_BxT = self._special_tokens.is_token(tokens_BxT)
+      tokens_BxT = np.where(is_token_BxT, tokens_BxT, 0)  # seqio's padding.
+      return list(zip(indices, tokens_BxT.tolist()))
 
     results, *_ = self._evaluator.evaluate(
       compute_metrics=True, step=None, predict_fn=predict, score_fn=None
@@ -229,8 +229,8 @@ def judged_options(task, examples, log_likelihoods):
   labels = [example.get('label', -1) for example in examples]
   if min(labels) < 0:  # Several options are right, or nobody knows.
     return metrics, ranking, None
-  p_NxO = calibration.probabilities(log_likelihoods)
-  return metrics, ranking, calibration.summary(p_NxO, np.array(labels))
+  p_BxW = calibration.probabilities(log_likelihoods)
+  return metrics, ranking, calibration.summary(p_BxW, np.array(labels))
 
 
 def _judged(dataset: Dataset):

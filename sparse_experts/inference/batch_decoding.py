@@ -47,9 +47,9 @@ class Answers:
   def __call__(
     self, examples: Sequence[Mapping[str, np.ndarray]], indices: Sequence[int]
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [N, T] and log-probabilities [N] of N examples.
+    """Tokens [B, T] and log-probabilities [B] of B examples.
 
-    Of a beam search, tokens [N, beams, T] and scores [N, beams].
+    Of a beam search, tokens [B, W, T] and scores [B, W].
     """
     tokens, scores = [], []
     for start in range(0, len(examples), self._batch_size):

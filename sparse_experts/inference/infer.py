@@ -221,7 +221,7 @@ class _Statistics:
     self._log_probs = jit(log_probs) if score else None
 
   def __call__(
-    self, examples: Sequence[prompts.Example], answers_NxT: np.ndarray
+    self, examples: Sequence[prompts.Example], answers_BxT: np.ndarray
   ) -> list[dict[str, Any]]:
     """A dictionary for each of at most a batch of examples."""
     found = [{} for _ in examples]
@@ -238,7 +238,7 @@ class _Statistics:
         known = len(example.targets) > 0
         more['target_log_prob'] = float(log_prob) if known else None
     if self._counts is not None:
-      counts = self._run(self._counts, examples, answers_NxT)
+      counts = self._run(self._counts, examples, answers_BxT)
       for i, more in enumerate(found):
         more['routing'] = {
           layer: counts_BxE[i].astype(int).tolist()

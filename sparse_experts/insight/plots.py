@@ -87,22 +87,22 @@ def load_over_time(steps: np.ndarray, load_TxE: np.ndarray) -> Figure:
 def fates(records: Records) -> Figure:
   """What became of the choices of each layer, padding left out."""
   shown = [name for name in FATES if name not in ('padding', 'no choice')]
-  counts_NxR = np.array(
+  counts_NxI = np.array(
     [
       np.bincount(layer.fate_BxLxK.ravel(), minlength=len(FATES))[: len(shown)]
       for layer in records.layers.values()
     ]
   )
-  share_NxR = counts_NxR / np.maximum(counts_NxR.sum(1, keepdims=True), 1)
+  share_NxI = counts_NxI / np.maximum(counts_NxI.sum(1, keepdims=True), 1)
   figure, axes = _axes(height=0.9 + 0.3 * len(records.layers))
-  left_N = np.zeros(len(share_NxR))
+  left_N = np.zeros(len(share_NxI))
   for r, name in enumerate(shown):
-    if r == 0 or share_NxR[:, r].any():
+    if r == 0 or share_NxI[:, r].any():
       axes.barh(
-        list(records.layers), share_NxR[:, r], left=left_N, label=name,
+        list(records.layers), share_NxI[:, r], left=left_N, label=name,
         color=COLOURS[r], hatch=_HATCHES[r], edgecolor='white', linewidth=0,
       )  # fmt: skip
-      left_N += share_NxR[:, r]
+      left_N += share_NxI[:, r]
   axes.invert_yaxis()
   axes.set(xlabel='share of choices', xlim=(0, 1))
   _legend(axes, ncols=4, loc='lower left', bbox_to_anchor=(0, 1))
@@ -223,10 +223,9 @@ def _styles():
 def _heat_map(
   table: Table, *, label: str, xlabel: str, ylabel: str = '', low=None
 ) -> Figure:
-  R, C = table.values_RxC.shape
-  figure, axes = _axes(height=min(1.0 + 0.22 * R, 6.5))
+  figure, axes = _axes(height=min(1.0 + 0.22 * len(table.rows), 6.5))
   image = axes.imshow(
-    table.values_RxC, aspect='auto', cmap='cividis', interpolation='nearest',
+    table.values, aspect='auto', cmap='cividis', interpolation='nearest',
     vmin=low,
   )  # fmt: skip
   _few_ticks(axes.xaxis, table.columns, most=16)

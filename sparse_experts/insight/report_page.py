@@ -196,7 +196,7 @@ def _overview(found: Records) -> str:
         for column, value in zip(table.columns, values)
       ),
     )
-    for name, values in zip(table.rows, table.values_RxC)
+    for name, values in zip(table.rows, table.values)
   ]
   header = [column.replace('_', ' ') for column in ('', *table.columns)]
   return html.table(header, rows)

@@ -19,11 +19,11 @@ HOT = 2.0  # Times the mean load.
 
 
 class Table(NamedTuple):
-  """Numbers with names: values_RxC of rows and columns."""
+  """Numbers with names: values, [rows, columns]."""
 
   rows: tuple[str, ...]
   columns: tuple[str, ...]
-  values_RxC: np.ndarray
+  values: np.ndarray
 
 
 def recount(record: Record) -> dict[str, np.ndarray]:
@@ -106,10 +106,10 @@ def coactivation(record: Record) -> Table:
   NaN on the diagonal and for experts that nobody chose. OLMoE, section 5.2:
   N_ij / N_i.
   """
-  chosen_TxE = chosen(record).reshape(-1, record.num_experts)
-  both_ExE = chosen_TxE.T @ chosen_TxE
+  chosen_BLxE = chosen(record).reshape(-1, record.num_experts)
+  both_ExE = chosen_BLxE.T @ chosen_BLxE
   np.fill_diagonal(both_ExE, np.nan)
-  count_Ex1 = chosen_TxE.sum(0)[:, None]
+  count_Ex1 = chosen_BLxE.sum(0)[:, None]
   share_ExE = both_ExE / np.where(count_Ex1, count_Ex1, np.nan)
   return Table(experts(record), experts(record), share_ExE)
 
@@ -146,7 +146,7 @@ def paths(records: Records, stack: str, most: int = 20) -> list[Path]:
   Raises:
     ValueError: the stack has no sparse layer.
   """
-  first_NxT = [
+  first_NxBL = [
     first_choice(layer).ravel()
     for name, layer in records.layers.items()
     if _in_stack(name, stack)
@@ -161,14 +161,14 @@ def paths(records: Records, stack: str, most: int = 20) -> list[Path]:
       f'{stack!r} has no sparse layer; the records have '
       f'{", ".join(records.layers)}.'
     )
-  whole_T = np.all([first < E for first, E in zip(first_NxT, sizes)], axis=0)
-  first_TxN = np.stack(first_NxT, -1)[whole_T]
-  total = max(len(first_TxN), 1)
+  whole_BL = np.all([first < E for first, E in zip(first_NxBL, sizes)], axis=0)
+  first_IxN = np.stack(first_NxBL, -1)[whole_BL]
+  total = max(len(first_IxN), 1)
   load_NxE = [
-    np.bincount(first_T, minlength=E) / total
-    for first_T, E in zip(first_TxN.T, sizes)
+    np.bincount(first_I, minlength=E) / total
+    for first_I, E in zip(first_IxN.T, sizes)
   ]
-  counted = collections.Counter(map(tuple, first_TxN.tolist()))
+  counted = collections.Counter(map(tuple, first_IxN.tolist()))
   return [
     Path(
       path,

@@ -92,7 +92,7 @@ def vocabulary_specialisation(
   The mean over tokens of the vocabulary that occur at least so often of the
   share that goes to the most frequent expert of each.
   """
-  values_VxE = by_token(records, layer, least).values_RxC
+  values_VxE = by_token(records, layer, least).values
   return float(values_VxE.max(1).mean()) if len(values_VxE) else 0.0
 
 
@@ -101,10 +101,10 @@ def row_entropy(table: Table) -> dict[str, float]:
 
   log(E) is routing that does not care, 0 is one expert.
   """
-  total_Rx1 = table.values_RxC.sum(1, keepdims=True)
-  share_RxC = table.values_RxC / np.where(total_Rx1, total_Rx1, 1)
-  terms_RxC = share_RxC * np.log(np.where(share_RxC > 0, share_RxC, 1))
-  return dict(zip(table.rows, (-terms_RxC.sum(1)).tolist()))
+  total = table.values.sum(1, keepdims=True)
+  share = table.values / np.where(total, total, 1)
+  terms = share * np.log(np.where(share > 0, share, 1))
+  return dict(zip(table.rows, (-terms.sum(1)).tolist()))
 
 
 class Expert(NamedTuple):
@@ -173,10 +173,10 @@ def _count_labels(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Tokens of each label that chose each expert [R, E], and all of it [R]."""
   counts_BxL = ~is_padding(record) & (label_BxL >= 0) & (label_BxL < num_labels)
-  label_T = label_BxL[counts_BxL]
+  label_I = label_BxL[counts_BxL]
   counts_RxE = np.zeros((num_labels, record.num_experts))
-  np.add.at(counts_RxE, label_T, chosen(record)[counts_BxL])
-  return counts_RxE, np.bincount(label_T, minlength=num_labels)
+  np.add.at(counts_RxE, label_I, chosen(record)[counts_BxL])
+  return counts_RxE, np.bincount(label_I, minlength=num_labels)
 
 
 def _divergence(counts_RxE: np.ndarray) -> np.ndarray:

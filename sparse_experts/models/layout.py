@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+PERIOD = 'period'  # The child of a scanned stack that is scanned over.
+
 
 def kinds(
   num_layers: int, sparse_layers: int | Sequence[int] | Mapping[int, int]
@@ -110,3 +112,31 @@ def unroll(stack: Mapping[str, Any], kinds: Sequence[Any]) -> dict[str, Any]:
         lambda leaf, r=r: leaf[r], scanned[f'layers_{j}']
       )
   return plain
+
+
+def plain_paths(params: Mapping[str, Any], path: Sequence[str]) -> list[str]:
+  """Where a parameter lies without scan: if scanned, one path a repeat.
+
+  Args:
+    params: of the model, scanned or not, boxed or not.
+    path: of one of them.
+
+  Example:
+    >>> params = {'layers_0': {}, 'period': {'layers_0': {'w': jnp.ones(2)}}}
+    >>> plain_paths(params, ('period', 'layers_0', 'w'))
+    ['layers_1/w', 'layers_2/w']
+  """
+  if PERIOD not in path:
+    return ['/'.join(path)]
+  at = path.index(PERIOD)
+  stack = params
+  for key in path[:at]:
+    stack = stack[key]
+  prefix = next(i for i in range(len(stack) + 1) if f'layers_{i}' not in stack)
+  period = stack[PERIOD]
+  repeats = jax.tree.leaves(period)[0].shape[0]
+  first = prefix + int(path[at + 1].removeprefix('layers_'))
+  return [
+    '/'.join((*path[:at], f'layers_{first + r * len(period)}', *path[at + 2 :]))
+    for r in range(repeats)
+  ]

@@ -108,41 +108,44 @@ class Block(nn.Module):
     self, x_BxLxD: Array, context: Context
   ) -> tuple[Array, dict[str, Aux]]:
     """The output, and the Aux of each sparse layer: 'layers' in FFN's place."""
-    deterministic = context.deterministic
-    auxes = {}
-    sparse_attention = self.sparse and self.make_sparse_attention is not None
-    if self.sparse and not sparse_attention and self.make_moe is None:
+    routing = self._routing(context)
+    x_BxLxD, auxes = self._attend(x_BxLxD, context, routing)
+    if self.make_cross_attention is not None:
+      x_BxLxD = self._attend_memory(x_BxLxD, context)
+    x_BxLxD, of_ffn = self._feed_forward(x_BxLxD, routing)
+    return x_BxLxD, auxes | of_ffn
+
+  def _routing(self, context: Context) -> dict[str, Any]:
+    """What layers with experts are given beside their input."""
+    if self.sparse and self.make_sparse_attention is self.make_moe is None:
       raise ValueError(
         'a sparse block needs make_moe or make_sparse_attention; give one, or '
         'set sparse_layers=0.'
       )
-    routing = {
+    return {
       'mask_BxL': context.mask_BxL,
       'token_ids_BxL': context.token_ids_BxL,
       'task_ids_BxL': context.task_ids_BxL,
       'step': context.step,
       'capacity_factor': context.capacity_factor,
-      'deterministic': deterministic,
+      'deterministic': context.deterministic,
       'require_causal': self.causal and not self.allow_non_causal_routing,
       'record': context.record,
     }
 
-    def residual(y_BxLxD):
-      y_BxLxD = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
-        y_BxLxD, deterministic=deterministic
-      )
-      return constrain(x_BxLxD + y_BxLxD, 'batch', 'length', 'act_embed')
-
+  def _attend(
+    self, x_BxLxD: Array, context: Context, routing: dict[str, Any]
+  ) -> tuple[Array, dict[str, Aux]]:
+    """Self-attention, and the Aux of the experts in it."""
     bias_1xHxLxM = context.bias_1xHxLxM
     if self.make_bias is not None:
       bias_1xHxLxM = self.make_bias(
         bidirectional=not self.causal, name='relative_bias'
       )(context.queries_BxL, context.keys_BxM)
     h_BxLxD = self.make_norm(name='attention_norm')(x_BxLxD)
-    make_attention = self.make_attention
-    if sparse_attention:
-      make_attention = self.make_sparse_attention
-    h_BxLxD = make_attention(name='attention')(
+    is_sparse = self.sparse and self.make_sparse_attention is not None
+    make = self.make_sparse_attention if is_sparse else self.make_attention
+    h_BxLxD = make(name='attention')(
       h_BxLxD,
       h_BxLxD,
       mask_BxLxM=context.attend_BxLxM,
@@ -152,42 +155,54 @@ class Block(nn.Module):
       positions_B=context.positions_B,
       queries_BxL=context.queries_BxL,
       keys_BxM=context.keys_BxM,
-      deterministic=deterministic,
-      **({'routing': routing} if sparse_attention else {}),
+      deterministic=context.deterministic,
+      **({'routing': routing} if is_sparse else {}),
     )
-    if sparse_attention:
-      h_BxLxD, auxes = h_BxLxD
-    x_BxLxD = residual(h_BxLxD)
-    if self.make_cross_attention is not None:
-      memory_BxMxD = context.memory_BxMxD  # None once it is in the cache.
-      h_BxLxD = self.make_norm(name='cross_attention_norm')(x_BxLxD)
-      x_BxLxD = residual(
-        self.make_cross_attention(name='cross_attention')(
-          h_BxLxD,
-          memory_BxMxD,
-          mask_BxLxM=context.attend_memory_BxLxM,
-          cache={'step': 'read'}.get(context.cache, context.cache),
-          cache_length=0 if memory_BxMxD is None else memory_BxMxD.shape[1],
-          deterministic=deterministic,
-        )
-      )
+    h_BxLxD, auxes = h_BxLxD if is_sparse else (h_BxLxD, {})
+    return self._add(x_BxLxD, h_BxLxD, context.deterministic), auxes
+
+  def _attend_memory(self, x_BxLxD: Array, context: Context) -> Array:
+    """Cross-attention."""
+    memory_BxMxD = context.memory_BxMxD  # None once it is in the cache.
+    h_BxLxD = self.make_norm(name='cross_attention_norm')(x_BxLxD)
+    h_BxLxD = self.make_cross_attention(name='cross_attention')(
+      h_BxLxD,
+      memory_BxMxD,
+      mask_BxLxM=context.attend_memory_BxLxM,
+      cache={'step': 'read'}.get(context.cache, context.cache),
+      cache_length=0 if memory_BxMxD is None else memory_BxMxD.shape[1],
+      deterministic=context.deterministic,
+    )
+    return self._add(x_BxLxD, h_BxLxD, context.deterministic)
+
+  def _feed_forward(
+    self, x_BxLxD: Array, routing: dict[str, Any]
+  ) -> tuple[Array, dict[str, Aux]]:
+    """The FFN, or the experts in its place with their Aux."""
+    deterministic = routing['deterministic']
     h_BxLxD = self.make_norm(name='mlp_norm')(x_BxLxD)
     if not self.sparse or self.make_moe is None:
       h_BxLxD = self.make_mlp(name='mlp')(h_BxLxD, deterministic=deterministic)
-      return residual(h_BxLxD), auxes
+      return self._add(x_BxLxD, h_BxLxD, deterministic), {}
     make_moe = self.make_moe
     if not isinstance(self.sparse, bool):
       make_moe = functools.partial(make_moe, num_experts=self.sparse)
-    h_BxLxD, auxes['layers'] = make_moe(name='moe')(h_BxLxD, **routing)
-    x_BxLxD = residual(h_BxLxD)
+    h_BxLxD, aux = make_moe(name='moe')(h_BxLxD, **routing)
+    x_BxLxD = self._add(x_BxLxD, h_BxLxD, deterministic)
     if self.make_extra_mlp is not None:
       h_BxLxD = self.make_norm(name='extra_mlp_norm')(x_BxLxD)
-      x_BxLxD = residual(
-        self.make_extra_mlp(name='extra_mlp')(
-          h_BxLxD, deterministic=deterministic
-        )
+      h_BxLxD = self.make_extra_mlp(name='extra_mlp')(
+        h_BxLxD, deterministic=deterministic
       )
-    return x_BxLxD, auxes
+      x_BxLxD = self._add(x_BxLxD, h_BxLxD, deterministic)
+    return x_BxLxD, {'layers': aux}
+
+  def _add(self, x_BxLxD: Array, y_BxLxD: Array, deterministic: bool) -> Array:
+    """The residual connection, with dropout on what is added."""
+    y_BxLxD = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+      y_BxLxD, deterministic=deterministic
+    )
+    return constrain(x_BxLxD + y_BxLxD, 'batch', 'length', 'act_embed')
 
 
 class Stack(nn.Module):

@@ -167,8 +167,8 @@ def is_causal(priority: str, k: int) -> bool:
   return priority == 'token' or (priority == 'choice' and k == 1)
 
 
-def _count_before(expert_GxT: Array, num_experts: int) -> Array:
-  """How many entries before this one name the same expert, int32 [G, T]."""
-  onehot_GxTxE = jax.nn.one_hot(expert_GxT, num_experts, dtype=jnp.int32)
-  before_GxTxE = jnp.cumsum(onehot_GxTxE, axis=1) - onehot_GxTxE
-  return (before_GxTxE * onehot_GxTxE).sum(-1)
+def _count_before(expert_GxI: Array, num_experts: int) -> Array:
+  """How many entries before this one name the same expert, int32 [G, I]."""
+  onehot_GxIxE = jax.nn.one_hot(expert_GxI, num_experts, dtype=jnp.int32)
+  before_GxIxE = jnp.cumsum(onehot_GxIxE, axis=1) - onehot_GxIxE
+  return (before_GxIxE * onehot_GxIxE).sum(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax
@@ -17,7 +17,7 @@ def update_biases(
   params: Mapping[str, Any],
   layer_sums: Mapping[str, Mapping[str, Array]],
   rate: float,
-  trained: Collection[str] | None = None,
+  trained: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Raises the bias of experts chosen too rarely and lowers that of others.
 
@@ -32,8 +32,8 @@ def update_biases(
     layer_sums: name of the layer ('decoder/layers_3') -> its metrics, of which
       `chosen_E` is the load.
     rate: u, how far a bias moves in one step; 1e-3 in both papers.
-    trained: paths 'decoder/layers_1/...' of the parameters that are trained;
-      other biases stay. None: all are.
+    trained: a tree like `params` of bool arrays that broadcast to them; where
+      one is false, a bias stays. None: all move.
 
   Raises:
     ValueError: no router has a bias.
@@ -55,12 +55,12 @@ def update_biases(
       f'bias_rate={rate} moves the biases of routers, but none has one: set '
       'DeepSeek.balance_bias=True, or bias_rate=0.'
     )
+  masks = flax.traverse_util.flatten_dict(trained or {})
   for path in biases:
-    if trained is not None and '/'.join(path) not in trained:
-      continue
     load = _load(params, path, len(flat[path]), layer_sums)
     direction = jnp.sign(load.mean(-1, keepdims=True) - load)
-    flat[path] += rate * direction
+    moved = flat[path] + rate * direction
+    flat[path] = jnp.where(masks.get(path, True), moved, flat[path])
   return flax.traverse_util.unflatten_dict(flat)
 
 

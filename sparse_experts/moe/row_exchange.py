@@ -36,7 +36,7 @@ class Runs:
 
 
 @flax.struct.dataclass
-class Plan:
+class Traffic:
   """What one device sends and receives.
 
   Attributes:
@@ -57,10 +57,10 @@ class Plan:
   ragged: bool = flax.struct.field(pytree_node=False)
 
 
-def plan(
+def traffic(
   sizes_E: Array, *, peer_rows: int, receive_rows: int, ragged: bool
-) -> Plan:
-  """A plan under which no buffer overflows, the same seen from all devices.
+) -> Traffic:
+  """Traffic under which no buffer overflows, the same seen from all devices.
 
   Args:
     sizes_E: int32, this device's rows for each expert of all devices.
@@ -68,48 +68,48 @@ def plan(
       are dropped, by the sender.
     receive_rows: R, how many rows a device can receive. Senders are served in
       order of their index; the rest is dropped, by the receiver.
-    ragged: see `Plan`.
+    ragged: see `Traffic`.
   """
   P, me = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
-  # L experts of each device; axes are sender, receiver.
-  sizes_PxPxL = jax.lax.all_gather(sizes_E.reshape(P, -1), AXIS)
-  L = sizes_PxPxL.shape[-1]
-  count_PxP = sizes_PxPxL.sum(-1)
+  # X experts of each device; axes are sender, receiver.
+  sizes_PxPxX = jax.lax.all_gather(sizes_E.reshape(P, -1), AXIS)
+  X = sizes_PxPxX.shape[-1]
+  count_PxP = sizes_PxPxX.sum(-1)
   offered_PxP = jnp.minimum(count_PxP, peer_rows)
   room_PxP = receive_rows - _before(offered_PxP, 0)
   sent_PxP = jnp.clip(room_PxP, 0, offered_PxP)
   start_PxP, landing_PxP = _before(count_PxP, 1), _before(sent_PxP, 0)
 
-  sent_PxPxL = jnp.clip(
-    sent_PxP[..., None] - _before(sizes_PxPxL, 2), 0, sizes_PxPxL
+  sent_PxPxX = jnp.clip(
+    sent_PxP[..., None] - _before(sizes_PxPxX, 2), 0, sizes_PxPxX
   )
-  ends_PL = jnp.cumsum(sent_PxPxL[:, me].reshape(-1))
-  run_R = (jnp.arange(receive_rows)[:, None] >= ends_PL[None]).sum(-1)
-  return Plan(
+  ends_PX = jnp.cumsum(sent_PxPxX[:, me].reshape(-1))
+  run_R = (jnp.arange(receive_rows)[:, None] >= ends_PX[None]).sum(-1)
+  return Traffic(
     out=Runs(start_PxP[me], sent_PxP[me], landing_PxP[me]),
     into=Runs(landing_PxP[:, me], sent_PxP[:, me], start_PxP[:, me]),
     offered_P=offered_PxP[me],
-    expert_R=jnp.where(run_R < P * L, run_R % L, L),
+    expert_R=jnp.where(run_R < P * X, run_R % X, X),
     peer_rows=peer_rows,
     ragged=ragged,
   )
 
 
-def send(x_IxD: Array, plan: Plan) -> Array:
+def send(x_IxD: Array, traffic: Traffic) -> Array:
   """This device's rows to the devices of their experts; those received."""
   return _move(
-    (x_IxD.shape[0], plan.expert_R.size, plan.peer_rows, plan.ragged),
+    (x_IxD.shape[0], traffic.expert_R.size, traffic.peer_rows, traffic.ragged),
     x_IxD,
-    (plan.out, plan.into),
+    (traffic.out, traffic.into),
   )
 
 
-def send_back(x_IxD: Array, plan: Plan, num_rows: int) -> Array:
+def send_back(x_IxD: Array, traffic: Traffic, num_rows: int) -> Array:
   """Received rows to where they came from; zeros for those never sent."""
   return _move(
-    (x_IxD.shape[0], num_rows, plan.peer_rows, plan.ragged),
+    (x_IxD.shape[0], num_rows, traffic.peer_rows, traffic.ragged),
     x_IxD,
-    (plan.into, plan.out),
+    (traffic.into, traffic.out),
   )
 
 
@@ -161,12 +161,12 @@ def _ragged(x_IxD, runs, num_rows):
 def _fixed(x_IxD, runs, num_rows, peer_rows):
   """By an all-to-all of buffers of the size of the largest run."""
   out, into = runs
-  I, place_1xM = x_IxD.shape[0], jnp.arange(peer_rows)[None]
-  row_PxM = jnp.where(
-    place_1xM < out.size_P[:, None], out.start_P[:, None] + place_1xM, I
+  I, place_1xR = x_IxD.shape[0], jnp.arange(peer_rows)[None]
+  row_PxR = jnp.where(
+    place_1xR < out.size_P[:, None], out.start_P[:, None] + place_1xR, I
   )
-  x_PxMxD = _take(x_IxD, row_PxM)
-  x_PxMxD = jax.lax.all_to_all(x_PxMxD, AXIS, 0, 0)
+  x_PxRxD = _take(x_IxD, row_PxR)
+  x_PxRxD = jax.lax.all_to_all(x_PxRxD, AXIS, 0, 0)
 
   row_O = jnp.arange(num_rows)
   run_O = (row_O[:, None] >= (into.start_P + into.size_P)[None]).sum(-1)
@@ -174,7 +174,7 @@ def _fixed(x_IxD, runs, num_rows, peer_rows):
   received_O = (run_O < len(into.size_P)) & (place_O >= 0)
   index_O = run_O * peer_rows + place_O
   return _take(
-    x_PxMxD.reshape(-1, x_PxMxD.shape[-1]),
+    x_PxRxD.reshape(-1, x_PxRxD.shape[-1]),
     jnp.where(received_O, index_O, len(into.size_P) * peer_rows),
   )
 

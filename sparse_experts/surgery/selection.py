@@ -15,8 +15,7 @@ from sparse_experts.convert.tensor_map import Piece, Place
 from sparse_experts.convert.tensors import Tensor
 from sparse_experts.models.language import Language
 from sparse_experts.moe.router import Router
-
-AXES = ('expert', 'router')  # Logical names of an axis that is over experts.
+from sparse_experts.sharding import EXPERT_AXES
 
 
 def select(
@@ -108,7 +107,7 @@ def _axes(model: Language, path) -> dict[str, int]:
     name: axis
     for name, (_, names) in parameters.items()
     for axis, axis_name in enumerate(names)
-    if axis_name in AXES
+    if axis_name in EXPERT_AXES
   }
   if not axes:
     raise ValueError(

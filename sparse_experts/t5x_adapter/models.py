@@ -191,12 +191,12 @@ class SparseModel(t5x_models.BaseTransformerModel):
       batch: features, not packed.
       rng: a key, for sampling.
       decoder_params: for `decode_fn`.
-      return_all_decodes: return the N answers, the best last, or it alone.
-      num_decodes: N; None: the width of the beam, or 1.
+      return_all_decodes: return the W answers, the best last, or it alone.
+      num_decodes: W; None: the width of the beam, or 1.
       flax_mutables: T5X's.
 
     Returns:
-      int32 [B, T] or [B, N, T] and 'scores' [B] or [B, N]. After an end they
+      int32 [B, T] or [B, W, T] and 'scores' [B] or [B, W]. After an end they
       are padded; by the vocabulary's EOS where the model's padding is not the
       vocabulary's, since T5X makes text of all before the first EOS.
     """
@@ -207,7 +207,7 @@ class SparseModel(t5x_models.BaseTransformerModel):
       )
     params = variables.join(params, flax_mutables)
     if self.decode_fn is None:
-      tokens_BxNxT, score_BxN = predict.by_strategy(
+      tokens_BxWxT, score_BxW = predict.by_strategy(
         self.model,
         params,
         batch,
@@ -217,7 +217,7 @@ class SparseModel(t5x_models.BaseTransformerModel):
         max_tokens=self._max_tokens,
       )
     else:
-      tokens_BxNxT, score_BxN = predict.by_t5x(
+      tokens_BxWxT, score_BxW = predict.by_t5x(
         self.model,
         params,
         batch,
@@ -227,12 +227,12 @@ class SparseModel(t5x_models.BaseTransformerModel):
       )
     pad, vocabulary = self.model.special_tokens.pad, self.output_vocabulary
     if vocabulary.eos_id is not None and pad != vocabulary.pad_id:
-      tokens_BxNxT = jnp.where(
-        tokens_BxNxT == pad, vocabulary.eos_id, tokens_BxNxT
+      tokens_BxWxT = jnp.where(
+        tokens_BxWxT == pad, vocabulary.eos_id, tokens_BxWxT
       )
     if return_all_decodes:
-      return tokens_BxNxT, {'scores': score_BxN}
-    return tokens_BxNxT[:, -1], {'scores': score_BxN[:, -1]}
+      return tokens_BxWxT, {'scores': score_BxW}
+    return tokens_BxWxT[:, -1], {'scores': score_BxW[:, -1]}
 
   def _metrics(self, loss, sums, batch: Batch, train: bool) -> dict[str, Any]:
     """Under T5X's names where they are T5X's, and of every layer."""

@@ -1,4 +1,4 @@
-"""Answers as T5X wants them: N of each row, the best last."""
+"""Answers as T5X wants them: W of each row, the best last."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def by_strategy(
   Args:
     model, params, batch, strategy: as there.
     rng: a key, for sampling; None: that of seed 0, as in T5X.
-    num_decodes: N, the width of a beam; None: the strategy's own.
+    num_decodes: W, the width of a beam; None: the strategy's own.
     max_tokens: T; None: as many as decoder features have.
 
   Returns:
-    Tokens [B, N, T] and their scores [B, N].
+    Tokens [B, W, T] and their scores [B, W].
   """
   (B, L), samples = batch['decoder_input_tokens'].shape, num_decodes or 1
   if isinstance(strategy, BeamSearch):
@@ -55,12 +55,12 @@ def by_strategy(
     max_tokens=max_tokens or L,
     strategy=strategy,
   )
-  score_BxN = scores.reshape(B, -1)
-  tokens_BxNxT = tokens.reshape(*score_BxN.shape, -1)
-  order_BxN = jnp.argsort(score_BxN, axis=1)
+  score_BxW = scores.reshape(B, -1)
+  tokens_BxWxT = tokens.reshape(*score_BxW.shape, -1)
+  order_BxW = jnp.argsort(score_BxW, axis=1)
   return (
-    jnp.take_along_axis(tokens_BxNxT, order_BxN[..., None], axis=1),
-    jnp.take_along_axis(score_BxN, order_BxN, axis=1),
+    jnp.take_along_axis(tokens_BxWxT, order_BxW[..., None], axis=1),
+    jnp.take_along_axis(score_BxW, order_BxW, axis=1),
   )
 
 
@@ -81,7 +81,7 @@ def by_t5x(
   features together.
 
   Returns:
-    Tokens [B, N, L] and their scores [B, N].
+    Tokens [B, W, L] and their scores [B, W].
 
   Raises:
     ValueError: the model's special tokens are none that T5X's functions know.
@@ -111,22 +111,22 @@ def by_t5x(
   )
 
   def tokens_to_logits(state):
-    cache, token_BN = variables.batch_major(state.cache), state.cur_token[:, 0]
+    cache, token_BW = variables.batch_major(state.cache), state.cur_token[:, 0]
     # 0 is what T5X goes on with after an end, and at first the start token.
-    ended_BN = (token_BN == 0) & (cache['position'] > 0)
-    logits_BNxV, written = model.module.apply(
+    ended_BW = (token_BW == 0) & (cache['position'] > 0)
+    logits_BWxV, written = model.module.apply(
       {'params': params, 'cache': cache},
-      jnp.where(ended_BN, NO_TOKEN, token_BN),
+      jnp.where(ended_BW, NO_TOKEN, token_BW),
       method='step',
       mutable=['cache'],
     )
-    allowed_V = special_tokens.may_be_written(jnp.arange(logits_BNxV.shape[1]))
-    logits_BNxV = jnp.where(allowed_V, logits_BNxV, decoding.NEG_INF_VALUE)
-    return logits_BNxV, variables.batch_major(written['cache'])
+    allowed_V = special_tokens.may_be_written(jnp.arange(logits_BWxV.shape[1]))
+    logits_BWxV = jnp.where(allowed_V, logits_BWxV, decoding.NEG_INF_VALUE)
+    return logits_BWxV, variables.batch_major(written['cache'])
 
   # T5X begins by giving the last token of the prompt once more.
   cache = {**started['cache'], 'position': started['cache']['position'] - 1}
-  tokens_BxNxL, score_BxN = decode_fn(
+  tokens_BxWxL, score_BxW = decode_fn(
     inputs=prompt_BxL,
     cache=variables.batch_major(cache),
     tokens_to_logits=tokens_to_logits,
@@ -135,5 +135,5 @@ def by_t5x(
   )
   if length_B is not None:
     remove = jax.vmap(t5x_models.remove_prefix, (1, None), 1)
-    tokens_BxNxL = remove(tokens_BxNxL, length_B)
-  return tokens_BxNxL, score_BxN
+    tokens_BxWxL = remove(tokens_BxWxL, length_B)
+  return tokens_BxWxL, score_BxW

@@ -18,6 +18,7 @@ from sparse_experts.models.auxiliary import Totals
 from sparse_experts.models.objective import Batch, Objective, Sums
 from sparse_experts.moe.bias import update_biases
 from sparse_experts.sharding import constrain
+from sparse_experts.training import subsets
 from sparse_experts.training.state import TrainState
 
 
@@ -34,8 +35,8 @@ def train_step(
   """Gradients of a batch, and the optimizer's update unless not finite.
 
   The rng of step n is a function of seed and n alone. Biases of routers move by
-  `model.bias_rate` after the optimizer, which leaves them alone; those of a
-  `subsets.Subset` that are not trained stay.
+  `model.bias_rate` after the optimizer, which leaves them alone. What
+  `subsets.only` does not train stays, and has no part in the gradient's norm.
 
   Args:
     state: before the step.
@@ -61,16 +62,12 @@ def train_step(
     data_shards=data_shards,
   )
   balance = sums.pop('balance')
-  norm = optax.tree.norm(grads)
+  masks = subsets.masks(optimizer, state.params)
+  norm = optax.tree.norm(subsets.keep(masks, grads))
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   if model.bias_rate:
-    params = update_biases(
-      params,
-      sums['layers'],
-      model.bias_rate,
-      trained=getattr(optimizer, 'trained', None),
-    )
+    params = update_biases(params, sums['layers'], model.bias_rate, masks)
   finite = (
     jnp.isfinite(sums['objective'])
     & jnp.isfinite(norm)

@@ -48,7 +48,7 @@ def renamed(model, params, pad, start, names_V):
   return dataclasses.replace(model, module=module), params
 
 
-def all_of_it(model, params, batch, questions, options_BxOxT):
+def all_of_it(model, params, batch, questions, options_BxWxT):
   """What a model makes of tokens: numbers, and tokens in the last two."""
   state = step.TrainState(jnp.int32(0), params, (), jnp.int32(0))
   loss, sums = model.loss(params, batch, train=False)
@@ -62,7 +62,7 @@ def all_of_it(model, params, batch, questions, options_BxOxT):
     'loss': loss,
     'chosen': [s['chosen_E'] for s in sums['layers'].values()],
     'score': model.score(params, batch),
-    'ranked': scoring.rank_options(model, params, questions, options_BxOxT),
+    'ranked': scoring.rank_options(model, params, questions, options_BxWxT),
     'log_probs': log_probs,
     'scores': scores,
     'objective': gradients_sums['objective'],
@@ -87,9 +87,9 @@ def test_the_same_by_other_names(encoder, others):
     rows = [[5, 9, 30], [7], [40, 2, 2, 9, 9], [50]]
     rows = [prompts.features('decoder', np.array(r), 5) for r in rows]
     questions = jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
-  options_BxOxT = np.zeros((4, 2, 3), np.int32)
-  options_BxOxT[:, 0] = [40, 3, 1]
-  options_BxOxT[1:, 1] = [50, 1, 0]
+  options_BxWxT = np.zeros((4, 2, 3), np.int32)
+  options_BxWxT[:, 0] = [40, 3, 1]
+  options_BxWxT[1:, 1] = [50, 1, 0]
 
   def rename(name, x):
     if not name.endswith('_tokens'):
@@ -101,7 +101,7 @@ def test_the_same_by_other_names(encoder, others):
     return jnp.where(filled, pad, names_V[x])
 
   expected, written = jax.jit(functools.partial(all_of_it, model))(
-    params, batch, questions, options_BxOxT
+    params, batch, questions, options_BxWxT
   )
   # A token that is written is called 0.
   zero, first = int(np.flatnonzero(names_V == 0)[0]), written['greedy'][0, 0]
@@ -112,7 +112,7 @@ def test_the_same_by_other_names(encoder, others):
     other_params,
     {name: rename(name, x) for name, x in batch.items()},
     {name: rename(name, x) for name, x in questions.items()},
-    rename('option_tokens', options_BxOxT),
+    rename('option_tokens', options_BxWxT),
   )
   for name, x in expected.items():
     np.testing.assert_allclose(found[name], x, rtol=1e-5, err_msg=name)

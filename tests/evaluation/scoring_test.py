@@ -58,14 +58,14 @@ def by_hand(asked):
 def test_options_in_one_array(asked, by_hand):
   model, params, rows = asked
   batch = jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
-  options_BxOxT = np.zeros((3, 3, 5), np.int32)
+  options_BxWxT = np.zeros((3, 3, 5), np.int32)
   for b, options in enumerate(OPTIONS):
     for o, option in enumerate(options):
-      options_BxOxT[b, o, : len(option)] = option
+      options_BxWxT[b, o, : len(option)] = option
   for per_token in (False, True):
     found_BxO = jax.jit(
       functools.partial(scoring.rank_options, model, per_token=per_token)
-    )(params, batch, options_BxOxT)
+    )(params, batch, options_BxWxT)
     for b, options in enumerate(OPTIONS):
       expected = np.array(by_hand[b])
       if per_token:

@@ -69,7 +69,7 @@ def first_choices(*experts, num_experts=2):
 
 def assert_table(table, rows, columns, values):
   assert (table.rows, table.columns) == (tuple(rows), tuple(columns))
-  np.testing.assert_allclose(table.values_RxC, values, 1e-12)
+  np.testing.assert_allclose(table.values, values, 1e-12)
 
 
 # One layer.
@@ -106,7 +106,7 @@ def test_hot_and_dead():
 def test_overview():
   table = routing.overview(RECORDS)
   assert table.rows == (LAYER,)
-  row = dict(zip(table.columns, table.values_RxC[0]))
+  row = dict(zip(table.columns, table.values[0]))
   assert row['imbalance'] == pytest.approx(4 / 3)
   assert row['log_z'] == 3
 
@@ -358,9 +358,9 @@ def test_every_plot_is_a_figure_of_its_numbers(run_dir):
     plots.load_over_time(np.array([5]), np.array(load_1xE)): np.transpose(
       load_1xE
     ),
-    plots.specialisation(by_class): by_class.values_RxC,
-    plots.coactivation(together): together.values_RxC,
-    plots.transitions(by_class): by_class.values_RxC,
+    plots.specialisation(by_class): by_class.values,
+    plots.coactivation(together): together.values,
+    plots.transitions(by_class): by_class.values,
   }
   for figure, values in images.items():
     drawn = figure.axes[0].images[0].get_array()

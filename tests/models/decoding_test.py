@@ -12,7 +12,7 @@ import tiny_models
 
 from sparse_experts import sharding
 from sparse_experts.data.special_tokens import NO_TOKEN, T5, SpecialTokens
-from sparse_experts.models import decoding
+from sparse_experts.models import beam_search
 from sparse_experts.models.decoding import BeamSearch, Sampling
 from sparse_experts.models.language_model import answered
 from sparse_experts.moe import grouped_matmul
@@ -325,7 +325,7 @@ def test_the_best_of_many_is_numpy(size, k):
   x_BxM = np.random.default_rng(0).normal(size=(3, size)).astype(np.float32)
   x_BxM[1, 5:] = -np.inf
   x_BxM[2] = np.sort(x_BxM[2])  # All of the best are neighbours.
-  values_BxK, index_BxK = decoding._best(jnp.asarray(x_BxM), k)
+  values_BxK, index_BxK = beam_search._best(jnp.asarray(x_BxM), k)
   expected_BxK = np.sort(x_BxM)[:, ::-1][:, :k]
   np.testing.assert_array_equal(values_BxK, expected_BxK)
   for b in (0, 2):

@@ -294,12 +294,14 @@ def test_runs_land_where_ragged_all_to_all_would_put_them(receive_rows):
     check_vma=False,
   )
   def run(x_NxD, sizes_1xE):
-    plan = row_exchange.plan(
+    traffic = row_exchange.traffic(
       sizes_1xE[0], peer_rows=N, receive_rows=receive_rows, ragged=True
     )
-    there = row_exchange.send(x_NxD, plan)
-    back = row_exchange.send_back(there, plan, N)
-    return jax.tree.map(lambda a: a[None], (plan.out, plan.into, there, back))
+    there = row_exchange.send(x_NxD, traffic)
+    back = row_exchange.send_back(there, traffic, N)
+    return jax.tree.map(
+      lambda a: a[None], (traffic.out, traffic.into, there, back)
+    )
 
   mesh = sharding.make_mesh(1, P, 1, devices=jax.devices()[:P])
   with sharding.use_mesh(mesh):

@@ -1,60 +1,24 @@
 """The direction of imports and who may import what, read from the source."""
 
-import ast
 import subprocess
 import sys
 
 import pytest
 from paths import ROOT
+from rooms import FILES, PACKAGE, RANK, imports, room
 
-PACKAGE = ROOT / 'sparse_experts'
-
-# Ground first. A file imports only from its own line or from lines above.
-LAYERS = (
-  'letters console',
-  'sharding',
-  'data layers',
-  'moe',
-  'models',
-  'training',
-  'inference',
-  'evaluation',
-  'planning',
-  'insight bench',
-  'config',
-  'papers convert',
-  'surgery',
-  'commands',
-  'cli t5x_adapter',
-)
-RANK = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 ONLY = {
   'gin': {'config'},
   't5x': {'t5x_adapter'},
 }
-FILES = sorted(
-  path for path in PACKAGE.rglob('*.py') if path.name != '__main__.py'
-)
-
-
-def part(path):
-  return path.relative_to(PACKAGE).with_suffix('').parts[0]
-
-
-def imports(tree):
-  for node in ast.walk(tree):
-    if isinstance(node, ast.ImportFrom) and node.module:
-      yield from (f'{node.module}.{alias.name}' for alias in node.names)
-    elif isinstance(node, ast.Import):
-      yield from (alias.name for alias in node.names)
 
 
 @pytest.mark.parametrize(
   'path', FILES, ids=lambda p: str(p.relative_to(PACKAGE))
 )
 def test_imports_point_one_way(path):
-  me = part(path)
-  for name in imports(ast.parse(path.read_text())):
+  me = room(path)
+  for name in imports(path):
     head, *rest = name.split('.')
     if head in ONLY:
       assert me in ONLY[head], f'{path} imports {head}'
@@ -65,7 +29,7 @@ def test_imports_point_one_way(path):
 
 
 def test_every_part_has_a_place():
-  assert {part(path) for path in FILES} - {'__init__'} <= set(RANK)
+  assert {room(path) for path in FILES} - {'__init__'} <= set(RANK)
 
 
 def test_there_is_no_gin_package():

@@ -15,6 +15,7 @@ import pytest
 
 from sparse_experts import config, sharding
 from sparse_experts.data.dataset import Dataset
+from sparse_experts.models.language import Language
 from sparse_experts.training import (
   checkpoints,
   optimizers,

@@ -56,10 +56,10 @@ def _indices(assignment: Assignment, capacity: int) -> tuple[Array, Array]:
   return slot_GxSxK, jax.vmap(invert)(slot_GxSxK.reshape(G, S * K))
 
 
-def _take(x_GxTxD: Array, index_GxI: Array) -> Array:
-  """Rows of x by index, [G, I, D]; zeros where the index is past the end."""
+def _take(x_GxIxD: Array, index_GxO: Array) -> Array:
+  """Rows of x by index, [G, O, D]; zeros where the index is past the end."""
   return jnp.take_along_axis(
-    x_GxTxD, index_GxI[..., None], axis=1, mode='fill', fill_value=0
+    x_GxIxD, index_GxO[..., None], axis=1, mode='fill', fill_value=0
   )
 
 

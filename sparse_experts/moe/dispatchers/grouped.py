@@ -139,15 +139,15 @@ def _run(experts, x_GxSxD, expert_GxSxK, gate_GxSxK, *, chunks, **options):
       jnp.split(gate_GxSxK.reshape(G * S, K), chunks),
     )
   ]
-  y_TxD, lost = jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)
-  return jax.tree.map(lambda x: x.reshape(G, S, -1), (y_TxD, lost))
+  y_IxD, lost = jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)
+  return jax.tree.map(lambda x: x.reshape(G, S, -1), (y_IxD, lost))
 
 
 def _run_chunk(
   experts,
-  x_TxD,
-  expert_TxK,
-  gate_TxK,
+  x_IxD,
+  expert_IxK,
+  gate_IxK,
   *,
   exchange,
   buffer_factor,
@@ -155,8 +155,8 @@ def _run_chunk(
 ):
   product = functools.partial(grouped_matmul, implementation=implementation)
   run = functools.partial(experts.grouped, product=product)
-  # L experts live here, on each of P devices; N choices want to meet them.
-  L, P, N = experts.stacked, 1, expert_TxK.size
+  # X experts live here, on each of P devices; choices want to meet them.
+  X, P, choices = experts.stacked, 1, expert_IxK.size
   if not jax.sharding.get_abstract_mesh().empty:
     P = jax.lax.axis_size(row_exchange.AXIS)
 
@@ -166,102 +166,104 @@ def _run_chunk(
     return min(worst, math.ceil(buffer_factor * balanced))
 
   if P == 1:
-    rows = Rows.sort(expert_TxK, L)
-    y_TxD = rows.collect(run(rows.lay_out(x_TxD), rows.sizes_E), gate_TxK)
-    none_TxK = jnp.zeros(expert_TxK.shape, bool)
-    return y_TxD, {'sender': none_TxK, 'receiver': none_TxK}
+    rows = Rows.sort(expert_IxK, X)
+    y_IxD = rows.collect(run(rows.lay_out(x_IxD), rows.sizes_E), gate_IxK)
+    none_IxK = jnp.zeros(expert_IxK.shape, bool)
+    return y_IxD, {'sender': none_IxK, 'receiver': none_IxK}
   if exchange == 'gather':
     return _gather_tokens(
-      run, x_TxD, expert_TxK, gate_TxK, L=L, room=room(N, P * N)
+      run, x_IxD, expert_IxK, gate_IxK, X=X, room=room(choices, P * choices)
     )
-  rows = Rows.sort(expert_TxK, P * L)
+  rows = Rows.sort(expert_IxK, P * X)
   if exchange == 'ragged':
-    buffers = {'peer_rows': N, 'receive_rows': room(N, P * N)}
+    buffers = {'peer_rows': choices, 'receive_rows': room(choices, P * choices)}
   else:
-    peer_rows = room(N / P, N)
+    peer_rows = room(choices / P, choices)
     buffers = {'peer_rows': peer_rows, 'receive_rows': P * peer_rows}
-  plan = row_exchange.plan(rows.sizes_E, **buffers, ragged=exchange == 'ragged')
-  y_TxD = _send_rows(run, x_TxD, gate_TxK, rows, plan, L=L)
-  return y_TxD, _lost(expert_TxK // L, rows, plan)
+  traffic = row_exchange.traffic(
+    rows.sizes_E, **buffers, ragged=exchange == 'ragged'
+  )
+  y_IxD = _send_rows(run, x_IxD, gate_IxK, rows, traffic, X=X)
+  return y_IxD, _lost(expert_IxK // X, rows, traffic)
 
 
 @flax.struct.dataclass
 class Rows:
-  """Choices sorted by expert, a row for each; R of them have room.
+  """Choices of I items sorted by expert, a row for each; R of them have room.
 
   Attributes:
-    row_TxK: the row of each choice; R where it has none.
-    choice_R: the choice (t * K + k) of each row; T * K where it has none.
+    row_IxK: the row of each choice; R where it has none.
+    choice_R: the choice (i * K + k) of each row; I * K where it has none.
     sizes_E: rows of each expert.
   """
 
-  row_TxK: Array
+  row_IxK: Array
   choice_R: Array
   sizes_E: Array
 
   @classmethod
   def sort(
-    cls, expert_TxK: Array, num_experts: int, room: int | None = None
+    cls, expert_IxK: Array, num_experts: int, room: int | None = None
   ) -> Rows:
     """Rows of the choices in order; E means none."""
-    N = expert_TxK.size
-    R = min(N, room or N)
-    expert_N = expert_TxK.reshape(-1)
-    choice_N = jnp.argsort(expert_N, stable=True)
-    row_N = (
-      jnp.zeros(N, jnp.int32)
-      .at[choice_N]
-      .set(jnp.arange(N), unique_indices=True)
+    choices = expert_IxK.size
+    R = min(choices, room or choices)
+    expert_IK = expert_IxK.reshape(-1)
+    choice_IK = jnp.argsort(expert_IK, stable=True)
+    row_IK = (
+      jnp.zeros(choices, jnp.int32)
+      .at[choice_IK]
+      .set(jnp.arange(choices), unique_indices=True)
     )
-    count_E = (expert_N[:, None] == jnp.arange(num_experts)[None]).sum(0)
+    count_E = (expert_IK[:, None] == jnp.arange(num_experts)[None]).sum(0)
     ends_E = jnp.minimum(jnp.cumsum(count_E), R)
     used = ends_E[-1]
     return cls(
-      row_TxK=jnp.where(row_N < used, row_N, R).reshape(expert_TxK.shape),
-      choice_R=jnp.where(jnp.arange(R) < used, choice_N[:R], N),
+      row_IxK=jnp.where(row_IK < used, row_IK, R).reshape(expert_IxK.shape),
+      choice_R=jnp.where(jnp.arange(R) < used, choice_IK[:R], choices),
       sizes_E=jnp.diff(ends_E, prepend=0),
     )
 
-  def lay_out(self, x_TxD: Array) -> Array:
+  def lay_out(self, x_IxD: Array) -> Array:
     """The token of each row, [R, D]."""
-    return to_slots(x_TxD[None], self.row_TxK[None], self.choice_R[None])[0]
+    return to_slots(x_IxD[None], self.row_IxK[None], self.choice_R[None])[0]
 
-  def collect(self, y_RxD: Array, gate_TxK: Array) -> Array:
-    """The sum of each token's rows weighted by their gates, [T, D]."""
+  def collect(self, y_RxD: Array, gate_IxK: Array) -> Array:
+    """The sum of each token's rows weighted by their gates, [I, D]."""
     return from_slots(
-      y_RxD[None], gate_TxK[None], self.row_TxK[None], self.choice_R[None]
+      y_RxD[None], gate_IxK[None], self.row_IxK[None], self.choice_R[None]
     )[0]
 
   def put_back(self, y_RxD: Array) -> Array:
-    """The row of each token, [T, D], where K is 1."""
+    """The row of each token, [I, D], where K is 1."""
     return to_slots(
-      y_RxD[None], self.choice_R[None, :, None], self.row_TxK[None, :, 0]
+      y_RxD[None], self.choice_R[None, :, None], self.row_IxK[None, :, 0]
     )[0]
 
 
-def _send_rows(run, x_TxD, gate_TxK, rows, plan, *, L):
+def _send_rows(run, x_IxD, gate_IxK, rows, traffic, *, X):
   """Rows to their experts and back."""
-  x_RxD = row_exchange.send(rows.lay_out(x_TxD), plan)
-  there = Rows.sort(plan.expert_R[:, None], L)
+  x_RxD = row_exchange.send(rows.lay_out(x_IxD), traffic)
+  there = Rows.sort(traffic.expert_R[:, None], X)
   y_RxD = there.put_back(run(there.lay_out(x_RxD), there.sizes_E))
-  y_NxD = row_exchange.send_back(y_RxD, plan, rows.choice_R.size)
-  return rows.collect(y_NxD, gate_TxK)
+  y_RxD = row_exchange.send_back(y_RxD, traffic, rows.choice_R.size)
+  return rows.collect(y_RxD, gate_IxK)
 
 
-def _lost(device_TxK, rows, plan):
+def _lost(device_IxK, rows, traffic):
   """Which choices found no room, by who had none."""
-  exists_TxK = rows.row_TxK < rows.choice_R.size
-  device_TxK = jnp.where(exists_TxK, device_TxK, 0)
-  place_TxK = rows.row_TxK - plan.out.start_P[device_TxK]
-  offered_TxK = place_TxK < plan.offered_P[device_TxK]
-  sent_TxK = place_TxK < plan.out.size_P[device_TxK]
+  exists_IxK = rows.row_IxK < rows.choice_R.size
+  device_IxK = jnp.where(exists_IxK, device_IxK, 0)
+  place_IxK = rows.row_IxK - traffic.out.start_P[device_IxK]
+  offered_IxK = place_IxK < traffic.offered_P[device_IxK]
+  sent_IxK = place_IxK < traffic.out.size_P[device_IxK]
   return {
-    'sender': exists_TxK & ~offered_TxK,
-    'receiver': exists_TxK & offered_TxK & ~sent_TxK,
+    'sender': exists_IxK & ~offered_IxK,
+    'receiver': exists_IxK & offered_IxK & ~sent_IxK,
   }
 
 
-def _gather_tokens(run, x_TxD, expert_TxK, gate_TxK, *, L, room):
+def _gather_tokens(run, x_IxD, expert_IxK, gate_IxK, *, X, room):
   """All tokens to all devices; sums back."""
   all_gather = functools.partial(
     jax.lax.all_gather, axis_name=row_exchange.AXIS, tiled=True
@@ -269,14 +271,14 @@ def _gather_tokens(run, x_TxD, expert_TxK, gate_TxK, *, L, room):
   scatter = functools.partial(
     jax.lax.psum_scatter, axis_name=row_exchange.AXIS, tiled=True
   )
-  # From here T are the tokens of all devices, and experts are those here.
-  expert_TxK = all_gather(expert_TxK) - L * jax.lax.axis_index(
+  # From here I are the tokens of all devices, and experts are those here.
+  expert_IxK = all_gather(expert_IxK) - X * jax.lax.axis_index(
     row_exchange.AXIS
   )
-  mine_TxK = (expert_TxK >= 0) & (expert_TxK < L)
-  rows = Rows.sort(jnp.where(mine_TxK, expert_TxK, L), L, room)
-  y_RxD = run(rows.lay_out(all_gather(x_TxD)), rows.sizes_E)
-  y_TxD = scatter(rows.collect(y_RxD, all_gather(gate_TxK)))
-  no_room_TxK = mine_TxK & (rows.row_TxK == rows.choice_R.size)
-  lost_TxK = scatter(no_room_TxK.astype(jnp.int32)) > 0
-  return y_TxD, {'sender': jnp.zeros_like(lost_TxK), 'receiver': lost_TxK}
+  mine_IxK = (expert_IxK >= 0) & (expert_IxK < X)
+  rows = Rows.sort(jnp.where(mine_IxK, expert_IxK, X), X, room)
+  y_RxD = run(rows.lay_out(all_gather(x_IxD)), rows.sizes_E)
+  y_IxD = scatter(rows.collect(y_RxD, all_gather(gate_IxK)))
+  no_room_IxK = mine_IxK & (rows.row_IxK == rows.choice_R.size)
+  lost_IxK = scatter(no_room_IxK.astype(jnp.int32)) > 0
+  return y_IxD, {'sender': jnp.zeros_like(lost_IxK), 'receiver': lost_IxK}

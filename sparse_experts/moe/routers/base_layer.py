@@ -222,10 +222,10 @@ def balanced(
   steps = [epsilon]
   while steps[0] < 0.25:
     steps.insert(0, min(steps[0] * 4, 0.25))
-  _, expert_NxGxS = jax.lax.scan(
+  _, expert_TxGxS = jax.lax.scan(
     auction, jnp.zeros((G, E)), jnp.array(steps, jnp.float32)
   )
-  return expert_NxGxS[-1, :, :S]
+  return expert_TxGxS[-1, :, :S]
 
 
 def _unit_range(scores_GxSxE: Array, mask_GxS: Array) -> Array:

@@ -248,18 +248,18 @@ def _limit(
 ) -> Array:
   """Scores, -inf outside of each token's best groups of experts."""
   G, S, E = scores_GxSxE.shape
-  # P groups of experts, of Q experts each.
-  scores_GxSxPxQ = scores_GxSxE.reshape(G, S, expert_groups, -1)
-  score_GxSxP = scores_GxSxPxQ.max(-1)
+  # J groups of experts, of Q experts each.
+  scores_GxSxJxQ = scores_GxSxE.reshape(G, S, expert_groups, -1)
+  score_GxSxJ = scores_GxSxJxQ.max(-1)
   if by == 'top2':
-    Q = scores_GxSxPxQ.shape[-1]
-    best_GxSxP = jnp.argmax(scores_GxSxPxQ, -1)
-    is_best_GxSxPxQ = jax.nn.one_hot(best_GxSxP, Q, dtype=bool)
-    score_GxSxP += jnp.where(is_best_GxSxPxQ, -jnp.inf, scores_GxSxPxQ).max(-1)
-  open_GxSxP = jax.nn.one_hot(
-    largest(score_GxSxP, limited_groups), expert_groups
+    Q = scores_GxSxJxQ.shape[-1]
+    best_GxSxJ = jnp.argmax(scores_GxSxJxQ, -1)
+    is_best_GxSxJxQ = jax.nn.one_hot(best_GxSxJ, Q, dtype=bool)
+    score_GxSxJ += jnp.where(is_best_GxSxJxQ, -jnp.inf, scores_GxSxJxQ).max(-1)
+  open_GxSxJ = jax.nn.one_hot(
+    largest(score_GxSxJ, limited_groups), expert_groups
   ).sum(2)
-  return jnp.where(open_GxSxP[..., None] > 0, scores_GxSxPxQ, -jnp.inf).reshape(
+  return jnp.where(open_GxSxJ[..., None] > 0, scores_GxSxJxQ, -jnp.inf).reshape(
     G, S, E
   )
 

@@ -104,7 +104,7 @@ class DSelectK(Router):
 
 
 def select(
-  code_GxSxKxR: Array,
+  code_GxSxKxI: Array,
   weight_GxSxK: Array,
   *,
   num_experts: int,
@@ -114,7 +114,7 @@ def select(
   """The mixture of given codes and weights; see `DSelectK`.
 
   Args:
-    code_GxSxKxR: float32, z of each selector, R = ceil(log2 E) bits, the
+    code_GxSxKxI: float32, z of each selector, I = ceil(log2 E) bits, the
       highest first.
     weight_GxSxK: float32 logits of the selectors' weights.
     num_experts: E >= 2.
@@ -126,24 +126,24 @@ def select(
     0; Aux with the losses above and metrics `entropy` and `confidence` (of q).
 
   Example:
-    >>> code_GxSxKxR = jnp.array([[[[1., -1.]]]])  # Bits 1 and 0: expert 2.
+    >>> code_GxSxKxI = jnp.array([[[[1., -1.]]]])  # Bits 1 and 0: expert 2.
     >>> assignment, _ = select(
-    ...   code_GxSxKxR, jnp.zeros((1, 1, 1)), num_experts=4)
+    ...   code_GxSxKxI, jnp.zeros((1, 1, 1)), num_experts=4)
     >>> assignment.gate_GxSxK.tolist()
     [[[0.0, 0.0, 1.0, 0.0]]]
   """
   E = num_experts
-  G, S, _, R = code_GxSxKxR.shape
+  G, S, _, I = code_GxSxKxI.shape
   if mask_GxS is None:
     mask_GxS = jnp.ones((G, S), bool)
   # Whatever padding holds, NaN too, stays there.
-  code_GxSxKxR = jnp.where(mask_GxS[..., None, None], code_GxSxKxR, 0)
+  code_GxSxKxI = jnp.where(mask_GxS[..., None, None], code_GxSxKxI, 0)
   weight_GxSxK = jnp.where(mask_GxS[..., None], weight_GxSxK, 0)
 
-  step_GxSxKx1xR = smooth_step(code_GxSxKxR, gamma)[..., None, :]
-  has_bit_ExR = (np.arange(E)[:, None] >> np.arange(R)[::-1]) & 1 == 1
+  step_GxSxKx1xI = smooth_step(code_GxSxKxI, gamma)[..., None, :]
+  has_bit_ExI = (np.arange(E)[:, None] >> np.arange(I)[::-1]) & 1 == 1
   selector_GxSxKxE = jnp.where(
-    has_bit_ExR[None, None, None], step_GxSxKx1xR, 1 - step_GxSxKx1xR
+    has_bit_ExI[None, None, None], step_GxSxKx1xI, 1 - step_GxSxKx1xI
   ).prod(-1)
   gate_GxSxE = jnp.einsum(
     'GSK,GSKE->GSE', jax.nn.softmax(weight_GxSxK), selector_GxSxKxE
@@ -160,7 +160,7 @@ def select(
     'selector_entropy': mean(_entropy(selector_GxSxKxE)),
     'unassigned_codes': jnp.float32(0),
   }
-  if E != 2**R:  # In their code; the paper has no name for it.
+  if E != 2**I:  # In their code; the paper has no name for it.
     reached_GxSxK = jnp.maximum(selector_GxSxKxE.sum(-1), _LEAST)
     found['unassigned_codes'] = mean(1 / reached_GxSxK)
   fixed_GxSxE = jax.lax.stop_gradient(gate_GxSxE)

@@ -248,12 +248,12 @@ class Hash(Router):
     return assignment, Aux(losses={}, metrics={})
 
 
-def look_up(table_TxK: np.ndarray, ids_GxS: Array, num_experts: int) -> Array:
+def look_up(table_IxK: np.ndarray, ids_GxS: Array, num_experts: int) -> Array:
   """Rows of a table of experts, int32 [G, S, K]; E for ids outside of it."""
   # A negative index would count from the end.
-  ids_GxS = jnp.where(ids_GxS < 0, len(table_TxK), ids_GxS)
+  ids_GxS = jnp.where(ids_GxS < 0, len(table_IxK), ids_GxS)
   return (
-    jnp.asarray(table_TxK, jnp.int32)
+    jnp.asarray(table_IxK, jnp.int32)
     .at[ids_GxS]
     .get(mode='fill', fill_value=num_experts)
   )

@@ -121,7 +121,7 @@ def route_hierarchically(
 
   Args:
     primary: float32 logits, the deviation of their noise, and standard normal
-      noise or None, [G, S, P] each, P groups of experts.
+      noise or None, [G, S, J] each, J groups of experts.
     secondary: likewise of all experts, [G, S, E].
     k: choices per token. primary_k: groups per token.
     mask_GxS: boolean, False for padding, which gets no expert and no position.
@@ -131,21 +131,21 @@ def route_hierarchically(
     ValueError: groups or choices do not divide.
   """
   G, S, E = secondary[0].shape
-  P = primary[0].shape[-1]
+  J = primary[0].shape[-1]
   secondary_k = k // max(primary_k, 1)
   if (
-    E % P
-    or not 1 <= primary_k <= P
+    E % J
+    or not 1 <= primary_k <= J
     or k % primary_k
-    or not 1 <= secondary_k <= E // P
+    or not 1 <= secondary_k <= E // J
   ):
     raise ValueError(
-      f'expert_groups={P} must divide num_experts={E}, primary_k={primary_k} '
-      f'(1 to {P}) divide k={k}, and k / primary_k be 1 to {E // P}.'
+      f'expert_groups={J} must divide num_experts={E}, primary_k={primary_k} '
+      f'(1 to {J}) divide k={k}, and k / primary_k be 1 to {E // J}.'
     )
   if mask_GxS is None:
     mask_GxS = jnp.ones((G, S), bool)
-  Q = E // P
+  Q = E // J
 
   def gate(level, k, mask_GxS):
     """Choices, P of equation 9, the noisy softmax, and logits."""
@@ -160,21 +160,21 @@ def route_hierarchically(
     chances = chosen_probability(logits, noisy, deviation, k)
     return assignment, chances, jax.nn.softmax(noisy), logits
 
-  first, chance_GxSxP, prob_GxSxP, primary_logits_GxSxP = gate(
+  first, chance_GxSxJ, prob_GxSxJ, primary_logits_GxSxJ = gate(
     primary, primary_k, mask_GxS
   )
   # Every group of experts has a row of Q gates for every token.
-  rows = [x if x is None else x.reshape(G, S * P, Q) for x in secondary]
-  second, chance_GxSPxQ, prob_GxSPxQ, logits_GxSPxQ = gate(
-    rows, secondary_k, jnp.repeat(mask_GxS, P, axis=1)
+  rows = [x if x is None else x.reshape(G, S * J, Q) for x in secondary]
+  second, chance_GxSJxQ, prob_GxSJxQ, logits_GxSJxQ = gate(
+    rows, secondary_k, jnp.repeat(mask_GxS, J, axis=1)
   )
 
-  def chosen(x_GxSPx__):
+  def chosen(x_GxSJx__):
     """The rows of the groups that were chosen, [G, S, primary_k, ...]."""
-    x_GxSxPx__ = x_GxSPx__.reshape(G, S, 1, P, -1)
-    return (is_group_GxSxKxP[..., None] * x_GxSxPx__).sum(3)
+    x_GxSxJx__ = x_GxSJx__.reshape(G, S, 1, J, -1)
+    return (is_group_GxSxKxJ[..., None] * x_GxSxJx__).sum(3)
 
-  is_group_GxSxKxP = jax.nn.one_hot(first.expert_GxSxK, P, dtype=jnp.int32)
+  is_group_GxSxKxJ = jax.nn.one_hot(first.expert_GxSxK, J, dtype=jnp.int32)
   expert_GxSxK = (
     first.expert_GxSxK[..., None] * Q + chosen(second.expert_GxSxK)
   ).reshape(G, S, k)
@@ -183,7 +183,7 @@ def route_hierarchically(
     first.gate_GxSxK[..., None] * chosen(second.gate_GxSxK)
   ).reshape(G, S, k)
   prob_GxSxE = (
-    prob_GxSxP[..., None] * prob_GxSPxQ.reshape(G, S, P, Q)
+    prob_GxSxJ[..., None] * prob_GxSJxQ.reshape(G, S, J, Q)
   ).reshape(G, S, E)
   fixed_GxSxE = jax.lax.stop_gradient(prob_GxSxE)
   confidence_GxS = fixed_GxSxE.max(-1)
@@ -197,40 +197,40 @@ def route_hierarchically(
   )
 
   tokens_G = mask_GxS.sum(1).astype(jnp.float32)
-  # Of every gate, one primary and P secondary; the z-loss is a mean over them.
-  log_z_GxSxN = jnp.concatenate(
+  # Of every gate, one primary and J secondary; the z-loss is a mean over them.
+  log_z_GxSxI = jnp.concatenate(
     [
-      jax.nn.logsumexp(primary_logits_GxSxP, -1)[..., None],
-      jax.nn.logsumexp(logits_GxSPxQ, -1).reshape(G, S, P),
+      jax.nn.logsumexp(primary_logits_GxSxJ, -1)[..., None],
+      jax.nn.logsumexp(logits_GxSJxQ, -1).reshape(G, S, J),
     ],
     -1,
   )
   # Equation 14: the load of a group, shared as its own tokens share it.
-  member_GxSxP = is_group_GxSxKxP.sum(2)
-  primary_GxP = (chance_GxSxP * mask_GxS[..., None]).sum(1)
-  secondary_GxPxQ = jnp.einsum(
-    'GSP,GSPQ->GPQ',
-    member_GxSxP.astype(jnp.float32),
-    chance_GxSPxQ.reshape(G, S, P, Q),
+  member_GxSxJ = is_group_GxSxKxJ.sum(2)
+  primary_GxJ = (chance_GxSxJ * mask_GxS[..., None]).sum(1)
+  secondary_GxJxQ = jnp.einsum(
+    'GSJ,GSJQ->GJQ',
+    member_GxSxJ.astype(jnp.float32),
+    chance_GxSJxQ.reshape(G, S, J, Q),
   )
-  load_GxPxQ = (
-    primary_GxP[..., None]
-    * secondary_GxPxQ
-    / jnp.maximum(member_GxSxP.sum(1), 1)[..., None]
+  load_GxJxQ = (
+    primary_GxJ[..., None]
+    * secondary_GxJxQ
+    / jnp.maximum(member_GxSxJ.sum(1), 1)[..., None]
   )
   return assignment, Aux(
     losses={
       'importance': losses.importance(  # Equation 13.
         gate_of_each(assignment), mask_GxS
       ),
-      'load': losses.square_variation(load_GxPxQ.reshape(G, E), tokens_G),
+      'load': losses.square_variation(load_GxJxQ.reshape(G, E), tokens_G),
     },
     metrics={
       'entropy': (entr(fixed_GxSxE).sum(-1) * mask_GxS).sum(),
       'confidence': (confidence_GxS * mask_GxS).sum(),
     },
     logits=jnp.log(jnp.maximum(fixed_GxSxE, 1e-30)),  # Finite.
-    log_z=jnp.sqrt(jnp.square(log_z_GxSxN).mean(-1)),
+    log_z=jnp.sqrt(jnp.square(log_z_GxSxI).mean(-1)),
     tokens=tokens_G.sum(),
   )
 

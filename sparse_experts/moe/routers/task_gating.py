@@ -26,9 +26,9 @@ class TaskGating(Router):
   for a group may hold one task only, and that alone has no balance.
 
   Attributes:
-    num_tasks: T. A token whose task id is not below it meets no expert.
+    num_tasks: Y. A token whose task id is not below it meets no expert.
     gates: softmax over 'all' experts or the 'chosen' ones, see `top_k.route`.
-    embedding_init: initialiser of the task embeddings, [T, D].
+    embedding_init: initialiser of the task embeddings, [Y, D].
     kernel_init: initialiser of W, [D, E].
 
   Example:
@@ -74,24 +74,24 @@ class TaskGating(Router):
       self.gates == 'chosen' and self.k == 1, "gates='chosen' of k=1 choice"
     )
     G, S, D = x_GxSxD.shape
-    embedding_TxD = self.param(
+    embedding_YxD = self.param(
       'embedding',
       sharding.named(self.embedding_init, 'router_width', 'embed'),
       (self.num_tasks, D),
       jnp.float32,
     )
     # One-hot rather than a lookup: the gradient is no scatter-add.
-    onehot_GxSxT = jax.nn.one_hot(task_ids_GxS, self.num_tasks)
+    onehot_GxSxY = jax.nn.one_hot(task_ids_GxS, self.num_tasks)
     known_GxS = (task_ids_GxS >= 0) & (task_ids_GxS < self.num_tasks)
     if mask_GxS is not None:
       known_GxS &= mask_GxS
-    logits_TxE = self.logits(embedding_TxD[None], kernel_init=self.kernel_init)[
+    logits_YxE = self.logits(embedding_YxD[None], kernel_init=self.kernel_init)[
       0
     ]
     logits_GxSxE = jnp.einsum(
-      'GST,TE->GSE',
-      onehot_GxSxT,
-      logits_TxE,
+      'GSY,YE->GSE',
+      onehot_GxSxY,
+      logits_YxE,
       precision=jax.lax.Precision.HIGHEST,
     )
     assignment, aux = route(

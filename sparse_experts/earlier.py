@@ -1,0 +1,53 @@
+"""Gin files of earlier versions, such as a run's, read as today's."""
+
+from __future__ import annotations
+
+import re
+
+# Modules, below `sparse_experts`, and classes of theirs by the names that files
+# give them. A module keeps its old name there, unless a class of it is renamed.
+MODULES = {
+  'analysis.bench': 'bench.layer',
+  'analysis.decode_speed': 'bench.decode',
+  'analysis.precompile': 'planning.precompile',
+  'analysis.records': 'insight.records',
+  'models.model': 'models.language',
+  'models.special_tokens': 'data.special_tokens',
+  'training.evaluate': 'evaluation.evaluate',
+  'training.infer': 'inference.infer',
+}
+NAMES = {'model.Model': 'language.Language'}
+# Arguments that are gone, with the value that changes nothing.
+GONE = {'model.Model.consistency': '0.0'}
+
+
+def translate(text: str) -> str:
+  """The text of a gin file, with today's names.
+
+  Example:
+    >>> print(translate('from sparse_experts.models import model\\n'
+    ...                 'MODEL = @model.Model()\\n'))
+    from sparse_experts.models import language
+    MODEL = @language.Language()
+    <BLANKLINE>
+  """
+  for argument, value in GONE.items():
+    text = re.sub(
+      rf'^(\w+/)*{re.escape(argument)} = {re.escape(value)}\n',
+      '',
+      text,
+      flags=re.MULTILINE,
+    )
+  for old, new in MODULES.items():
+    (room, name), (new_room, new_name) = (m.split('.') for m in (old, new))
+    line = f'from sparse_experts.{room} import {name}\n'
+    if line not in text:
+      continue
+    renamed = [of for of in NAMES if of.startswith(f'{name}.')]
+    alias = f' as {name}' if new_name != name and not renamed else ''
+    text = text.replace(
+      line, f'from sparse_experts.{new_room} import {new_name}{alias}\n'
+    )
+    for of in renamed:
+      text = re.sub(rf'\b{re.escape(of)}\b', NAMES[of], text)
+  return text
