@@ -134,13 +134,13 @@ class VisionTransformer(nn.Module):
     patches = (rows // self.patch_size) * (columns // self.patch_size)
     return patches + (self.pooling == 'class_token')
 
-  def _embed(self, image_BxYxXxZ: Array) -> Array:
+  def _embed(self, image_Bx___: Array) -> Array:
     """Tokens [B, L, D] of images."""
     L, D = self.num_tokens, self.width
-    patches_BxLxP = patches(image_BxYxXxZ, self.patch_size)
+    patches_BxLxZ = patches(image_Bx___, self.patch_size)
     x_BxLxD = Linear(
       (D,), ('patch', 'embed'), init_scale=self.init_scale, name='patches'
-    )(patches_BxLxP.astype(self.dtype))
+    )(patches_BxLxZ.astype(self.dtype))
 
     def parameter(name, shape, *names):
       init = sharding.named(nn.initializers.normal(0.02), *names)
@@ -156,15 +156,15 @@ class VisionTransformer(nn.Module):
     )
 
 
-def patches(image_BxYxXxZ: Array, size: int) -> Array:
-  """Images [B, rows, columns, channels] as patches [B, L, P], row by row.
+def patches(image_Bx___: Array, size: int) -> Array:
+  """Images [B, rows, columns, channels] as patches [B, L, Z], row by row.
 
   Example:
-    >>> image_1x2x4x1 = jnp.arange(8.0).reshape(1, 2, 4, 1)
-    >>> patches(image_1x2x4x1, 2).tolist()
+    >>> image = jnp.arange(8.0).reshape(1, 2, 4, 1)
+    >>> patches(image, 2).tolist()
     [[[0.0, 1.0, 4.0, 5.0], [2.0, 3.0, 6.0, 7.0]]]
   """
-  B, rows, columns, channels = image_BxYxXxZ.shape
+  B, rows, columns, channels = image_Bx___.shape
   down, across = rows // size, columns // size
-  x = image_BxYxXxZ.reshape(B, down, size, across, size, channels)
+  x = image_Bx___.reshape(B, down, size, across, size, channels)
   return x.swapaxes(2, 3).reshape(B, down * across, size * size * channels)

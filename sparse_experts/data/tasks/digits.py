@@ -39,16 +39,17 @@ def read() -> dict[str, Columns]:
   """The columns of each split."""
   from sklearn import datasets
 
-  values_Nx64, label_N = datasets.load_digits(return_X_y=True)
-  image = (values_Nx64 / BRIGHTEST).astype(np.float32).reshape(-1, 8, 8, 1)
-  which_N = np.array([split_of(values) for values in values_Nx64])
-  return {
-    split: {
-      'image': image[np.isin(which_N, list(remainders))],
-      'label': label_N[np.isin(which_N, list(remainders))].astype(np.int32),
-    }
-    for split, remainders in SPLITS.items()
+  images, labels = datasets.load_digits(return_X_y=True)
+  columns = {
+    'image': (images / BRIGHTEST).astype(np.float32).reshape(-1, 8, 8, 1),
+    'label': labels.astype(np.int32),
   }
+  remainders = np.array([split_of(values) for values in images])
+
+  def of_split(wanted):
+    return {k: v[np.isin(remainders, list(wanted))] for k, v in columns.items()}
+
+  return {split: of_split(wanted) for split, wanted in SPLITS.items()}
 
 
 seqio.TaskRegistry.add(
