@@ -12,9 +12,10 @@ means one thing everywhere, and einsum strings use the same letters:
   A  width of a head                   Q  experts in a group of experts
   F  hidden width of an FFN            P  devices that share the experts
   N  layers                            X  experts of one of these devices
-  V  vocabulary                        Y  tasks
+  V  vocabulary, classes               Y  tasks
   T  tokens of an answer, steps        R  rows: sorted by expert, of a table
   W  answers to an example: options, beams (their width)
+  Z  values of one input vector: of a patch
   I  entries of any other list         O  entries taken from it, or made of it
 
 `GxSK` is a merged axis, S-major; `1` is an axis of size one; `Bx___` has axes

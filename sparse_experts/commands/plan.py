@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     'bindings': bindings,
     'batch_size': described.batch_size,
     'lengths': dict(described.feature_lengths),
+    'sequence': described.size('train'),
     'candidates': list(map(_candidate, candidates)),
     'rejected': [dataclasses.asdict(mesh) for mesh in rejected],
   }
@@ -167,11 +168,10 @@ def _text(facts: dict, chip) -> str:
   from sparse_experts import console
 
   lines = _budget_lines(facts) if 'budget' in facts else []
-  lengths = ', '.join(f'{n} {kind}' for kind, n in facts['lengths'].items())
   lines += [
     f'{" ".join(facts["recipe"])} on {facts["chips"]} chips {chip.name} of '
     f'{chip.hbm_bytes / _GIB:.1f} GiB, batches of {facts["batch_size"]} '
-    f'sequences of {lengths}',
+    f'sequences of {facts["sequence"]}',
     '',
   ]
   rows = []

@@ -84,16 +84,13 @@ def mesh_file_of(recipe: str, topology: str) -> str:
 
 
 def _settings(described, mesh_file: str | None, what: str) -> str:
-  lengths = ', '.join(
-    f'{n} {kind}' for kind, n in described.lengths(what).items()
-  )
   mesh = ', '.join(
     f'{axis} {size}' for axis, size in described.placement.sizes.items()
   )
   lines = {
     'from': mesh_file or 'the recipe and the gin files given',
     'mesh': mesh,
-    'batch': f'{described.batch_size} sequences of {lengths}',
+    'batch': f'{described.batch_size} sequences of {described.size(what)}',
   }
   if what != 'decode':
     lines['batch'] += f', in {described.microbatches} microbatches'

@@ -18,7 +18,8 @@ class Dataset:
 
   Attributes:
     mixture_or_task_name: as registered with seqio.
-    feature_lengths: tokens by feature, e.g. {'inputs': 256, 'targets': 58}.
+    feature_lengths: tokens by feature, e.g. {'inputs': 256, 'targets': 58}; of
+      features that vary in length, so {} for images.
     batch_size: global number of rows.
     split: of the task.
     pack: several examples share a row.
@@ -90,6 +91,12 @@ class Dataset:
     """Raises ValueError where the task's ids are not those of the model."""
     token_text.check_vocabulary(
       self.mixture_or_task_name, embeddings, self.modules, special_tokens
+    )
+
+  def vocabulary_size(self, feature: str) -> int:
+    """How many ids, or classes, a feature of the task has."""
+    return token_text.vocabulary_size(
+      self.mixture_or_task_name, self.modules, feature
     )
 
   def corpus(self) -> dict[str, str]:

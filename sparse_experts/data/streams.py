@@ -135,7 +135,7 @@ class Batches(Iterator[Batch]):
       self._iterators[i] = iter(dataset)
 
   def __next__(self) -> Batch:
-    """The rows of the next batch, as int32 arrays [rows, length]."""
+    """The rows of the next batch, arrays [rows, ...]."""
     parts = [next(iterator) for iterator in self._iterators.values()]
     self._drawn += 1
     return {
@@ -289,10 +289,11 @@ def _dataset(
   tf = host_tensorflow.load()
   import seqio
 
-  if set(feature_lengths) != set(task.output_features):
+  if (asked := features.of_task(feature_lengths)) != set(task.output_features):
     raise ValueError(
       f'task {task.name!r} has the features {sorted(task.output_features)}, '
-      f'but lengths are given for {sorted(feature_lengths)}'
+      f'but lengths are given for {sorted(feature_lengths)}, and '
+      f'{type(features).__name__} reads {sorted(asked)}'
     )
   if split not in task.splits:
     raise ValueError(

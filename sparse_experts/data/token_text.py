@@ -9,16 +9,19 @@ from sparse_experts.data import host_tensorflow, tasks
 from sparse_experts.data.special_tokens import T5, SpecialTokens
 
 
-def vocabulary_size(task_name: str, modules: Sequence[str] = ()) -> int:
-  """Number of token ids of a task, the largest over its features.
+def vocabulary_size(
+  task_name: str, modules: Sequence[str] = (), feature: str | None = None
+) -> int:
+  """Number of ids of a feature of a task; None: the largest over its features.
 
   >>> vocabulary_size('docs_lm')
   8100
   """
-  features = tasks.find(task_name, modules).output_features.values()
+  features = tasks.find(task_name, modules).output_features
+  asked = [feature] if feature else list(features)
   tf = host_tensorflow.load()
   try:
-    return max(feature.vocabulary.vocab_size for feature in features)
+    return max(features[name].vocabulary.vocab_size for name in asked)
   except tf.errors.OpError as error:
     raise FileNotFoundError(
       f"the vocabulary of task {task_name!r} cannot be read ({error}); T5's is "

@@ -39,7 +39,8 @@ class Evaluation:
   'corpus' (digests of embedded ones), 'capacity_factor', 'metrics' (see
   `objective.summary`), 'task_metrics', 'ranking' and 'calibration' of tasks
   whose options are ranked (see `task_evaluators.judged_options`) and 'score',
-  the mean of the task's metrics, or minus the loss if it has none.
+  the mean of the task's metrics; if it has none, or the model writes no text,
+  the objective's headline, such as accuracy, or minus the loss.
   """
 
   def __init__(
@@ -177,7 +178,7 @@ class Evaluation:
       'task_metrics': task_evaluators.flat(of_tasks),
       'ranking': rankings,
       'calibration': calibration,
-      'score': task_evaluators.score(of_tasks, metrics['loss']),
+      'score': task_evaluators.score(of_tasks, metrics, self._model.headline),
     }
     writers = Writers(self._root)
     numbers = {name: scalars(numbers) for name, numbers in calibration.items()}

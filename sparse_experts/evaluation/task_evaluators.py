@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,18 +12,26 @@ import numpy as np
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.evaluation import calibration, scoring
 from sparse_experts.inference.batch_decoding import Answers
-from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
-from sparse_experts.models.language import Language
+from sparse_experts.models.decoding import (
+  GREEDY,
+  BeamSearch,
+  Decodable,
+  Sampling,
+)
+from sparse_experts.models.objective import Objective
 
 Metrics = dict[str, dict[str, float]]  # By task.
 
 
 class TaskMetrics:
-  """Metrics of a task, or of each task of a mixture; data is read once."""
+  """Metrics of a task, or of each task of a mixture; data is read once.
+
+  They are of text: a model that writes none has those of its objective alone.
+  """
 
   def __init__(
     self,
-    model: Language,
+    model: Objective,
     dataset: Dataset,
     mesh: jax.sharding.Mesh,
     max_tokens: int | None,
@@ -35,7 +44,7 @@ class TaskMetrics:
       ValueError: options are to be ranked, and no task has any.
     """
     self._judges = []
-    for task in _judged(dataset):
+    for task in _judged(dataset) if isinstance(model, Decodable) else ():
       part = dataclasses.replace(dataset, mixture_or_task_name=task.name)
       if rank_options and _has_options(task, part):
         judge = _Ranked(task, model, part, mesh)
@@ -82,11 +91,20 @@ def flat(metrics: Metrics) -> dict[str, float]:
   return {**names, **averages}
 
 
-def score(metrics: Metrics, loss: float) -> float:
-  """The number by which checkpoints are compared; more is better."""
+def score(
+  metrics: Metrics, own: Mapping[str, Any], headline: str | None = None
+) -> float:
+  """The number by which checkpoints are compared; more is better.
+
+  Args:
+    metrics: of tasks; their average, if there are any.
+    own: metrics of the objective. headline: its `Objective.headline`.
+  """
   from sparse_experts.data.metrics import average
 
-  return average(metrics) if metrics else -loss
+  if metrics:
+    return average(metrics)
+  return -own['loss'] if headline is None else own[headline]
 
 
 class _Written:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping
@@ -33,11 +34,13 @@ class Records:
     layers: 'encoder/layers_1', 'decoder/layers_1', ... -> `moe.Record` of numpy
       arrays; rows of batches are one below the other.
     tokens: 'encoder', 'decoder' -> int32 [B, L], ids that the layers saw: the
-      decoder's inputs, which are its targets one step later.
+      decoder's inputs, which are its targets one step later. Tokens without
+      ids, as patches of an image, have their positions; and no pieces.
     domains: likewise, the task (domain) of each token; empty where unknown.
     pieces: likewise, id -> text of those that occur.
     domain_names: what the numbers in `domains` mean.
-    facts: 'task', 'split', 'step', 'capacity_factor', where known.
+    facts: 'task', 'split', 'step', 'capacity_factor', where known, and
+      'inputs', a digest of what was recorded.
   """
 
   layers: Mapping[str, Record]
@@ -138,9 +141,11 @@ def collect(pairs: Iterable[tuple[Batch, Mapping[str, Record]]]) -> Records:
       take = jax.jit(model.record)
       records = collect((batch, take(params, batch)) for batch in batches)
   """
-  batches, layers = [], []
+  batches, layers, digest = [], [], hashlib.sha256()
   for batch, of_layers in pairs:
     batches.append({name: np.asarray(x) for name, x in batch.items()})
+    for name in sorted(batch):
+      digest.update(name.encode() + batches[-1][name].tobytes())
     layers.append(jax.tree.map(np.asarray, of_layers))
   if not batches:
     raise ValueError('there is no batch to record; choose another split.')
@@ -152,17 +157,29 @@ def collect(pairs: Iterable[tuple[Batch, Mapping[str, Record]]]) -> Records:
       if f'{stack}_{kind}' in batches[0]
     }
 
+  # Not through jax.tree.map, which sorts the layers by name.
+  whole = {
+    name: jax.tree.map(
+      lambda *parts: np.concatenate(parts), *(part[name] for part in layers)
+    )
+    for name in sorted(layers[0], key=LayerId.parse)
+  }
+  positions = {
+    LayerId.parse(name).stack: _positions(layer)
+    for name, layer in whole.items()
+  }
   return Records(
-    # Not through jax.tree.map, which sorts the layers by name.
-    layers={
-      name: jax.tree.map(
-        lambda *parts: np.concatenate(parts), *(part[name] for part in layers)
-      )
-      for name in sorted(layers[0], key=LayerId.parse)
-    },
-    tokens=column('input_tokens'),
+    layers=whole,
+    tokens={**positions, **column('input_tokens')},
     domains=column('task_ids'),
+    facts={'inputs': digest.hexdigest()[:16]},
   )
+
+
+def _positions(layer: Record) -> np.ndarray:
+  """The position of each token, int32 [B, L]."""
+  B, L, _ = layer.expert_BxLxK.shape
+  return np.broadcast_to(np.arange(L, dtype=np.int32), (B, L)).copy()
 
 
 def record(
@@ -216,9 +233,11 @@ def record(
     pieces={
       stack: dataset.pieces(_FEATURES[stack], np.unique(ids_BxL))
       for stack, ids_BxL in found.tokens.items()
+      if f'{stack}_input_tokens' in dataset.shapes(model.features)
     },
     domain_names=domain_names,
     facts={
+      **found.facts,
       'task': dataset.mixture_or_task_name,
       'split': dataset.split,
       'step': at,

@@ -62,7 +62,7 @@ def write(
     'Training': _training(history),
     'Routing over time': _routing(history),
     'Routing by token': _by_token(root, history),
-    'Samples': _samples(root),
+    'Samples': _samples(root, ledger_facts),
     'Parameters': ledger_facts and html.preformatted(ledger.text(ledger_facts)),
     'Hardware': _hardware(root),
     'Config': _config(root),
@@ -203,8 +203,11 @@ def _overview(found: Records) -> str:
 
 
 def _layer(found: Records, layer: str) -> str:
-  by_class = specialisation.by_class(found, layer)
-  figures = [(f'Classes of tokens, {layer}', plots.specialisation(by_class))]
+  figures, what = [], 'positions'
+  if found.pieces.get(layer.split('/')[0]):
+    what = 'tokens'
+    by_class = specialisation.by_class(found, layer)
+    figures = [(f'Classes of tokens, {layer}', plots.specialisation(by_class))]
   if found.domains:
     by_domain = specialisation.by_domain(found, layer)
     title = f'Domains of tokens, {layer}'
@@ -216,12 +219,14 @@ def _layer(found: Records, layer: str) -> str:
     (e.expert, f'{e.load:.1%}', e.label, e.tokens)
     for e in specialisation.expert_table(found, layer)
   ]
-  header = ('expert', 'load', 'most of all', 'tokens that say most about it')
+  header = ('expert', 'load', 'most of all', f'{what} that say most about it')
   return html.figures(figures) + html.table(header, rows, text=True)
 
 
-def _samples(root: epath.Path) -> str:
+def _samples(root: epath.Path, ledger_facts: Mapping[str, Any] | None) -> str:
   paths = list((root / 'inferences').glob('*.jsonl'))
+  if ledger_facts is not None and not ledger_facts['writes_text']:
+    return ''
   if not paths:
     return html.paragraph(
       'No samples yet: `python -m sparse_experts infer --gin_file=...` writes '

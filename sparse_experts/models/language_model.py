@@ -97,6 +97,17 @@ class LanguageModel(nn.Module):
     auxes |= {f'decoder/{name}': aux for name, aux in decoder_auxes.items()}
     return self._logits(y_BxLxD), auxes
 
+  @property
+  def stacks(self) -> dict[str, nn.Module]:
+    """By name, in the order that they run in."""
+    stacks = {'encoder': self.encoder, 'decoder': self.decoder}
+    return {name: stack for name, stack in stacks.items() if stack is not None}
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    """Of the activations."""
+    return self.embed.dtype
+
   def masks(self, batch: Mapping[str, Array]) -> dict[str, Array]:
     """By stack, the tokens that its layers route, boolean [B, L]."""
     is_token = self.special_tokens.is_token

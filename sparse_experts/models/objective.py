@@ -56,10 +56,12 @@ class Objective:
 
   A module maps (batch, step=, capacity_factor=, deterministic=, record=) to
   outputs and the Aux of every sparse layer, and says in `masks(batch)` which
-  tokens each of its stacks routes. The base knows no feature by name. An
-  objective of its own says `features`, `weight` and `measure`; one whose
-  routers may learn from reward also `rewards`, and one that can be distilled
-  `predictions`.
+  tokens each of its stacks routes; what plans it asks for its `stacks`, by name
+  in the order they run in, and the `dtype` of its activations. The base knows
+  no feature by name. An objective of its own says `features`, `weight` and
+  `measure`; one whose routers may learn from reward also `rewards`, one that
+  can be distilled `predictions`, and one whose checkpoints are compared by more
+  than their loss `headline`.
 
   Attributes:
     module: what the parameters are of.
@@ -118,6 +120,11 @@ class Objective:
   def measure(self, outputs: Any, batch: Batch, totals: Totals) -> Judged:
     """The loss of the outputs, and what people want to know of them."""
     raise NotImplementedError
+
+  @property
+  def headline(self) -> str | None:
+    """The mean that checkpoints are compared by; None: minus the loss."""
+    return None
 
   def rewards(
     self, outputs: Any, batch: Batch

@@ -14,6 +14,7 @@ import jax
 from sparse_experts import sharding
 from sparse_experts.layers import cost
 from sparse_experts.models import layout
+from sparse_experts.models.decoding import Decodable
 from sparse_experts.models.objective import Objective
 from sparse_experts.training import optimizers
 
@@ -55,16 +56,18 @@ def ledger(
     long as the targets;
     train_flops_per_sequence: three times the former; train_flops_per_token: per
     input and target token; parameter_bytes and optimizer_bytes (by optimizer):
-    all float32; feature_lengths.
+    all float32; feature_lengths, and the size of an 'example' for people;
+    writes_text: it can be asked.
   """
   if feature_lengths is None:
     feature_lengths = model.features.example_lengths()
   shapes = model.features.shapes(feature_lengths, _ROWS, task_ids=True)
-  boxed, slots = _trace(model, shapes)
+  boxed, slots, products = _trace(model, shapes)
   names = sharding.names_of(boxed)
-  inputs, targets = 0, sum(feature_lengths.values())
-  if model.module.encoder is not None:
-    inputs, targets = feature_lengths['inputs'], feature_lengths['targets']
+  lengths = {
+    stack: mask.shape[1]
+    for stack, mask in jax.eval_shape(model.module.masks, shapes).items()
+  }
 
   kinds = ('total_params', 'block_params', 'sparse_params', 'active_params')
   counts = dict.fromkeys(kinds, 0)
@@ -89,12 +92,12 @@ def ledger(
     counts['active_params'] += size * share
     component = _component(parts)
     components[component] = components.get(component, 0) + size
-    tokens, context = _tokens(parts, inputs, targets)
+    tokens, context = _tokens(parts, size, lengths, products)
     if parts[-1] == 'kernel':
       flops += 2 * size * share * tokens
       padding += 2 * size * (executed_share - share) * tokens
       if 'router' not in parts:
-        own_tokens = inputs if parts[0] == 'encoder' else targets
+        own_tokens = lengths.get(parts[0], tokens)
         kaplan += 2 * size * share * own_tokens
     # Queries times keys and weights times values; or queries times distances.
     if parts[-2:] in (('out', 'kernel'), ('relative', 'kernel')):
@@ -103,9 +106,9 @@ def ledger(
       product = 2 * layers * width * tokens * context
       flops += 2 * product if parts[-2] == 'out' else product
       kaplan += product if parts[-2] == 'out' else 0
-  if model.module.tied_logits:
-    logits = 2 * math.prod(boxed['embed']['embedding'].value.shape) * targets
-    flops, kaplan = flops + logits, kaplan + logits
+    if parts[-1] == 'embedding':  # Read backwards, if it is.
+      flops += 2 * size * tokens
+      kaplan += 2 * size * tokens
   return {
     **counts,
     'active_params': round(counts['active_params']),
@@ -114,10 +117,12 @@ def ledger(
     'executed_forward_flops_per_sequence': round(flops + padding),
     'kaplan_forward_flops_per_sequence': round(kaplan),
     'train_flops_per_sequence': round(3 * flops),
-    'train_flops_per_token': round(3 * flops / (inputs + targets)),
+    'train_flops_per_token': round(3 * flops / sum(lengths.values())),
     'parameter_bytes': _bytes(boxed),
     'optimizer_bytes': _optimizer_bytes(names, boxed),
     'feature_lengths': dict(feature_lengths),
+    'example': model.features.size(feature_lengths),
+    'writes_text': isinstance(model, Decodable),
   }
 
 
@@ -143,7 +148,6 @@ def text(facts: Mapping[str, Any]) -> str:
     lines.append(f'{"  " + name.split("_")[0]:36}{facts[name]:>20,}')
   for name, count in facts['components'].items():
     lines.append(f'{"  in " + name:36}{count:>20,}')
-  lengths = ', '.join(f'{n} {k}' for k, n in facts['feature_lengths'].items())
   for kind in ('forward', 'executed_forward', 'train'):
     title = f'{kind.replace("_", " ")} FLOPs per sequence'
     lines.append(f'{title:36}{facts[f"{kind}_flops_per_sequence"]:>20,}')
@@ -159,28 +163,31 @@ def text(facts: Mapping[str, Any]) -> str:
     title = f'bytes of activations per token, {remat}'
     lines.append(f'{title:36}{size:>20,}')
   lines.append(
-    f'(a sequence is {lengths}; attention counts in full; executed: with the '
-    'empty slots of experts)'
+    f'(a sequence is {facts["example"]}; attention counts in full; executed: '
+    'with the empty slots of experts)'
   )
   return '\n'.join(lines)
 
 
 def _trace(
   model: Objective, shapes
-) -> tuple[Any, dict[tuple[str, ...], _Slots]]:
-  """Abstract boxed parameters, and the slots of sparse layers by path."""
+) -> tuple[Any, dict[tuple[str, ...], _Slots], dict[tuple[str, ...], float]]:
+  """Abstract boxed parameters; by path, the slots of sparse layers, and what
+  the products of a layer with parameters cost an example, forward."""
   boxed, calls = cost.calls(
     lambda: jax.eval_shape(
       lambda key: model.init(key, shapes), jax.random.key(0)
     ),
     capacity_factor=model.capacity_factor_train,
   )
-  slots = {}
+  slots, products = {}, {}
   for path, call in calls.items():
-    if call.told is not None and call.told.choices:
+    told = call.told or cost.Cost()
+    products[path] = told.flops / _ROWS
+    if told.choices:
       tokens = math.prod(call.shape[:2])
-      slots[path] = _Slots(call.told.choices / tokens, call.told.rows / tokens)
-  return boxed, slots
+      slots[path] = _Slots(told.choices / tokens, told.rows / tokens)
+  return boxed, slots, products
 
 
 def _optimizer_bytes(names: Any, boxed: Any) -> dict[str, int]:
@@ -216,6 +223,10 @@ def _component(parts: tuple[str, ...]) -> str:
     'extra_mlp': 'dense FFNs',
     'embed': 'token embedding',
     'logits': 'output logits',
+    'patches': 'patch embedding',
+    'class_token': 'positions',
+    'positions': 'positions',
+    'head': 'head',
   }
   stack = f'{parts[0]} ' if parts[0] in ('encoder', 'decoder') else ''
   found = [kinds[part] for part in parts if part in kinds]
@@ -223,13 +234,17 @@ def _component(parts: tuple[str, ...]) -> str:
 
 
 def _tokens(
-  parts: tuple[str, ...], inputs: int, targets: int
-) -> tuple[int, int]:
+  parts: tuple[str, ...],
+  size: int,
+  lengths: Mapping[str, int],
+  products: Mapping[tuple[str, ...], float],
+) -> tuple[float, int]:
   """Tokens that meet a parameter, and keys that each of them looks at."""
-  if parts[0] == 'encoder':
-    return inputs, inputs
+  if parts[0] not in lengths:  # Around the stacks.
+    return products.get(parts[:-1], 0) / (2 * size), 0
   if 'cross_attention' in parts:
+    memory = lengths['encoder']
     if parts[-2] in ('key', 'value'):
-      return inputs, 0
-    return targets, inputs
-  return targets, targets
+      return memory, 0
+    return lengths[parts[0]], memory
+  return lengths[parts[0]], lengths[parts[0]]

@@ -212,7 +212,7 @@ def activations_per_token(
   )
   nothing = {path[0]: Placed() for path in (*workload.blocks, ('head',))}
   one = dict.fromkeys(sharding.MESH_AXES, 1)
-  tokens = sum(feature_lengths.values())
+  tokens = model.positions(shapes)
   return {
     remat: round(
       memory(workload, nothing, one, remat=remat, microbatches=1).activations

@@ -22,6 +22,7 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh
 
 from sparse_experts import sharding
+from sparse_experts.models.decoding import check_decodable
 from sparse_experts.models.objective import Objective
 from sparse_experts.planning import chips, hlo, ledger, topology
 from sparse_experts.training import state, step
@@ -63,7 +64,9 @@ class Run:
 
   @property
   def remat(self) -> str:
-    return self.model.module.decoder.remat
+    """Of the last stack, whose backward pass is the first."""
+    *_, last = self.model.module.stacks.values()
+    return last.remat
 
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Of a batch."""
@@ -81,11 +84,16 @@ class Run:
     """
     if what != 'decode':
       return dict(self.feature_lengths)
+    check_decodable(self.model)
     targets = self.feature_lengths['targets']
     return {
       'inputs': self.feature_lengths.get('inputs', targets),
       'targets': self.max_tokens or targets,
     }
+
+  def size(self, what: str) -> str:
+    """Of a sequence, for people."""
+    return self.model.features.size(self.lengths(what))
 
   def questions(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Of a batch that `infer` answers."""
@@ -182,7 +190,9 @@ def measure(
   # capacity every device of an expert's has room for all rows.
   program = hlo.Program(
     text,
-    turns={'jit(decode)/while': lengths['targets'] - 1},
+    turns=(
+      {'jit(decode)/while': lengths['targets'] - 1} if what == 'decode' else {}
+    ),
     filled=1 / expert_shards if what == 'decode' else 1.0,
   )
   flops, bytes_accessed = program.total

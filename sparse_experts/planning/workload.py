@@ -39,7 +39,8 @@ class Workload:
 
   Attributes:
     blocks: by path, as ('decoder', 'period', 'layers_1').
-    logits: elements B L V. logits_flops: of their product.
+    logits: elements B L V. logits_flops: of their product, and of others
+      outside blocks, such as of patches.
     itemsize: bytes of an activation.
     is_relu: the FFNs' activation is that.
     num_experts: most of any layer; 1 for a dense model.
@@ -93,7 +94,7 @@ def trace(model: Objective, init: Callable[[], Any]) -> tuple[Any, Workload]:
     if layout.is_scanned(path):
       at, repeats = layout.block_of(path), shape[axes.index('layers')]
       blocks[at] = dataclasses.replace(blocks[at], layers=repeats)
-  dtype = jax.dtypes.canonicalize_dtype(model.module.embed.dtype)
+  dtype = jax.dtypes.canonicalize_dtype(model.module.dtype)
   whole = sum(blocks.values(), Cost())
   return boxed, Workload(
     blocks,

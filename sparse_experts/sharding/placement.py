@@ -38,6 +38,8 @@ RULES: Mapping[str, MeshAxes] = {
   'router_width': None,  # What else a router has: tasks, groups, bits.
   'slots': None,  # Slots of an expert, where a router has parameters of them.
   'relpos_buckets': None,
+  'patch': None,  # Values of a patch.
+  'position': None,  # Of a learned table.
 }
 
 EXPERT_AXES = ('expert', 'router')  # Names of an axis that is over experts.

@@ -36,6 +36,8 @@ ROLES: Mapping[str, str] = {
   'router_width': 'whole',
   'slots': 'whole',
   'relpos_buckets': 'whole',
+  'patch': 'column',
+  'position': 'whole',
 }
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)  # Least "positive" number.

@@ -288,7 +288,7 @@ def test_mnli_is_one_task_of_two_test_sets(shots):
   # (7 x 80 + (88 + 92) / 2) / 8; 82.22 if they were two.
   assert metrics.average(scores) == 81.25
   assert task_evaluators.flat(scores)['average'] == 81.25
-  assert task_evaluators.score(scores, loss=1.0) == 81.25
+  assert task_evaluators.score(scores, {'loss': 1.0}) == 81.25
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,17 @@ class Features:
     """Rows of a batch from the examples of a seqio task; arguments as above."""
     raise NotImplementedError
 
+  def of_task(self, feature_lengths: Mapping[str, int]) -> set[str]:
+    """The features of the task: by default those that have lengths."""
+    return set(feature_lengths)
+
   def example_lengths(self) -> dict[str, int]:
     """Feature lengths that counts of a model are given for by default."""
     raise NotImplementedError
+
+  def size(self, feature_lengths: Mapping[str, int]) -> str:
+    """That of an example, for people: '512 inputs, 114 targets'."""
+    return ', '.join(f'{n} {name}' for name, n in feature_lengths.items())
 
   def fill(self, feature: str) -> int:
     """What fills a row of `feature` that no example is in; 0 weighs nothing."""

@@ -20,6 +20,7 @@ import seqio
 import tensorflow as tf
 
 from sparse_experts.data import corpus, metrics, preprocessors, vocabularies
+from sparse_experts.data.tasks import arrays
 
 # Documents are shuffled all together; this separates the chunks of a long one.
 SHUFFLE_BUFFER = 256
@@ -71,37 +72,11 @@ class DocumentSource(seqio.DataSource):
     )
     is_it = columns['domain'][:, None] == tf.constant(corpus.PACKAGES)[None]
     columns['task_id'] = tf.argmax(is_it, 1, tf.int32)
-    index, num_shards = 0, 1
-    if shard_info:
-      index, num_shards = shard_info.index, shard_info.num_shards
-    # Sharded before they are shuffled: shards may have seeds of their own.
-    count = len(range(index, int(tf.size(columns['text'])), num_shards))
-    order = (
-      _permutations(count, seed) if shuffle else tf.data.Dataset.range(count)
-    )
-    return order.map(
-      lambda i: {k: v[i * num_shards + index] for k, v in columns.items()}
-    )
+    return arrays.examples(columns, shuffle, seed, shard_info)
 
 
 # One for all tasks: it looks for the cached corpus once.
 _SOURCE = DocumentSource()
-
-
-def _permutations(count: int, seed: int | None) -> tf.data.Dataset:
-  """[0, count) in a random order, another one at each iteration.
-
-  As `range(count).shuffle(count)`, but the latter keeps all indices in a
-  buffer, 10 MB of every saved iterator; this has a key and a position.
-  """
-
-  def permutation(key):
-    return tf.data.Dataset.range(count).map(
-      lambda i: tf.random.experimental.index_shuffle(i, [key, key], count - 1)
-    )
-
-  keys = tf.data.Dataset.random(seed, rerandomize_each_iteration=True)
-  return keys.take(1).flat_map(permutation)
 
 
 def add_docs_task(

@@ -1,0 +1,64 @@
+"""The small objectives, made tiny: what tests over all of them run.
+
+A new objective is a line of `SMALL`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+
+from sparse_experts import config, sharding
+from sparse_experts.training import train as runner
+
+
+@dataclasses.dataclass(frozen=True)
+class Small:
+  """A file of gin/small/, and what makes it cheap.
+
+  Attributes:
+    file: of gin/small/.
+    tiny: bindings of a model and batch that take seconds.
+    exact: further ones, so that a step draws nothing and its optimizer does not
+      blow up differences of rounding.
+  """
+
+  file: str
+  tiny: Sequence[str]
+  exact: Sequence[str]
+
+  def arguments(self, model_dir) -> tuple[str, ...]:
+    """Of a command."""
+    bindings = (*self.tiny, f'MODEL_DIR={model_dir}')
+    return (f'--gin_file={self.file}', *(f'--gin.{b}' for b in bindings))
+
+
+_WIDTHS = ('NUM_LAYERS=2', 'EMBED_DIM=16', 'HEAD_DIM=8', 'NUM_HEADS=2')
+_RUN = (
+  *('TRAIN_STEPS=12', 'CHECKPOINT_PERIOD=6', 'LOG_PERIOD=4', 'BATCH_SIZE=16'),
+  'EVAL_BATCHES=2',
+)
+
+SMALL = {
+  'classification': Small(
+    'gin/small/classification.gin',
+    (*_WIDTHS, *_RUN, 'MLP_DIM=32', 'PATCH_SIZE=4', 'BASE_LEARNING_RATE=0.01'),
+    ('v_moe.VMoE.noise=0.0', 'optimizers.adam.eps=0.001'),
+  ),
+}
+
+
+def train(
+  name: str, model_dir, *bindings: str, devices: int = 8, **mesh: int
+) -> dict:
+  """Trains a small objective without evaluation; returns the results."""
+  small = SMALL[name]
+  config.parse(
+    [small.file],
+    [*small.tiny, f'MODEL_DIR={model_dir}', *bindings],
+    [],
+  )
+  return config.bound(runner.train)(
+    placement=sharding.Placement(mesh, devices=jax.devices()[:devices]),
+    eval_dataset=None,
+  )
