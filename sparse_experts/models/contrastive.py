@@ -107,8 +107,8 @@ class Contrastive(Objective):
       )
     if self.bias_rate and self.module.right is None:
       raise ValueError(
-        f'bias_rate={self.bias_rate} moves biases by the load of one stack, and '
-        'routers of a shared tower have two: give `right` a tower, or set '
+        f'bias_rate={self.bias_rate} moves biases by the load of one stack, '
+        'and routers of a shared tower have two: give `right` a tower, or set '
         'bias_rate=0.'
       )
 
@@ -172,14 +172,12 @@ class Contrastive(Objective):
       ids = dataset.vocabulary_size(side.feature)
       if ids > side.num_ids:
         raise ValueError(
-          f'{side.feature!r} of task {dataset.mixture_or_task_name!r} has {ids} '
-          f'token ids, but its tower embeds only {side.num_ids}: give it a '
-          f'vocabulary of at least {ids}.'
+          f'{side.feature!r} of task {dataset.mixture_or_task_name!r} has '
+          f'{ids} token ids, but its tower embeds only {side.num_ids}: give it '
+          f'a vocabulary of at least {ids}.'
         )
 
-  def _compare(
-    self, pairs: Rows, outputs: Embeddings
-  ) -> tuple[Array, Array]:
+  def _compare(self, pairs: Rows, outputs: Embeddings) -> tuple[Array, Array]:
     """Each pair's loss and share of right answers, [B]; see the class."""
     log_scale = outputs.log_scale
     if self.kind == 'softmax':
@@ -199,9 +197,7 @@ class Contrastive(Objective):
     )
     return tuple((a_B + b_B) / 2 for a_B, b_B in zip(one, other))
 
-  def _choose(
-    self, logits_BxI: Array, is_pair_I: Array
-  ) -> tuple[Array, Array]:
+  def _choose(self, logits_BxI: Array, is_pair_I: Array) -> tuple[Array, Array]:
     """Of each row its loss, and whether its own column is the largest; [B]."""
     I = logits_BxI.shape[1]
     is_pair_1xI = is_pair_I[None]

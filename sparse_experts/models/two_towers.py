@@ -128,7 +128,9 @@ class TwoTowers(nn.Module):
         stack = f'{side}/{layer.stack}'
         auxes[str(dataclasses.replace(layer, stack=stack))] = aux
     bias = None if self.initial_bias is None else self.bias
-    return Embeddings(z_BxA['left'], z_BxA['right'], self.log_scale, bias), auxes
+    return Embeddings(
+      z_BxA['left'], z_BxA['right'], self.log_scale, bias
+    ), auxes
 
   def cost(self, batch: Mapping[str, Array], **options) -> Cost:
     """Of its own parameters, which are in no product: nothing."""

@@ -62,12 +62,9 @@ def ledger(
   if feature_lengths is None:
     feature_lengths = model.features.example_lengths()
   shapes = model.features.shapes(feature_lengths, _ROWS, task_ids=True)
-  boxed, slots, products = _trace(model, shapes)
+  traced = _trace(model, shapes)
+  boxed, slots = traced.boxed, traced.slots
   names = sharding.names_of(boxed)
-  lengths = {
-    stack: mask.shape[1]
-    for stack, mask in jax.eval_shape(model.module.masks, shapes).items()
-  }
 
   kinds = ('total_params', 'block_params', 'sparse_params', 'active_params')
   counts = dict.fromkeys(kinds, 0)
@@ -90,14 +87,15 @@ def ledger(
     if layout.block_of(parts):
       counts['block_params'] += size
     counts['active_params'] += size * share
-    component = _component(parts)
+    stack = layout.stack_of(parts, traced.lengths)
+    component = _component(parts, stack)
     components[component] = components.get(component, 0) + size
-    tokens, context = _tokens(parts, size, lengths, products)
+    tokens, context = _tokens(parts, size, stack, traced)
     if parts[-1] == 'kernel':
       flops += 2 * size * share * tokens
       padding += 2 * size * (executed_share - share) * tokens
       if 'router' not in parts:
-        own_tokens = lengths.get(parts[0], tokens)
+        own_tokens = tokens if stack is None else sum(traced.lengths[stack])
         kaplan += 2 * size * share * own_tokens
     # Queries times keys and weights times values; or queries times distances.
     if parts[-2:] in (('out', 'kernel'), ('relative', 'kernel')):
@@ -106,7 +104,8 @@ def ledger(
       product = 2 * layers * width * tokens * context
       flops += 2 * product if parts[-2] == 'out' else product
       kaplan += product if parts[-2] == 'out' else 0
-    if parts[-1] == 'embedding':  # Read backwards, if it is.
+    # Read backwards, if it is; a bias of positions, in a stack, is not.
+    if parts[-1] == 'embedding' and stack is None:
       flops += 2 * size * tokens
       kaplan += 2 * size * tokens
   return {
@@ -117,7 +116,9 @@ def ledger(
     'executed_forward_flops_per_sequence': round(flops + padding),
     'kaplan_forward_flops_per_sequence': round(kaplan),
     'train_flops_per_sequence': round(3 * flops),
-    'train_flops_per_token': round(3 * flops / sum(lengths.values())),
+    'train_flops_per_token': round(
+      3 * flops / (model.positions(shapes) / _ROWS)
+    ),
     'parameter_bytes': _bytes(boxed),
     'optimizer_bytes': _optimizer_bytes(names, boxed),
     'feature_lengths': dict(feature_lengths),
@@ -169,11 +170,24 @@ def text(facts: Mapping[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def _trace(
-  model: Objective, shapes
-) -> tuple[Any, dict[tuple[str, ...], _Slots], dict[tuple[str, ...], float]]:
-  """Abstract boxed parameters; by path, the slots of sparse layers, and what
-  the products of a layer with parameters cost an example, forward."""
+class _Traced(NamedTuple):
+  """What a model's modules do with an example.
+
+  Attributes:
+    boxed: abstract parameters.
+    slots: of sparse layers, by path.
+    products: FLOPs of a layer's products with parameters, forward, by path.
+    lengths: of the sequences that a stack reads, by its name; a stack that two
+      inputs share reads two.
+  """
+
+  boxed: Any
+  slots: dict[tuple[str, ...], _Slots]
+  products: dict[tuple[str, ...], float]
+  lengths: dict[str, tuple[int, ...]]
+
+
+def _trace(model: Objective, shapes) -> _Traced:
   boxed, calls = cost.calls(
     lambda: jax.eval_shape(
       lambda key: model.init(key, shapes), jax.random.key(0)
@@ -185,9 +199,13 @@ def _trace(
     told = call.told or cost.Cost()
     products[path] = told.flops / _ROWS
     if told.choices:
-      tokens = math.prod(call.shape[:2])
+      tokens = sum(math.prod(shape[:2]) for shape in call.shapes)
       slots[path] = _Slots(told.choices / tokens, told.rows / tokens)
-  return boxed, slots, products
+  lengths = {
+    stack: tuple(shape[1] for shape in calls[tuple(stack.split('/'))].shapes)
+    for stack in layout.stacks_of(calls)
+  }
+  return _Traced(boxed, slots, products, lengths)
 
 
 def _optimizer_bytes(names: Any, boxed: Any) -> dict[str, int]:
@@ -211,7 +229,7 @@ def _bytes(tree: Any) -> int:
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _component(parts: tuple[str, ...]) -> str:
+def _component(parts: tuple[str, ...], stack: str | None) -> str:
   """The part of the model a parameter belongs to, by its path."""
   kinds = {
     'expert': 'experts',
@@ -227,24 +245,26 @@ def _component(parts: tuple[str, ...]) -> str:
     'class_token': 'positions',
     'positions': 'positions',
     'head': 'head',
+    'left_projection': 'projections',
+    'right_projection': 'projections',
   }
-  stack = f'{parts[0]} ' if parts[0] in ('encoder', 'decoder') else ''
   found = [kinds[part] for part in parts if part in kinds]
-  return stack + (found[0] if found else 'norms and biases')
+  kind = found[0] if found else 'norms and biases'
+  return kind if stack is None else f'{stack} {kind}'
 
 
 def _tokens(
   parts: tuple[str, ...],
   size: int,
-  lengths: Mapping[str, int],
-  products: Mapping[tuple[str, ...], float],
-) -> tuple[float, int]:
+  stack: str | None,
+  traced: _Traced,
+) -> tuple[float, float]:
   """Tokens that meet a parameter, and keys that each of them looks at."""
-  if parts[0] not in lengths:  # Around the stacks.
-    return products.get(parts[:-1], 0) / (2 * size), 0
+  if stack is None:
+    return traced.products.get(parts[:-1], 0) / (2 * size), 0
+  lengths = traced.lengths[stack]
+  tokens = sum(lengths)
   if 'cross_attention' in parts:
-    memory = lengths['encoder']
-    if parts[-2] in ('key', 'value'):
-      return memory, 0
-    return lengths[parts[0]], memory
-  return lengths[parts[0]], lengths[parts[0]]
+    (memory,) = traced.lengths['encoder']
+    return (memory, 0) if parts[-2] in ('key', 'value') else (tokens, memory)
+  return tokens, sum(length**2 for length in lengths) / tokens

@@ -56,7 +56,8 @@ class Pairs(Features):
 
   Example:
     >>> features = Pairs(Side('image', (8, 8, 1)), Side('caption'))
-    >>> {name: x.shape for name, x in features.shapes({'caption': 5}, 2).items()}
+    >>> shapes = features.shapes({'caption': 5}, batch_size=2)
+    >>> {name: x.shape for name, x in shapes.items()}
     {'left': (2, 8, 8, 1), 'right': (2, 5), 'weight': (2,)}
   """
 
@@ -195,7 +196,9 @@ class Pairs(Features):
     found = spec and (tuple(spec.shape.as_list()), spec.dtype.name)
     said = 'none' if found is None else f'{found[1]} {found[0]}'
     if side.is_text:
-      fits = found is not None and spec.shape.rank == 1 and spec.dtype.is_integer
+      fits = (
+        found is not None and spec.shape.rank == 1 and spec.dtype.is_integer
+      )
       wanted = 'token ids, whole numbers (n,)'
     else:
       fits = found == (side.shape, side.dtype)
