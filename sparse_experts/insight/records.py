@@ -189,7 +189,7 @@ def record(
     MODEL_DIR/records/<task>-<split>-<step>.npz.
   """
   domain_names = dataset.task_names()
-  if domain_names:
+  if domain_names and not dataset.task_ids:
     dataset = dataclasses.replace(dataset, task_ids=True)
   built_mesh = sharding.make_mesh(**(mesh or {}))
   with sharding.use_mesh(built_mesh, rules):
