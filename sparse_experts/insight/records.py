@@ -206,7 +206,7 @@ def record(
     MODEL_DIR/records/<task>-<split>-<step>.npz.
   """
   domain_names = dataset.task_names()
-  if domain_names:
+  if domain_names and not dataset.task_ids:
     dataset = dataclasses.replace(dataset, task_ids=True)
   with placement.use() as mesh:
     params, at = restore_params(model, model_dir, dataset, mesh)

@@ -49,7 +49,7 @@ class Run:
   microbatches: int = 1
   seed: int = 0
   pack: bool = True
-  task_ids: bool = False
+  task_ids: bool | str = False
   max_tokens: int | None = None
 
   def __post_init__(self):
@@ -74,7 +74,7 @@ class Run:
       self.feature_lengths,
       self.batch_size,
       pack=self.pack,
-      task_ids=self.task_ids,
+      task_ids=bool(self.task_ids),
     )
 
   def lengths(self, what: str) -> dict[str, int]:

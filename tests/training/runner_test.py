@@ -15,6 +15,7 @@ import pytest
 
 from sparse_experts import config, sharding
 from sparse_experts.data.dataset import Dataset
+from sparse_experts.data.features.text import Text
 from sparse_experts.models.language import Language
 from sparse_experts.training import (
   checkpoints,
@@ -39,7 +40,7 @@ def model() -> Language:
 
 def _abstract(model: Language, learning_rate: float = 0.1):
   make = functools.partial(optimizers.adafactor, learning_rate=learning_rate)
-  return state.abstract(model, DATASET.shapes('decoder'), make)
+  return state.abstract(model, DATASET.shapes(Text()), make)
 
 
 # Checkpoints on other meshes.
@@ -70,7 +71,7 @@ def test_any_mesh_reads_a_checkpoint(mesh, rules, on_eight, model):
   with sharding.use_mesh(built, rules):
     boxed, _ = _abstract(model)
     placed = state.shardings(boxed, built)
-    data = checkpoints.DataArgs(DATASET.training('decoder', slice(None)))
+    data = checkpoints.DataArgs(DATASET.training(Text(), slice(None)))
     saver = checkpoints.Checkpoints(on_eight)
     restored = saver.restore(2, boxed, placed, data)
     saver.close()
@@ -108,7 +109,7 @@ def start(model) -> state.TrainState:
   boxed, optimizer = _abstract(model)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   placed = state.shardings(boxed, mesh)
-  shapes = DATASET.shapes('decoder')
+  shapes = DATASET.shapes(Text())
   return state.create(model, shapes, optimizer, placed, seed=0)
 
 
@@ -128,7 +129,7 @@ def _step(model, learning_rate=0.1, microbatches=1):
 @pytest.fixture
 def batch():
   """Eight rows of random tokens; targets have a weight of 1."""
-  shapes = DATASET.shapes('decoder')
+  shapes = DATASET.shapes(Text())
   random = np.random.default_rng(0)
   tokens = random.integers(2, 300, shapes['decoder_target_tokens'].shape)
   batch = {name: np.ones(leaf.shape, np.int32) for name, leaf in shapes.items()}
@@ -263,7 +264,7 @@ def test_the_learning_rate_is_that_of_the_last_update(six_steps):
 
 def test_tokens_per_second_with_padding_and_without(six_steps):
   assert 'tokens_per_second_with_padding' not in six_steps[0]  # Of no time.
-  batches = DATASET.training('decoder', slice(None))
+  batches = DATASET.training(Text(), slice(None))
   tokens = [
     (next(batches)['decoder_target_tokens'] > 0).sum() for _ in range(6)
   ]
