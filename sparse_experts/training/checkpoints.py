@@ -61,8 +61,17 @@ class Checkpoints:
   training goes on. `saved step N` on stderr means that step N is complete.
   """
 
-  def __init__(self, model_dir: epath.PathLike, keep: int | None = 3):
+  def __init__(
+    self,
+    model_dir: epath.PathLike,
+    keep: int | None = 3,
+    *,
+    read_only: bool = False,
+  ):
     """Opens MODEL_DIR/checkpoints, keeping the last `keep` steps (None: all).
+
+    With `read_only` nothing there changes, neither what another process is
+    about to write.
 
     Raises:
       ValueError: the directory cannot be written.
@@ -70,7 +79,8 @@ class Checkpoints:
     self._announcer: threading.Thread | None = None
     directory = directory_of(model_dir)
     try:
-      directory.mkdir(parents=True, exist_ok=True)
+      if not read_only:
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise ValueError(
         f'MODEL_DIR {model_dir} cannot be written ({error.strerror}); choose '
@@ -83,7 +93,9 @@ class Checkpoints:
     registry.add('data', DataArgs, DataHandler)
     self._manager = ocp.CheckpointManager(
       directory,
-      options=ocp.CheckpointManagerOptions(
+      options=ocp.CheckpointManagerOptions(read_only=True)
+      if read_only
+      else ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         cleanup_tmp_directories=True,  # What a kill left half-written.
       ),

@@ -1,10 +1,10 @@
-"""Training: the loop, and nothing that has a meaning of its own."""
+"""Training: what a run is made of, put together."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +18,14 @@ from sparse_experts.models.model import Model, summary
 from sparse_experts.training import (
   checkpoints,
   global_batch,
+  replaying,
   schedules,
   state,
   step,
 )
 from sparse_experts.training.hardware import write_hardware
+from sparse_experts.training.hooks import Evaluate, Every, Log, Save, Trace
+from sparse_experts.training.loop import Guard, Hook, Run, loop
 from sparse_experts.training.preemption import Preemption
 from sparse_experts.training.progress import Progress
 from sparse_experts.training.total import Total
@@ -49,7 +52,9 @@ def train(
   eval_period: int = 1000,
   log_period: int = 100,
   max_skipped_in_a_row: int = 10,
+  hooks: Sequence[Hook] = (),
   profile: tuple[int, int] | None = None,
+  replay: int | None = None,
   on_start: Callable[[epath.Path], None] | None = None,
 ) -> dict[str, Any]:
   """Trains to `train_steps`, from the latest checkpoint in `model_dir` if any.
@@ -78,14 +83,19 @@ def train(
     eval_period, log_period: steps.
     max_skipped_in_a_row: a step with a loss, gradient or update that is not
       finite is skipped and counted; so many in a row stop the run.
+    hooks: functions of the `loop.Run`, called in order before the first step
+      and after each, when it is logged and evaluated and not yet saved;
+      `hooks.Every` calls one from time to time.
     profile: (start, stop), steps to trace into MODEL_DIR/profile: those of
       them that this call takes.
+    replay: a step that was taken: from the newest checkpoint before it, the run
+      goes there once more and stops. It writes nothing, and calls no hook.
     on_start: called with MODEL_DIR in process 0, once the state is there.
 
   Returns:
     'step', 'train' metrics up to it, 'eval' and 'eval_step', the latest and
     where it was taken, 'eval_before' at the first step of this call,
-    'preempted'.
+    'preempted', and what hooks add. Of a replay what `replaying.replay` does.
 
   Raises:
     ValueError: an argument, the data or the checkpoint does not fit the rest.
@@ -109,11 +119,12 @@ def train(
     dataset.shapes(model.converter),
     functools.partial(optimizer, learning_rate=learning_rate),
   )
-  with sharding.use_mesh(built_mesh, rules):
-    run = _begin(
+  with sharding.use_mesh(built_mesh, rules), contextlib.ExitStack() as closing:
+    run, saver = _begin(
       model,
       model_dir,
       dataset,
+      train_steps,
       built_mesh,
       boxed,
       built_optimizer,
@@ -122,105 +133,54 @@ def train(
       microbatches,
       seed,
       keep_checkpoints,
+      replay,
     )
+    closing.callback(saver.close)
+    if replay is not None:
+      return replaying.replay(run, model, built_mesh, microbatches, seed)
     if on_start is not None and jax.process_index() == 0:
       on_start(epath.Path(model_dir))
     write_hardware(model_dir, built_mesh)
-    now, start, feed = run.state, run.start, run.feed
-    writers, preemption = Writers(model_dir), Preemption()
-    positions = dataset.batch_size * sum(dataset.feature_lengths.values())
-    progress = Progress(start, train_steps, positions)
-    if start:
-      progress.say(f'resumed at step {start}')
-    if start >= train_steps:
-      progress.say(f'TRAIN_STEPS={train_steps} are done; nothing left to train')
-    if profile and not (start < profile[1] and profile[0] < train_steps):
-      progress.say(f'no step to trace from {start} to {train_steps}')
-    evaluate = None
+    _open(run, dataset, closing)
+    trace = Trace(run.model_dir / 'profile', profile)
+    closing.callback(trace.close)
+    if profile and not (run.start < profile[1] and profile[0] < train_steps):
+      run.say(f'no step to trace from {run.start} to {train_steps}')
+    guard = Guard(max_skipped_in_a_row)
+    log = Log(run.progress, schedules.as_schedule(learning_rate))
+    evaluation = []
     if eval_dataset is not None:
-      evaluate = LossEvaluation(model, eval_dataset, built_mesh)
-
-    def held_out(at):
-      if evaluate is None:
-        return None
-      metrics = evaluate(now.params)
-      writers.write('eval', at, metrics)
-      progress.say(f'step {at}  held-out loss {metrics["loss"]:.4f} nats')
-      return metrics
-
-    eval_before = eval_now = held_out(start)
-    eval_step = start
-    train_metrics, preempted, tracing = None, False, False
-    rate = schedules.as_schedule(learning_rate)
-    total, skipped, guard = Total(), None, _Guard(max_skipped_in_a_row)
-    try:
-      for i in range(start, train_steps):
-        if profile and profile[0] <= i < profile[1] and not tracing:
-          jax.profiler.start_trace(str(epath.Path(model_dir) / 'profile'))
-          tracing = True
-        now, sums = run.take_step(now, feed.next())
-        # Both look at the step before, which keeps this one in flight.
-        total.add(sums)
-        guard.check(i, skipped)
-        skipped = sums['skipped']
-        done, last = i + 1, i + 1 == train_steps
-        progress.step(done)
-        if tracing and (last or done == profile[1]):
-          jax.block_until_ready(now)
-          jax.profiler.stop_trace()
-          tracing = False
-        if last or done % log_period == 0:
-          sums = total.sums()
-          train_metrics = step.summary(sums, microbatches)
-          # Of the last update: the optimizer has not counted the steps that
-          # were skipped. Before any update, of the first.
-          update = max(i - int(now.skipped), 0)
-          train_metrics['learning_rate'] = float(rate(update))
-          train_metrics |= progress.report(done, train_metrics, sums['tokens'])
-          writers.write('train', done, train_metrics)
-          total = Total()
-        if last or done % eval_period == 0:
-          eval_now, eval_step = held_out(done), done
-        preempted = preemption.reached(done)
-        if last or preempted or done % checkpoint_period == 0:
-          guard.check(done, skipped)
-          skipped = None
-          run.checkpoints.save(now, feed.data_args)
-        if preempted and not last:
-          progress.say(f'SIGTERM: stopping after step {done}')
-          break
-    finally:
-      if tracing:
-        jax.profiler.stop_trace()
-      run.checkpoints.close()
-      writers.close()
-      progress.close()
-      preemption.close()
+      evaluate = Evaluate(LossEvaluation(model, eval_dataset, built_mesh))
+      evaluation = [Every(eval_period, evaluate, at_start=True)]
+    preemption = Preemption()
+    closing.callback(preemption.close)
+    save = Save(saver, run.batches.data_args, guard.check)
+    loop(
+      run,
+      [
+        guard,
+        trace.stop,
+        log.add,
+        Every(log_period, log),
+        *evaluation,
+        *hooks,
+        preemption,
+        Every(checkpoint_period, save),
+        trace.start,
+      ],
+    )
     return {
-      'step': int(now.step),
-      'train': train_metrics,
-      'eval': eval_now,
-      'eval_step': eval_step,
-      'eval_before': eval_before,
-      'preempted': preempted,
+      'step': int(run.state.step),
+      **run.results,
+      'preempted': run.preempted,
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-  """What the loop turns on: the state at step `start`, and what moves it."""
-
-  start: int
-  state: state.TrainState
-  take_step: Callable[..., Any]
-  feed: _Feed
-  checkpoints: checkpoints.Checkpoints
 
 
 def _begin(
   model: Model,
   model_dir: str,
   dataset: Dataset,
+  train_steps: int,
   mesh: jax.sharding.Mesh,
   boxed: state.TrainState,
   optimizer: optax.GradientTransformation,
@@ -229,8 +189,12 @@ def _begin(
   microbatches: int,
   seed: int,
   keep_checkpoints: int | None,
-) -> _Run:
+  replay: int | None,
+) -> tuple[Run, checkpoints.Checkpoints]:
   """Creates or restores the state on the mesh, with its step and data."""
+  start = None
+  if replay is not None:
+    start, train_steps = replaying.checkpoint_before(model_dir, replay), replay
   shapes = dataset.shapes(model.converter)
   placed = state.shardings(boxed, mesh, optimizer_rules)
   take_step = step.jit_train_step(
@@ -239,14 +203,18 @@ def _begin(
     mesh,
     placed,
     batch_size=dataset.batch_size,
-    seed=seed,
     microbatches=microbatches,
   )
-  take_step.eval_shape(nn.unbox(boxed), shapes)  # Mistakes show in tracing.
+  key = jax.random.key(seed)
+  # Mistakes show in tracing.
+  take_step.eval_shape(nn.unbox(boxed), shapes, key)
   dataset.check_vocabulary(model.module.embed.vocab_size, model.special_tokens)
   feed = _Feed(model, dataset, mesh)
-  saver = checkpoints.Checkpoints(model_dir, keep_checkpoints)
-  start = saver.latest()
+  saver = checkpoints.Checkpoints(
+    model_dir, keep_checkpoints, read_only=replay is not None
+  )
+  if start is None:
+    start = saver.latest()
   if start is not None:
     now = saver.restore(start, boxed, placed, feed.data_args)
   elif initial_checkpoint is not None:
@@ -256,7 +224,30 @@ def _begin(
     now = state.begin(params, optimizer, placed, boxed)
   else:
     now = state.create(model, shapes, optimizer, placed, seed)
-  return _Run(start or 0, now, take_step, feed, saver)
+  run = Run(
+    model_dir=epath.Path(model_dir),
+    start=start or 0,
+    stop=train_steps,
+    state=now,
+    batches=feed,
+    take=lambda now, batch: take_step(now, batch, key),
+    summary=functools.partial(step.summary, microbatches=microbatches),
+  )
+  return run, saver
+
+
+def _open(run: Run, dataset: Dataset, closing: contextlib.ExitStack) -> None:
+  """Gives a run its writers, and says where it stands."""
+  positions = dataset.batch_size * sum(dataset.feature_lengths.values())
+  run.progress = Progress(run.start, run.stop, positions)
+  closing.callback(run.progress.close)
+  run.writers = Writers(run.model_dir)
+  closing.callback(run.writers.close)
+  if run.start:
+    run.say(f'resumed at step {run.start}')
+  if run.ending:
+    run.say(f'TRAIN_STEPS={run.stop} are done; nothing left to train')
+  run.results = dict.fromkeys(('train', 'eval', 'eval_step', 'eval_before'))
 
 
 class LossEvaluation:
@@ -293,7 +284,7 @@ class LossEvaluation:
     return summary(sums)
 
 
-class _Feed:
+class _Feed(Iterator):
   """Global batches of a dataset on a mesh."""
 
   def __init__(self, model: Model, dataset: Dataset, mesh: jax.sharding.Mesh):
@@ -311,7 +302,7 @@ class _Feed:
       ),
     )
 
-  def next(self):
+  def __next__(self):
     return global_batch.place(
       next(self._batches), self._mesh, self._batch_size, self._first_row
     )
@@ -322,24 +313,4 @@ def _check_counts(**counts: int) -> None:
     if not isinstance(value, int) or value < 1:
       raise ValueError(
         f'{name} must be a whole number, at least 1, got {value!r}.'
-      )
-
-
-class _Guard:
-  """Stops a run that skips too many steps in a row."""
-
-  def __init__(self, limit: int):
-    self._limit, self._in_a_row = limit, 0
-
-  def check(self, step: int, skipped) -> None:
-    """Counts whether `step` was skipped (None: counted already)."""
-    if skipped is None:
-      return
-    self._in_a_row = self._in_a_row + 1 if int(skipped) else 0
-    if self._in_a_row >= self._limit:
-      raise FloatingPointError(
-        f'{self._limit} steps in a row up to step {step} had a loss, gradient '
-        'or update that is not finite; lower the learning rate, or continue '
-        'from an earlier checkpoint with other dropout and jitter, by another '
-        '--gin.train.train.seed.'
       )

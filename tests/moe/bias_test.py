@@ -50,7 +50,7 @@ def trainer(model, optimizer, microbatches=1):
       step.train_step,
       model=model,
       optimizer=optimizer,
-      seed=0,
+      key=KEY,
       microbatches=microbatches,
     )
   )
@@ -210,7 +210,9 @@ def test_a_rate_without_a_bias_is_refused():
   state = jax.eval_shape(partial(make_state, optimizer=SGD), params)
   with pytest.raises(ValueError, match='bias_rate=0.1 moves .* none has one'):
     jax.eval_shape(
-      partial(step.train_step, model=model, optimizer=SGD, seed=0), state, batch
+      partial(step.train_step, model=model, optimizer=SGD, key=KEY),
+      state,
+      batch,
     )
 
 

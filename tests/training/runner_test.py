@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import types
 
 import command
 import jax
@@ -18,6 +19,7 @@ from sparse_experts.data.dataset import Dataset
 from sparse_experts.models.model import Model
 from sparse_experts.training import (
   checkpoints,
+  loop,
   optimizers,
   progress,
   state,
@@ -114,15 +116,13 @@ def start(model) -> state.TrainState:
 
 def _step(model, learning_rate=0.1, microbatches=1):
   _, optimizer = _abstract(model, learning_rate)
-  return jax.jit(
-    functools.partial(
-      step.train_step,
-      model=model,
-      optimizer=optimizer,
-      seed=0,
-      microbatches=microbatches,
-    )
+  take = functools.partial(
+    step.train_step,
+    model=model,
+    optimizer=optimizer,
+    microbatches=microbatches,
   )
+  return functools.partial(jax.jit(take), key=jax.random.key(0))
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_a_bad_batch_is_skipped_and_counted(microbatches, model, start, batch):
 
 def test_an_update_that_is_not_finite_is_skipped(model, start, batch):
   """Loss and gradient are, the rate times the update overflows."""
-  grads, sums = step.gradients(start, batch, model=model, seed=0)
+  grads, sums = step.gradients(start, batch, jax.random.key(0), model=model)
   assert np.isfinite(sums['objective'])
   assert np.isfinite(optax.tree.norm(grads))
   after, sums = _step(model, learning_rate=3e38)(start, batch)
@@ -208,12 +208,20 @@ def test_skipped_steps_in_a_row_stop_the_run(tmp_path):
 
 
 def test_only_skipped_steps_in_a_row_count():
-  guard = train._Guard(2)
-  for i, skipped in enumerate([1, 0, 1, None, 0, 1]):
-    guard.check(i, skipped)
-  guard.check(6, None)
-  with pytest.raises(FloatingPointError, match='2 steps in a row up to step 7'):
-    guard.check(7, 1)
+  guard = loop.Guard(2)
+
+  def take(step, skipped):
+    sums = None if skipped is None else {'skipped': jnp.int32(skipped)}
+    guard(types.SimpleNamespace(step=step, sums=sums))
+
+  for i, skipped in enumerate([None, 1, 0, 1]):  # None: before the first.
+    take(i, skipped)
+  guard.check()  # Step 3, which is not counted twice.
+  for i, skipped in enumerate([0, 1, 1], start=4):
+    take(i, skipped)
+  # Each looks at the one before.
+  with pytest.raises(FloatingPointError, match='2 steps in a row up to step 6'):
+    guard.check()
 
 
 # What a run says.
