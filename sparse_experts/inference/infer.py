@@ -43,6 +43,7 @@ def infer(
   seed: int = 0,
   score: bool = False,
   routing: bool = False,
+  parameters: str = 'trained',
   mesh: Mapping[str, int] | None = None,
   rules: Mapping[str, sharding.MeshAxes] | None = None,
 ) -> list[dict[str, Any]]:
@@ -63,6 +64,7 @@ def infer(
     score: also find the log-probability of the targets.
     routing: also count the choices of each expert in every sparse layer, by the
       tokens of the inputs and of the (best) prediction.
+    parameters: see `checkpoints.restore_params`; a file of 'ema' ends so.
     mesh, rules: as in `train.train`.
 
   Returns:
@@ -90,7 +92,9 @@ def infer(
   max_tokens = max_tokens or dataset.feature_lengths['targets']
   built_mesh = sharding.make_mesh(**(mesh or {}))
   with sharding.use_mesh(built_mesh, rules):
-    params, step = restore_params(model, model_dir, dataset, built_mesh)
+    params, step = restore_params(
+      model, model_dir, dataset, built_mesh, parameters
+    )
     if questions is None:
       examples = prompts.of_task(dataset, model.converter, special_tokens)
       source, total = {'split': dataset.split}, num_examples
@@ -115,8 +119,12 @@ def infer(
       'score': score,
       'routing': routing,
     }
+    version = f'{step}'
+    if parameters != 'trained':  # Files of before do not say.
+      settings['parameters'] = parameters
+      version += f'-{parameters}'
     if output is None:
-      name = f'{dataset.mixture_or_task_name}-{dataset.split}-{step}.jsonl'
+      name = f'{dataset.mixture_or_task_name}-{dataset.split}-{version}.jsonl'
       output = checkpoints.root_of(model_dir) / 'inferences' / name
       lines = ResumableLines(output, settings, anew=True)
     else:

@@ -170,6 +170,7 @@ def record(
   dataset: Dataset,
   *,
   microbatches: int = 1,
+  parameters: str = 'trained',
   mesh: Mapping[str, int] | None = None,
   rules: Mapping[str, sharding.MeshAxes] | None = None,
 ) -> tuple[Records, epath.Path]:
@@ -182,6 +183,7 @@ def record(
     model, dataset: who routes what.
     model_dir: a run's directory, or one checkpoints/<step> of it.
     microbatches: parts a batch is run in, to save memory.
+    parameters: see `checkpoints.restore_params`; a file of 'ema' ends so.
     mesh, rules: as in `train.train`; any mesh reads any checkpoint.
 
   Returns:
@@ -193,7 +195,9 @@ def record(
     dataset = dataclasses.replace(dataset, task_ids=True)
   built_mesh = sharding.make_mesh(**(mesh or {}))
   with sharding.use_mesh(built_mesh, rules):
-    params, at = restore_params(model, model_dir, dataset, built_mesh)
+    params, at = restore_params(
+      model, model_dir, dataset, built_mesh, parameters
+    )
     take = jax.jit(
       functools.partial(
         step.record_step,
@@ -210,24 +214,35 @@ def record(
         yield batch, take(params, placed)
 
     found = collect(pairs())
+  found = explained(
+    found, dataset, step=at, capacity_factor=model.capacity_factor_eval
+  )
+  suffix = '' if parameters == 'trained' else f'-{parameters}'
+  name = f'{dataset.mixture_or_task_name}-{dataset.split}-{at}{suffix}.npz'
+  path = checkpoints.root_of(model_dir) / 'records' / name
+  if jax.process_index() == 0:
+    found.save(path)
+  return found, path
+
+
+def explained(found: Records, dataset: Dataset, **facts: Any) -> Records:
+  """Records of a dataset, with the text of its tokens and further facts.
+
+  Raises:
+    ValueError: there is no sparse layer among them.
+  """
   if not found.layers:
     raise ValueError('the model has no sparse layer: no routing to record.')
-  found = dataclasses.replace(
+  return dataclasses.replace(
     found,
     pieces={
       stack: dataset.pieces(_FEATURES[stack], np.unique(ids_BxL))
       for stack, ids_BxL in found.tokens.items()
     },
-    domain_names=domain_names,
+    domain_names=dataset.task_names(),
     facts={
       'task': dataset.mixture_or_task_name,
       'split': dataset.split,
-      'step': at,
-      'capacity_factor': model.capacity_factor_eval,
+      **facts,
     },
   )
-  name = f'{dataset.mixture_or_task_name}-{dataset.split}-{at}.npz'
-  path = checkpoints.root_of(model_dir) / 'records' / name
-  if jax.process_index() == 0:
-    found.save(path)
-  return found, path

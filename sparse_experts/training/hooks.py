@@ -14,9 +14,9 @@ import jax
 import optax
 from etils import epath
 
-from sparse_experts.training.checkpoints import Checkpoints, DataArgs
 from sparse_experts.training.loop import Hook, Run
 from sparse_experts.training.progress import Progress
+from sparse_experts.training.saver import DataArgs, Saver
 from sparse_experts.training.total import Total
 
 
@@ -113,13 +113,13 @@ class Evaluate:
 class Save:
   """Saves a checkpoint, once `check` finds nothing wrong with the run."""
 
-  checkpoints: Checkpoints
+  saver: Saver
   data: DataArgs
   check: Callable[[], None]
 
   def __call__(self, run: Run) -> None:
     self.check()
-    self.checkpoints.save(run.state, self.data)
+    self.saver.save(run.state, self.data)
 
 
 class Trace:

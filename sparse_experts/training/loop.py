@@ -32,7 +32,8 @@ class Run:
     summary: sums of steps -> metrics, see `step.summary`.
     batch, sums: of the step that was taken last, on all devices; None before
       the first. Reading sums waits for the step.
-    preempted: whether the run was asked to stop after this step.
+    preempted: whether the run was asked to stop after this step, once all but
+      what saves it have seen the step.
     results: what `train` returns; a hook may add to it.
     writers, progress: see `write` and `say`.
   """

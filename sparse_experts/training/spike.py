@@ -65,7 +65,7 @@ class Spikes:
       return
     (step, sums), self._last = self._last, None
     skipped = bool(sums['skipped'])
-    loss = math.nan if skipped else float(sums['objective'] / sums['batches'])
+    loss = math.nan if skipped else _objective(jax.device_get(sums))
     judged_by = {}
     if len(self._losses) == self._losses.maxlen:
       mean, deviation = np.mean(self._losses), np.std(self._losses, ddof=1)
@@ -90,10 +90,16 @@ def metrics(
   Args:
     summary, sums: as of the `loop.Run`.
   """
-  found = dict(summary(jax.tree.map(np.float64, jax.device_get(sums))))
+  sums = jax.tree.map(np.float64, jax.device_get(sums))
+  found = dict(summary(sums))
   if not found['skipped']:
-    found['objective'] = float(sums['objective'] / sums['batches'])
+    found['objective'] = _objective(sums)
   return jax.tree.map(lambda x: np.asarray(x).tolist(), found)
+
+
+def _objective(sums: Sums) -> float:
+  """Mean over microbatches."""
+  return float(sums['objective']) / float(sums['batches'])
 
 
 def write(path: epath.Path, facts: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from sparse_experts.training.hooks import Evaluate, Every, Log, Save, Trace
 from sparse_experts.training.loop import Guard, Hook, Run, loop
 from sparse_experts.training.preemption import Preemption
 from sparse_experts.training.progress import Progress
+from sparse_experts.training.saver import DataArgs, Saver
 from sparse_experts.training.total import Total
 from sparse_experts.training.writers import Writers
 
@@ -135,9 +136,9 @@ def train(
       keep_checkpoints,
       replay,
     )
-    closing.callback(saver.close)
     if replay is not None:
       return replaying.replay(run, model, built_mesh, microbatches, seed)
+    closing.callback(saver.close)
     if on_start is not None and jax.process_index() == 0:
       on_start(epath.Path(model_dir))
     write_hardware(model_dir, built_mesh)
@@ -154,7 +155,7 @@ def train(
       evaluation = [Every(eval_period, evaluate, at_start=True)]
     preemption = Preemption()
     closing.callback(preemption.close)
-    save = Save(saver, run.batches.data_args, guard.check)
+    save = Save(saver, run.batches.to_save, guard.check)
     loop(
       run,
       [
@@ -190,9 +191,12 @@ def _begin(
   seed: int,
   keep_checkpoints: int | None,
   replay: int | None,
-) -> tuple[Run, checkpoints.Checkpoints]:
-  """Creates or restores the state on the mesh, with its step and data."""
-  start = None
+) -> tuple[Run, Saver | None]:
+  """The state, created or restored, with its step and data.
+
+  And what saves it, unless it is a replay, which leaves all as it is.
+  """
+  start, saver = None, None
   if replay is not None:
     start, train_steps = replaying.checkpoint_before(model_dir, replay), replay
   shapes = dataset.shapes(model.converter)
@@ -210,13 +214,11 @@ def _begin(
   take_step.eval_shape(nn.unbox(boxed), shapes, key)
   dataset.check_vocabulary(model.module.embed.vocab_size, model.special_tokens)
   feed = _Feed(model, dataset, mesh)
-  saver = checkpoints.Checkpoints(
-    model_dir, keep_checkpoints, read_only=replay is not None
-  )
-  if start is None:
+  if replay is None:
+    saver = Saver(model_dir, keep_checkpoints)
     start = saver.latest()
   if start is not None:
-    now = saver.restore(start, boxed, placed, feed.data_args)
+    now = checkpoints.restore(model_dir, start, boxed, placed, feed.batches)
   elif initial_checkpoint is not None:
     params, _ = checkpoints.load_params(
       initial_checkpoint, boxed.params, placed.params
@@ -294,8 +296,8 @@ class _Feed(Iterator):
     self._first_row = rows.start
     batches = dataset.training(model.converter, rows, model.special_tokens)
     global_batch.check_same_on_all_processes(batches.identity)
-    self._batches = batches
-    self.data_args = checkpoints.DataArgs(
+    self.batches = batches
+    self.to_save = DataArgs(
       batches,
       global_batch.streams_written(
         mesh, dataset.batch_size, dataset.num_shards, process
@@ -304,7 +306,7 @@ class _Feed(Iterator):
 
   def __next__(self):
     return global_batch.place(
-      next(self._batches), self._mesh, self._batch_size, self._first_row
+      next(self.batches), self._mesh, self._batch_size, self._first_row
     )
 
 

@@ -19,6 +19,7 @@ from sparse_experts.data.dataset import Dataset
 from sparse_experts.models.model import Model
 from sparse_experts.training import (
   checkpoints,
+  ema,
   loop,
   optimizers,
   progress,
@@ -39,8 +40,15 @@ def model() -> Model:
   return config.value('MODEL')
 
 
-def _abstract(model: Model, learning_rate: float = 0.1):
+def _abstract(model: Model, learning_rate: float = 0.1, average=False):
   make = functools.partial(optimizers.adafactor, learning_rate=learning_rate)
+  if average:
+    make = functools.partial(
+      ema.averaged,
+      learning_rate=learning_rate,
+      optimizer=optimizers.adafactor,
+      decay=0.5,
+    )
   return state.abstract(model, DATASET.shapes('decoder'), make)
 
 
@@ -72,10 +80,8 @@ def test_any_mesh_reads_a_checkpoint(mesh, rules, on_eight, model):
   with sharding.use_mesh(built, rules):
     boxed, _ = _abstract(model)
     placed = state.shardings(boxed, built)
-    data = checkpoints.DataArgs(DATASET.training('decoder', slice(None)))
-    saver = checkpoints.Checkpoints(on_eight)
-    restored = saver.restore(2, boxed, placed, data)
-    saver.close()
+    batches = DATASET.training('decoder', slice(None))
+    restored = checkpoints.restore(on_eight, 2, boxed, placed, batches)
 
   assert jax.tree.all(
     jax.tree.map(
@@ -107,7 +113,7 @@ def test_any_mesh_reads_a_checkpoint(mesh, rules, on_eight, model):
 @pytest.fixture(scope='module')
 def start(model) -> state.TrainState:
   """The state at step 0, on one device."""
-  boxed, optimizer = _abstract(model)
+  boxed, optimizer = _abstract(model, average=True)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   placed = state.shardings(boxed, mesh)
   shapes = DATASET.shapes('decoder')
@@ -115,7 +121,7 @@ def start(model) -> state.TrainState:
 
 
 def _step(model, learning_rate=0.1, microbatches=1):
-  _, optimizer = _abstract(model, learning_rate)
+  _, optimizer = _abstract(model, learning_rate, average=True)
   take = functools.partial(
     step.train_step,
     model=model,
