@@ -1,6 +1,7 @@
 """The average of the parameters is the formula, wherever it lies."""
 
 import json
+import types
 
 import command
 import jax
@@ -13,7 +14,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from paths import ROOT
 
 from sparse_experts import config, sharding
-from sparse_experts.training import ema, optimizers, train
+from sparse_experts.training import (
+  checkpoints,
+  ema,
+  optimizers,
+  saver,
+  state,
+  train,
+)
 
 DECAY = 0.8
 NAMES = {'wi': ('expert', 'embed', 'mlp'), 'scale': ('embed',)}
@@ -160,6 +168,25 @@ def test_eight_devices_are_one():
   jax.tree.map(np.testing.assert_array_equal, alone, sharded)
 
 
+def test_the_average_is_read_where_parameters_are(model_dir):
+  config.parse([command.TINY.partition('=')[2]], [f'MODEL_DIR={model_dir}'], [])
+  mesh = sharding.make_mesh(2, 4)
+  with sharding.use_mesh(mesh, {'embed': 'data'}):
+    found, step = checkpoints.restore_params(
+      config.value('MODEL'),
+      model_dir,
+      config.argument(train.train, 'dataset'),
+      mesh,
+      'ema',
+    )
+  assert step == 3
+  wi = found['decoder']['layers_1']['moe']['expert']['wi_0']['kernel']
+  assert wi.sharding.spec == PartitionSpec('expert', 'data', 'model')
+  found = {k: np.asarray(x) for k, x in checkpoints.flatten(found).items()}
+  command.assert_same_bits(found, averages(model_dir, 3))
+
+
+@pytest.mark.slow
 def test_evaluation_takes_the_average(model_dir):
   """Its loss is that of the average, put in by hand."""
   arguments = (command.TINY, *EMA, f'--gin.MODEL_DIR={model_dir}')
@@ -170,34 +197,40 @@ def test_evaluation_takes_the_average(model_dir):
   files = {path.name for path in (model_dir / 'evaluation').iterdir()}
   assert files == {'tiny_sums-validation-ema-3.json'}
 
-  model = config.value('MODEL')
   dataset = config.argument(train.train, 'eval_dataset')
   mesh = sharding.make_mesh(2, 4)
   with sharding.use_mesh(mesh):
-    evaluation = train.LossEvaluation(model, dataset, mesh)
-    tree = traverse_util.unflatten_dict(averages(model_dir, 3), sep='/')
-    loss = evaluation(tree)['loss']
-    saved = command.saved(model_dir, 3)
-    trained = traverse_util.unflatten_dict(
-      {k[7:]: x for k, x in saved.items() if k.startswith('params/')}, sep='/'
-    )
-    other = evaluation(trained)['loss']
+    evaluation = train.LossEvaluation(config.value('MODEL'), dataset, mesh)
+    average = traverse_util.unflatten_dict(averages(model_dir, 3), sep='/')
+    loss = evaluation(average)['loss']
+    trained = {
+      tuple(name.split('/')[1:]): array
+      for name, array in command.saved(model_dir, 3).items()
+      if name.startswith('params/')
+    }
+    other = evaluation(traverse_util.unflatten_dict(trained))['loss']
   assert found['metrics']['loss'] == pytest.approx(loss, rel=1e-6)
   assert abs(other - loss) > 1e-4
 
+  for name, folder in (('infer', 'inferences'), ('record', 'records')):
+    outcome = command.run(name, *arguments, parameters)
+    assert outcome.code == 0, outcome.stderr
+    assert list((model_dir / folder).glob('tiny_sums-validation-3-ema.*'))
 
-@pytest.mark.parametrize(
-  'parameters, message',
-  [
-    ('ema', 'has no average of the parameters; train with --gin_file=gin/ema'),
-    ('mean', "parameters are trained or ema, not 'mean'"),
-  ],
-)
-def test_parameters_that_are_not_there(parameters, message, tmp_path):
-  command.train(tmp_path, '--gin.TRAIN_STEPS=1')
-  outcome = command.run(
-    *('infer', command.TINY, f'--gin.MODEL_DIR={tmp_path}'),
-    f'--gin.PARAMETERS={parameters}',
-  )
-  assert outcome.code == 2
-  assert message in outcome.stderr
+
+def test_parameters_that_are_not_there(tmp_path):
+  params = {'w': jnp.ones(2)}
+  zero = jnp.int32(0)
+  now = state.TrainState(zero, params, optax.adam(0.1).init(params), zero)
+  writer = saver.Saver(tmp_path)
+  batches = types.SimpleNamespace(save=lambda folder, streams: folder.mkdir())
+  writer.save(now, saver.DataArgs(batches))
+  writer.close()
+  mesh = sharding.make_mesh()
+  placed = jax.tree.map(lambda _: sharding.replicated(mesh), params)
+  found, _ = checkpoints.load_params(tmp_path, params, placed)
+  np.testing.assert_array_equal(found['w'], params['w'])
+  with pytest.raises(ValueError, match='0 has no average of the parameters; '):
+    checkpoints.load_average(tmp_path, params, placed)
+  with pytest.raises(ValueError, match="are trained or ema, not 'mean'"):
+    checkpoints.restore_params(None, tmp_path, None, mesh, 'mean')

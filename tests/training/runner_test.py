@@ -351,7 +351,16 @@ def test_sigterm_leaves_the_latest_evaluation_with_its_step(tmp_path):
       os.kill(os.getpid(), signal.SIGTERM)
     return 0.1
 
-  results = _run(tmp_path, learning_rate=rate, log_period=1, eval_period=2)
+  seen = []
+
+  def hook(run):
+    seen.append((run.step, run.results['eval_step'], run.preempted))
+
+  results = _run(
+    tmp_path, learning_rate=rate, log_period=1, eval_period=2, hooks=[hook]
+  )
+  # After evaluation, before what asks for a stop and saves.
+  assert seen == [(0, 0, False), (1, 0, False), (2, 2, False), (3, 2, False)]
   assert results['preempted'] and results['step'] == 3
   assert results['eval_step'] == 2
   evaluated = _logged(tmp_path, 'eval')
