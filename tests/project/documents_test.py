@@ -1,6 +1,7 @@
 """What README.md and docs/ show really runs, and what they name is there."""
 
 import re
+import types
 
 import documents
 import jax
@@ -38,6 +39,26 @@ def test_architecture():
     names = documents.run(ROOT / 'docs/architecture.md')
   assert names['answers_BxT'].shape == (4, 5)
   assert np.isfinite(names['loss'])
+
+
+def test_training():
+  """Its hook is due after 100 steps and after the last, here 250."""
+  written = []
+  hook = documents.run(ROOT / 'docs/training.md')['hook']
+  for step in (0, 99, 100, 250):
+    hook(
+      types.SimpleNamespace(
+        step=step,
+        start=0,
+        ending=step == 250,
+        state=types.SimpleNamespace(params={'w': np.array([3.0, 4.0])}),
+        write=lambda name, metrics: written.append((name, step, metrics)),
+      )
+    )
+  assert written == [
+    ('parameters', 100, {'norm': 5.0}),
+    ('parameters', 250, {'norm': 5.0}),
+  ]
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
