@@ -44,20 +44,18 @@ def test_architecture():
 def test_training():
   """Its hook is due after 100 steps and after the last, here 250."""
   written = []
+  run = types.SimpleNamespace(
+    start=0,
+    state=types.SimpleNamespace(params={'w': np.array([3.0, 4.0])}),
+    write=lambda name, metrics: written.append((run.step, name, metrics)),
+  )
   hook = documents.run(ROOT / 'docs/training.md')['hook']
-  for step in (0, 99, 100, 250):
-    hook(
-      types.SimpleNamespace(
-        step=step,
-        start=0,
-        ending=step == 250,
-        state=types.SimpleNamespace(params={'w': np.array([3.0, 4.0])}),
-        write=lambda name, metrics: written.append((name, step, metrics)),
-      )
-    )
+  for run.step in (0, 99, 100, 250):
+    run.ending = run.step == 250
+    hook(run)
   assert written == [
-    ('parameters', 100, {'norm': 5.0}),
-    ('parameters', 250, {'norm': 5.0}),
+    (100, 'parameters', {'norm': 5.0}),
+    (250, 'parameters', {'norm': 5.0}),
   ]
 
 
