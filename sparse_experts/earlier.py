@@ -17,6 +17,14 @@ MODULES = {
   'training.infer': 'inference.infer',
 }
 NAMES = {'model.Model': 'language.Language'}
+# What had three arguments that are one `sharding.Placement` now.
+PLACED = (
+  'train.train',
+  'evaluate.Evaluation',
+  'infer.infer',
+  'records.record',
+  'precompile.Run',
+)
 # Arguments that are gone, with the value that changes nothing.
 GONE = {'model.Model.consistency': '0.0'}
 
@@ -50,4 +58,33 @@ def translate(text: str) -> str:
     )
     for of in renamed:
       text = re.sub(rf'\b{re.escape(of)}\b', NAMES[of], text)
+  return _placed(text)
+
+
+def _placed(text: str) -> str:
+  """`text` where what has a mesh and rules of its own has a placement.
+
+  Its values are bound in a scope, so that they are of no other function.
+  """
+  translated = False
+  for function in PLACED:
+    scope = function.partition('.')[0]
+    placement = f'{scope}_placement/sharding.Placement'
+    text, count = re.subn(
+      rf'^{re.escape(function)}\.(mesh|(?:optimizer_)?rules)\b',
+      lambda match, to=placement: f'{to}.{match[1].replace("mesh", "sizes")}',
+      text,
+      flags=re.MULTILINE,
+    )
+    if count:
+      translated = True
+      text += f'\n{function}.placement = @{placement}()\n'
+  if translated:
+    text = re.sub(
+      r'^from __gin__ import dynamic_registration$',
+      r'\g<0>\nfrom sparse_experts import sharding',
+      text,
+      count=1,
+      flags=re.MULTILINE,
+    )
   return text

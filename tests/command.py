@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sparse_experts import cli, config
+from sparse_experts import cli, config, sharding
 from sparse_experts.training import checkpoints
 from sparse_experts.training import train as runner
 
@@ -56,7 +56,9 @@ def train_on(devices: Sequence[jax.Device], model_dir, *bindings: str, **mesh):
     for binding in (f'--gin.MODEL_DIR={model_dir}', NO_EVALUATION, *bindings)
   ]
   config.parse([TINY.partition('=')[2]], names, [])
-  return config.bound(runner.train)(mesh={**mesh, 'devices': devices})
+  return config.bound(runner.train)(
+    placement=sharding.Placement(mesh, devices=devices)
+  )
 
 
 def start(*arguments: str, devices: int = 8, **options) -> subprocess.Popen:

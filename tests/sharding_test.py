@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from sparse_experts import moe, sharding
 from sparse_experts.layers.mlp import Mlp
+from sparse_experts.sharding import placement
 from sparse_experts.training import optimizers, state, step
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
@@ -23,20 +25,28 @@ ids = lambda mesh: 'x'.join(map(str, mesh))
 G, S, D, F, E, K = 8, 32, 16, 64, 8, 2
 
 
-def make_layer(dispatch=moe.gather):
+class Constrained(Mlp):
+  """An expert that says where what it returns is."""
+
+  def __call__(self, x_xD, **given):
+    y_xD = super().__call__(x_xD, **given)
+    return sharding.constrain(y_xD, *[None] * (y_xD.ndim - 1), 'act_embed')
+
+
+def make_layer(dispatch=moe.gather, expert=Mlp):
   return moe.MoE(
     make_router=functools.partial(
       moe.TopK, num_experts=E, k=K, priority='token'
     ),
-    make_expert=functools.partial(Mlp, hidden_width=F),
+    make_expert=functools.partial(expert, hidden_width=F),
     dispatch=dispatch,
   )
 
 
-def compile_gradient(layer, mesh, capacity_factor=1.25):
+def compile_gradient(layer, mesh, capacity_factor=1.25, rules=None):
   """The compiled gradient of a layer by parameters and tokens."""
   x = jax.ShapeDtypeStruct((G, S, D), jnp.float32)
-  with sharding.use_mesh(mesh):
+  with sharding.use_mesh(mesh, rules):
     boxed = jax.eval_shape(
       lambda: layer.init(jax.random.key(0), jnp.zeros(x.shape))['params']
     )
@@ -82,6 +92,14 @@ def test_a_layer_exchanges_tokens_by_all_to_all_only(mesh, dispatch):
   )
   assert router['kernel'].spec == PartitionSpec(None, None)
   assert expert['wi']['kernel'].spec == PartitionSpec('expert', None, 'model')
+
+
+def test_a_constraint_of_an_expert_leaves_experts_where_they_are():
+  rules = {'expert': 'data', 'expert_group': None}
+  layer, mesh = make_layer(expert=Constrained), sharding.make_mesh()
+  found = collectives(compile_gradient(layer, mesh, rules=rules))
+  assert found['all-to-all'] == 4
+  assert found['all-gather'] == 0
 
 
 def test_without_constraints_there_would_be_no_all_to_all():
@@ -130,13 +148,15 @@ def one_device():
   return model, batch, params, take_step(model, batch, params, (1, 1, 1))
 
 
-def take_step(model, batch, params, mesh, rules=None, optimizer_rules=None):
+def take_step(model, batch, params, sizes, *rules):
   """Loss, gradient norm, expert counts, and the state after one step."""
-  mesh = sharding.make_mesh(*mesh, devices=jax.devices()[: np.prod(mesh)])
-  with sharding.use_mesh(mesh, rules):
+  if isinstance(sizes, tuple):
+    sizes = dict(zip(sharding.MESH_AXES, sizes))
+  devices = jax.devices()[: math.prod(sizes.values())]
+  with sharding.Placement(sizes, *rules, devices=devices).use() as mesh:
     make = functools.partial(optimizers.adam, learning_rate=1e-2, eps=1e-3)
     boxed, optimizer = state.abstract(model, batch, make)
-    placed = state.shardings(boxed, mesh, optimizer_rules)
+    placed = state.shardings(boxed, mesh)
     before = jax.device_put(
       state.TrainState(
         jnp.int32(0), params, optimizer.init(params), jnp.int32(0)
@@ -188,9 +208,7 @@ def test_eight_devices_equal_one(one_device, mesh):
 def test_fsdp_and_zero_are_rules(one_device):
   model, batch, params, (expected, _) = one_device
   fsdp, _ = take_step(model, batch, params, (8, 1, 1), {'embed': 'data'})
-  zero, _ = take_step(
-    model, batch, params, (8, 1, 1), optimizer_rules={'embed': 'data'}
-  )
+  zero, _ = take_step(model, batch, params, (8, 1, 1), {}, {'embed': 'data'})
   for after in (fsdp, zero):
     jax.tree.map(
       functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
@@ -203,6 +221,28 @@ def test_fsdp_and_zero_are_rules(one_device):
   assert wi(fsdp.params).sharding.spec == split
   assert wi(zero.params).sharding.spec == whole
   assert moment(fsdp).sharding.spec == moment(zero).sharding.spec == split
+
+
+def test_what_an_axis_is_for_is_what_the_rules_say(one_device):
+  """Rows over an axis of our own, and parameters with them."""
+  model, batch, params, (expected, sums) = one_device
+  sizes = {'data': 2, 'expert': 2, 'model': 1, 'fsdp': 2}
+  rules = {
+    'batch': ('data', 'fsdp', 'expert'),
+    'group': ('data', 'fsdp', 'expert'),
+    'expert_group': ('data', 'fsdp'),
+    'embed': 'fsdp',
+  }
+  after, found = take_step(model, batch, params, sizes, rules)
+  for key in ('gradient_norm', 'tokens'):
+    np.testing.assert_allclose(found[key], sums[key], rtol=1e-5)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+    after.params,
+    expected.params,
+  )
+  wi = after.params['decoder']['layers_1']['moe']['expert']['wi']['kernel']
+  assert wi.sharding.spec == PartitionSpec('expert', 'fsdp', 'model')
 
 
 def test_state_is_created_sharded_and_the_same_on_any_mesh():
@@ -244,13 +284,80 @@ def test_errors_name_rule_values_and_remedy():
     )
     with pytest.raises(ValueError, match="moe/wi: axis 'expert' of size 6"):
       sharding.shardings({'moe': {'wi': boxed}}, mesh)
-  with (
-    pytest.raises(ValueError, match='rules name mesh axes'),
-    sharding.use_mesh(mesh, {'embed': 'rows'}),
-  ):
-    pass
   with pytest.raises(ValueError, match='parameter a/b has no axis names'):
     sharding.names_of({'a': {'b': jnp.zeros(2)}})
+
+
+ALSO_PODS = {'batch': ('pod', 'data'), 'group': ('pod', 'data')}
+
+
+@pytest.mark.parametrize(
+  'arguments,message',
+  [
+    ({'rules': {'embd': 'data'}}, "rules: no .*'embd'; did you mean embed"),
+    (
+      {'optimizer_rules': {'vocabulary': 'data'}},
+      "optimizer_rules: .*'vocabulary'; did you mean vocab",
+    ),
+    (
+      {'rules': {'embed': 'date'}},
+      "'embed' cannot be split over 'date'.* mean data.*has data, expert, mod",
+    ),
+    ({'optimizer_rules': {'mlp': ('data', 'pod')}}, "over 'pod', which is no"),
+    ({'rules': {'mlp': 2}}, "'mlp' must be split over a mesh axis.*not 2"),
+    ({'sizes': {'modle': 2}}, "over mesh axis 'modle'; did you mean model"),
+    ({'sizes': {'data': 0}}, "'data' must have .* at least 1, or -1.*got 0"),
+    ({'sizes': {'data': True}}, 'got True'),
+    ({'sizes': {'expert': 2.0}}, 'got 2.0'),
+    ({'sizes': 8}, 'sizes of a placement must be a dictionary.*not 8'),
+    ({'rules': 'data'}, "rules of a placement must be a dict.*not 'data'"),
+  ],
+)
+def test_a_rule_or_an_axis_that_nobody_has(arguments, message):
+  with pytest.raises(ValueError, match=message) as error:
+    sharding.Placement(**arguments)
+  assert '\n' not in str(error.value)
+
+
+def test_a_mesh_whose_devices_would_all_do_the_same():
+  whole = sharding.Placement({'model': 2}, dict.fromkeys(('mlp', 'heads')))
+  assert whole.sizes_on(8) == {'data': 4, 'expert': 1, 'model': 2}  # `vocab`.
+  rules = dict.fromkeys(('mlp', 'heads', 'vocab'))
+  assert sharding.Placement({}, rules).sizes_on(8)['model'] == 1
+  with pytest.raises(ValueError, match="axis 'model', so its 2 devices"):
+    sharding.Placement({'model': 2}, rules).sizes_on(8)
+  # The optimizer state alone is something to share.
+  zero = sharding.Placement({'model': 2}, rules, {'embed': 'model'})
+  assert zero.sizes_on(8)['model'] == 2
+
+
+def test_two_axes_of_an_array_on_one_of_the_mesh():
+  placed = sharding.Placement({'expert': 4}, {'embed': ('data', 'expert')})
+  with (
+    placed.use() as mesh,
+    pytest.raises(ValueError, match="moe/wi: .* over mesh axis 'expert' 2 tim"),
+  ):
+    sharding.spec(('expert', 'embed'), (8, 16), mesh, 'moe/wi')
+
+
+def test_a_placement_is_entered_and_left():
+  rules = {'embed': 'data', 'expert': ('pod', 'expert')}
+  placed = sharding.Placement({'pod': 2, 'expert': 2}, rules, ALSO_PODS)
+  outside = sharding.current()
+  with placed.use() as mesh:
+    assert sharding.current() is placed
+    assert dict(mesh.shape) == {'data': 2, 'expert': 2, 'model': 1, 'pod': 2}
+    assert (sharding.shards('expert', mesh.shape)) == 4
+    assert sharding.data_shards(mesh) == 4
+    with sharding.use_rules(placed.optimizer_rules):
+      assert sharding.data_shards(mesh) == 2 * 2  # pod x data
+      assert sharding.current().axes('batch') == ('pod', 'data')
+      assert sharding.current().axes('embed') == ('data',)
+    assert sharding.current() is placed
+  with placed.use_abstract(16) as abstract:
+    assert abstract.shape['data'] == 4
+    assert sharding.data_shards(abstract) == 8
+  assert sharding.current() is outside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +378,7 @@ class Device:
 def test_slices_are_parts_of_data(slices, sizes):
   """Neither `expert` nor `model` crosses the slow network between slices."""
   devices = [Device(i, slice_index=i % slices) for i in range(8)]
-  laid = sharding._lay_out(list(sizes), devices)
+  laid = placement._lay_out(list(sizes), devices)
   assert laid.shape == sizes
   assert sorted(device.id for device in laid.flat) == list(range(8))
   data = sizes[0] // slices  # Of a slice.
@@ -282,7 +389,7 @@ def test_slices_are_parts_of_data(slices, sizes):
 def test_slices_that_data_does_not_divide_over():
   devices = [Device(i, slice_index=i // 2) for i in range(8)]
   with pytest.raises(ValueError, match='data=2 .* over 4 slices.*multiple of'):
-    sharding._lay_out([2, 2, 2], devices)
+    placement._lay_out([2, 2, 2], devices)
 
 
 def test_constrain_without_a_mesh_is_nothing():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 
-from sparse_experts import config
+from sparse_experts import config, sharding
 from sparse_experts.training import train as runner
 
 
@@ -59,5 +59,6 @@ def train(
     [],
   )
   return config.bound(runner.train)(
-    mesh={**mesh, 'devices': jax.devices()[:devices]}, eval_dataset=None
+    placement=sharding.Placement(mesh, devices=jax.devices()[:devices]),
+    eval_dataset=None,
   )

@@ -37,13 +37,14 @@ def make_model(
   make_router=None,
   width=16,
   hidden_width=32,
+  activation='relu',
   dtype=jnp.float32,
   attention=(),
   **model_arguments,
 ):
   """A language model of `layers` blocks a stack, every second one sparse."""
   attention = partial(Attention, num_heads=2, head_width=8, **dict(attention))
-  mlp = partial(Mlp, hidden_width=hidden_width)
+  mlp = partial(Mlp, hidden_width=hidden_width, activation=activation)
   bias = partial(RelativeBias, num_heads=2, num_buckets=8, max_distance=16)
   make_moe = partial(
     moe.MoE,

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
   files = [_DEFAULTS, *args.gin_file]
   config.parse(files, bindings, paths)
   described = config.bound(precompile.Run)()
-  if -1 in described.mesh.values():  # None was given.
+  if -1 in described.placement.sizes.values():  # None was given.
     candidates, rejected = plan.plan(described, chip, num_devices)
   else:
     candidates, rejected = [plan.predict(described, chip, num_devices)], []

@@ -84,7 +84,9 @@ def mesh_file_of(recipe: str, topology: str) -> str:
 
 
 def _settings(described, mesh_file: str | None, what: str) -> str:
-  mesh = ', '.join(f'{axis} {size}' for axis, size in described.mesh.items())
+  mesh = ', '.join(
+    f'{axis} {size}' for axis, size in described.placement.sizes.items()
+  )
   lines = {
     'from': mesh_file or 'the recipe and the gin files given',
     'mesh': mesh,
@@ -96,8 +98,8 @@ def _settings(described, mesh_file: str | None, what: str) -> str:
   if what == 'train':
     lines['optimizer'] = described.optimizer.__name__
   for name in ('rules', 'optimizer_rules'):
-    if getattr(described, name):
-      lines[name.replace('_', ' ')] = str(getattr(described, name))
+    if rules := getattr(described.placement, name):
+      lines[name.replace('_', ' ')] = str(rules)
   return '\n'.join(f'{name:18}{text}' for name, text in lines.items())
 
 

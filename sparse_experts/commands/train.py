@@ -16,13 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   from sparse_experts import config
+  from sparse_experts.moe import expert_check
   from sparse_experts.training import train
 
   settings.parse(args)
   run = config.bound(train.train)
   profile = _profile(args.profile)
   if args.dry_run:
-    return printing.ledger(args)
+    with expert_check.checking():
+      return printing.ledger(args)
 
   def write_config(model_dir):
     (model_dir / 'config.gin').write_text(config.operative())

@@ -12,6 +12,7 @@ from flax import traverse_util
 from sparse_experts.convert import tensor_map, zarr
 from sparse_experts.convert.tensor_map import Place
 from sparse_experts.convert.tensors import Found, Shapes
+from sparse_experts.models import layout
 from sparse_experts.models.language import Language
 from sparse_experts.training import checkpoints
 
@@ -42,15 +43,15 @@ def source_places(
   model: Language, names: Iterable[str], tensors: Iterable[str]
 ) -> dict[str, Place]:
   """Where plain parameters lie in a checkpoint with these tensors."""
-  paths = [name.split('/') for name in tensors]
-  scanned = {path[0] for path in paths if path[1:2] == ['period']}
+  blocks = (layout.split_path(name.split('/')) for name in tensors)
+  scanned = {at.stack for at in blocks if at and at.scanned}
   return tensor_map.ours(model, names, scanned)
 
 
 def target_places(model: Language, names: Iterable[str]) -> dict[str, Place]:
   """Where they lie in the model's own tree."""
   scanned = {
-    stack
+    (stack,)
     for stack in ('encoder', 'decoder')
     if getattr(getattr(model.module, stack), 'scan', False)
   }

@@ -22,8 +22,8 @@ from sparse_experts.convert import axes
 from sparse_experts.convert.arguments import arguments
 from sparse_experts.convert.parameter_names import Row
 from sparse_experts.convert.tensors import Shape, Shapes, Tensors
+from sparse_experts.models import layout
 from sparse_experts.models.language import Language
-from sparse_experts.models.layout import kinds, split_period
 from sparse_experts.training import checkpoints
 
 PIECE_BYTES = 2**26
@@ -172,41 +172,43 @@ def plain(model: Language) -> dict[str, tuple[Shape, tuple[str, ...]]]:
   )
   found = {}
   for (name, leaf), label in zip(leaves, labels, strict=True):
-    scanned = re.fullmatch(r'(\w+)/period/layers_(\d+)/(.*)', name)
-    if not scanned:
+    at = layout.split_path(name.split('/'))
+    if at is None or not at.scanned:
       found[name] = leaf.shape, label
       continue
-    stack, j, rest = scanned.groups()
-    prefix, period, repeats = split_period(_kinds(model, stack))
-    for r in range(repeats):
-      name = f'{stack}/layers_{prefix + r * period + int(j)}/{rest}'
-      found[name] = leaf.shape[1:], label[1:]
+    split = _split(model, at.stack)
+    for r in range(split.repeats):
+      plain_at = at._replace(index=split.index(r, at.index), scanned=False)
+      found['/'.join(plain_at.path)] = leaf.shape[1:], label[1:]
   return {name: found[name] for name in sorted(found, key=_natural)}
 
 
 def ours(
-  model: Language, names: Iterable[str], scanned: Collection[str]
+  model: Language, names: Iterable[str], scanned: Collection[tuple[str, ...]]
 ) -> dict[str, Place]:
   """Where plain parameters lie in our own tree, with these stacks scanned."""
-  splits = {stack: split_period(_kinds(model, stack)) for stack in scanned}
+  splits = {stack: _split(model, stack) for stack in scanned}
 
   def place(name):
-    match = re.fullmatch(r'(\w+)/layers_(\d+)/(.*)', name)
-    if not match or match[1] not in splits:
+    at = layout.split_path(name.split('/'))
+    split = splits.get(at.stack) if at else None
+    turn = split.turn(at.index) if split else None
+    if turn is None:
       return Place(name)
-    stack, i, rest = match[1], int(match[2]), match[3]
-    prefix, period, repeats = splits[stack]
-    r, j = divmod(i - prefix, period)
-    if not 0 <= r < repeats:
-      return Place(name)
-    return Place(f'{stack}/period/layers_{j}/{rest}', stack=(0, r, repeats))
+    r, j = turn
+    scanned_at = at._replace(index=j, scanned=True)
+    return Place('/'.join(scanned_at.path), stack=(0, r, split.repeats))
 
   return {name: place(name) for name in names}
 
 
-def _kinds(model: Language, stack: str) -> tuple[bool, ...]:
-  module = getattr(model.module, stack)
-  return kinds(module.num_layers, module.sparse_layers)
+def _split(model: Language, stack: tuple[str, ...]) -> layout.Split:
+  module = model.module
+  for name in stack:
+    module = getattr(module, name)
+  return layout.split_period(
+    layout.kinds(module.num_layers, module.sparse_layers)
+  )
 
 
 def theirs(table: Iterable[Row], names: Iterable[str]) -> dict[str, Place]:

@@ -49,8 +49,7 @@ class Evaluation:
     model_dir: str,
     dataset: Dataset,
     *,
-    mesh: Mapping[str, int] | None = None,
-    rules: Mapping[str, sharding.MeshAxes] | None = None,
+    placement: sharding.Placement = sharding.DATA_PARALLEL,
     max_tokens: int | None = None,
     rank_options: bool = False,
     strategy: Sampling | BeamSearch = GREEDY,
@@ -60,22 +59,21 @@ class Evaluation:
     Args:
       model, dataset: what to evaluate on what.
       model_dir: a run's directory, or one checkpoints/<step> of it.
-      mesh, rules: as in `train.train`; any mesh reads any checkpoint.
+      placement: as in `train.train`; any reads any checkpoint.
       max_tokens: tokens of an answer, at most; None: the length of targets.
       rank_options: where examples list options, the answer is the most probable
         of them, and results say how well calibrated the model is.
       strategy: how the tokens of other answers are chosen; greedy by default.
     """
-    self._model, self._dataset, self._rules = model, dataset, rules
+    self._model, self._dataset, self._placement = model, dataset, placement
     self._model_dir = model_dir
-    self._mesh = sharding.make_mesh(**(mesh or {}))
     self._root = checkpoints.root_of(model_dir)
     self._name = f'{dataset.mixture_or_task_name}-{dataset.split}'
     if rank_options:
       self._name += '-ranked'
-    self._loss = LossEvaluation(model, dataset, self._mesh)
+    self._loss = LossEvaluation(model, dataset, placement.mesh)
     self._tasks = task_evaluators.TaskMetrics(
-      model, dataset, self._mesh, max_tokens, rank_options, strategy
+      model, dataset, placement.mesh, max_tokens, rank_options, strategy
     )
     self._settings = {
       'meaning': _MEANING,
@@ -165,10 +163,8 @@ class Evaluation:
 
   def _evaluate(self, path) -> dict[str, Any]:
     """Evaluates the checkpoint at `path` and writes its results."""
-    with sharding.use_mesh(self._mesh, self._rules):
-      params, step = restore_params(
-        self._model, path, self._dataset, self._mesh
-      )
+    with self._placement.use() as mesh:
+      params, step = restore_params(self._model, path, self._dataset, mesh)
       metrics = self._loss(params)
       of_tasks, rankings, calibration = self._tasks(params)
     results = {

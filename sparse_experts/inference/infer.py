@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,8 +48,7 @@ def infer(
   seed: int = 0,
   score: bool = False,
   routing: bool = False,
-  mesh: Mapping[str, int] | None = None,
-  rules: Mapping[str, sharding.MeshAxes] | None = None,
+  placement: sharding.Placement = sharding.DATA_PARALLEL,
 ) -> list[dict[str, Any]]:
   """Answers examples without any capacity, each as if it were alone.
 
@@ -68,7 +67,7 @@ def infer(
     score: also find the log-probability of the targets.
     routing: also count the choices of each expert in every sparse layer, by the
       tokens of the inputs and of the (best) prediction.
-    mesh, rules: as in `train.train`.
+    placement: as in `train.train`.
 
   Returns:
     For each example, as in the file, 'index', 'inputs', 'targets' if known,
@@ -94,9 +93,8 @@ def infer(
   if num_examples is None and input is None and output is None:
     num_examples = TO_LOOK_AT
   max_tokens = max_tokens or dataset.feature_lengths['targets']
-  built_mesh = sharding.make_mesh(**(mesh or {}))
-  with sharding.use_mesh(built_mesh, rules):
-    params, step = restore_params(model, model_dir, dataset, built_mesh)
+  with placement.use() as mesh:
+    params, step = restore_params(model, model_dir, dataset, mesh)
     if questions is None:
       examples = prompts.of_task(dataset, model.features)
       source, total = {'split': dataset.split}, num_examples
@@ -128,14 +126,14 @@ def infer(
     answers = Answers(
       model,
       params,
-      built_mesh,
+      mesh,
       dataset.batch_size,
       max_tokens=max_tokens,
       strategy=strategy,
       seed=seed,
     )
     statistics = _Statistics(
-      model, params, built_mesh, dataset, score=score, routing=routing
+      model, params, mesh, dataset, score=score, routing=routing
     )
     said = functools.partial(_said, dataset, special_tokens)
     examples = itertools.islice(examples, len(lines.done), num_examples)

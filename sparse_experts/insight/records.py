@@ -16,7 +16,8 @@ from etils import epath
 
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
-from sparse_experts.models.objective import Batch, Objective, layer_order
+from sparse_experts.models.layout import LayerId
+from sparse_experts.models.objective import Batch, Objective
 from sparse_experts.moe import Record
 from sparse_experts.training import checkpoints, global_batch, step
 from sparse_experts.training.checkpoints import restore_params
@@ -161,10 +162,11 @@ def collect(pairs: Iterable[tuple[Batch, Mapping[str, Record]]]) -> Records:
     name: jax.tree.map(
       lambda *parts: np.concatenate(parts), *(part[name] for part in layers)
     )
-    for name in sorted(layers[0], key=layer_order)
+    for name in sorted(layers[0], key=LayerId.parse)
   }
   positions = {
-    name.split('/')[0]: _positions(layer) for name, layer in whole.items()
+    LayerId.parse(name).stack: _positions(layer)
+    for name, layer in whole.items()
   }
   return Records(
     layers=whole,
@@ -186,8 +188,7 @@ def record(
   dataset: Dataset,
   *,
   microbatches: int = 1,
-  mesh: Mapping[str, int] | None = None,
-  rules: Mapping[str, sharding.MeshAxes] | None = None,
+  placement: sharding.Placement = sharding.DATA_PARALLEL,
 ) -> tuple[Records, epath.Path]:
   """Records the latest checkpoint in `model_dir` on a dataset's split.
 
@@ -198,7 +199,7 @@ def record(
     model, dataset: who routes what.
     model_dir: a run's directory, or one checkpoints/<step> of it.
     microbatches: parts a batch is run in, to save memory.
-    mesh, rules: as in `train.train`; any mesh reads any checkpoint.
+    placement: as in `train.train`; any reads any checkpoint.
 
   Returns:
     The records, and where they are written:
@@ -207,22 +208,21 @@ def record(
   domain_names = dataset.task_names()
   if domain_names:
     dataset = dataclasses.replace(dataset, task_ids=True)
-  built_mesh = sharding.make_mesh(**(mesh or {}))
-  with sharding.use_mesh(built_mesh, rules):
-    params, at = restore_params(model, model_dir, dataset, built_mesh)
+  with placement.use() as mesh:
+    params, at = restore_params(model, model_dir, dataset, mesh)
     take = jax.jit(
       functools.partial(
         step.record_step,
         model=model,
         microbatches=microbatches,
-        data_shards=sharding.data_shards(built_mesh),
+        data_shards=sharding.data_shards(mesh),
       ),
-      out_shardings=sharding.replicated(built_mesh),
+      out_shardings=sharding.replicated(mesh),
     )
 
     def pairs():
       for batch in dataset.evaluation(model.features):
-        placed = global_batch.place(batch, built_mesh, dataset.batch_size, 0)
+        placed = global_batch.place(batch, mesh, dataset.batch_size, 0)
         yield batch, take(params, placed)
 
     found = collect(pairs())

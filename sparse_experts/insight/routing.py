@@ -13,6 +13,7 @@ import numpy as np
 
 from sparse_experts import moe
 from sparse_experts.insight.records import Records
+from sparse_experts.models.layout import LayerId
 from sparse_experts.moe import FATES, Record
 
 HOT = 2.0  # Times the mean load.
@@ -193,4 +194,4 @@ def transitions(first: Record, second: Record) -> Table:
 
 
 def _in_stack(layer: str, stack: str) -> bool:
-  return layer.split('/')[0] == stack
+  return LayerId.parse(layer).stack == stack

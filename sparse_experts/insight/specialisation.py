@@ -15,6 +15,7 @@ import numpy as np
 from sparse_experts.insight.records import Records
 from sparse_experts.insight.routing import Table, chosen, experts, is_padding
 from sparse_experts.insight.token_classes import CLASSES, classify
+from sparse_experts.models.layout import LayerId
 from sparse_experts.moe import Record
 
 
@@ -157,7 +158,7 @@ def piece(records: Records, layer: str, token_id: int) -> str:
 
 
 def _stack(layer: str) -> str:
-  return layer.split('/')[0]
+  return LayerId.parse(layer).stack
 
 
 def _classes(records: Records, layer: str) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from sparse_experts import sharding
+from sparse_experts.layers.cost import Cost
 from sparse_experts.layers.linear import Linear
 from sparse_experts.layers.norm import RMSNorm
 from sparse_experts.layers.relative import relative_logits, sinusoids
@@ -182,6 +183,25 @@ class Attention(nn.Module):
     )(y_BxLxHxA)
     return y_BxLxD if self.make_projection is None else (y_BxLxD, auxes)
 
+  def cost(
+    self,
+    x_BxLxD: Array,
+    memory_BxMxD: Array,
+    *,
+    bias_1xHxLxM: Array | None = None,
+    **_,
+  ) -> Cost:
+    """Of queries with keys (and with distances) and of weights with values."""
+    B, L, _ = x_BxLxD.shape
+    logits = B * self.num_heads * L * memory_BxMxD.shape[1]
+    biased = self.relative or bias_1xHxLxM is not None
+    products = 3 if self.relative else 2
+    return Cost(
+      attention_flops=2 * products * logits * self.head_width,
+      attention=logits,
+      biased=logits * biased,
+    )
+
   def _extend(self, name: str, new_Bx1xHxA: Array, positions_B: Array) -> Array:
     """The stored array with the new position written into it."""
     stored_BxMxHxA = self.get_variable('cache', name)
@@ -239,6 +259,11 @@ class RelativeBias(nn.Module):
     # One-hot rather than a lookup: its gradient is a product, not a scatter.
     onehot_BxLxMxU = jax.nn.one_hot(buckets_BxLxM, self.num_buckets)
     return jnp.einsum('HU,BLMU->BHLM', embedding_HxU, onehot_BxLxMxU)
+
+  def cost(self, queries_BxL: Array, keys_BxM: Array) -> Cost:
+    """Next to nothing: most often it is one row's, and all others have it."""
+    del queries_BxL, keys_BxM
+    return Cost()
 
 
 def relative_buckets(

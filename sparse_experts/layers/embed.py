@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from sparse_experts import sharding
+from sparse_experts.layers.cost import Cost
 from sparse_experts.letters import Array
 
 
@@ -47,3 +50,13 @@ class TokenEmbed(nn.Module):
     return jnp.einsum(
       'BLD,VD->BLV', x_BxLxD, self.embedding.astype(x_BxLxD.dtype)
     )
+
+  def cost(self, tokens_BxL: Array) -> Cost:
+    """Of looking up: no product."""
+    del tokens_BxL
+    return Cost()
+
+  def attend_cost(self, x_BxLxD: Array) -> Cost:
+    """Of the product with the table."""
+    logits = math.prod(x_BxLxD.shape[:-1]) * self.vocab_size
+    return Cost(flops=2 * logits * self.width, logits=logits)

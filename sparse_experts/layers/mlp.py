@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 from flax import linen as nn
 
+from sparse_experts.layers import parameters
+from sparse_experts.layers.cost import Cost
 from sparse_experts.layers.linear import Linear
 from sparse_experts.letters import Array
 
@@ -26,8 +30,9 @@ class Mlp(nn.Module):
     hidden_width: F.
     activation: one of ACTIVATIONS.
     gated: two input matrices, one gating the other.
-    dropout_rate: on the hidden activations; an expert's is "expert dropout"
-      (Fedus et al. 2021, section 2.4).
+    dropout_rate: on the hidden activations, a unit at all positions or at none,
+      as T5 drops; an expert's is "expert dropout" (Fedus et al. 2021, section
+      2.4), drawn for each row.
     init_scale: see `linear.Linear`.
   """
 
@@ -55,10 +60,14 @@ class Mlp(nn.Module):
       h_xF = activation(wi('wi_0')) * wi('wi_1')
     else:
       h_xF = activation(wi('wi'))
-    # Broadcast over positions, as T5 drops.
-    h_xF = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
-      h_xF, deterministic=deterministic
-    )
+    h_xF = nn.Dropout(
+      self.dropout_rate, broadcast_dims=parameters.current().mask_dims
+    )(h_xF, deterministic=deterministic)
     return Linear(
       (x_xD.shape[-1],), ('mlp', 'embed'), 1, self.init_scale, name='wo'
     )(h_xF)
+
+  def cost(self, x_xD: Array, **_) -> Cost:
+    """Of the activation."""
+    hidden = math.prod(x_xD.shape[:-1]) * self.hidden_width * (1 + self.gated)
+    return Cost(activated=hidden, relu=hidden * (self.activation == 'relu'))

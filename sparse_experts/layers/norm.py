@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_experts import sharding
+from sparse_experts.layers import parameters
+from sparse_experts.layers.cost import Cost
 from sparse_experts.letters import Array
 
 
@@ -23,18 +25,16 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x_xD: Array) -> Array:
-    scale_D = self.param(
-      'scale',
-      sharding.named(nn.initializers.ones, 'embed'),
-      (x_xD.shape[-1],),
-      jnp.float32,
-    )
     y_xD = x_xD.astype(jnp.float32)
     y_xD *= jax.lax.rsqrt(
       jnp.square(y_xD).mean(-1, keepdims=True) + self.epsilon
     )
-    scale_xD = scale_D.reshape((1,) * (x_xD.ndim - 1) + (-1,))
-    return (y_xD * scale_xD).astype(x_xD.dtype)
+    return (y_xD * _vector(self, y_xD, 'scale')).astype(x_xD.dtype)
+
+  def cost(self, x_xD: Array) -> Cost:
+    """Of reading x in float32."""
+    del x_xD
+    return Cost(float32_inputs=1)
 
 
 class LayerNorm(nn.Module):
@@ -48,16 +48,22 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x_xD: Array) -> Array:
-    def parameter(name, init):
-      value_D = self.param(
-        name, sharding.named(init, 'embed'), (x_xD.shape[-1],), jnp.float32
-      )
-      return value_D.reshape((1,) * (x_xD.ndim - 1) + (-1,))
-
     y_xD = x_xD.astype(jnp.float32)
     y_xD -= y_xD.mean(-1, keepdims=True)
     y_xD *= jax.lax.rsqrt(
       jnp.square(y_xD).mean(-1, keepdims=True) + self.epsilon
     )
-    y_xD *= parameter('scale', nn.initializers.ones)
-    return (y_xD + parameter('bias', nn.initializers.zeros)).astype(x_xD.dtype)
+    y_xD *= _vector(self, y_xD, 'scale')
+    return (y_xD + _vector(self, y_xD, 'bias')).astype(x_xD.dtype)
+
+  def cost(self, x_xD: Array) -> Cost:
+    """Of reading x in float32."""
+    del x_xD
+    return Cost(float32_inputs=1)
+
+
+def _vector(module: nn.Module, x_xD: Array, name: str) -> Array:
+  """A scale, of ones, or a bias, of zeros, as rows meet it."""
+  init = {'scale': nn.initializers.ones, 'bias': nn.initializers.zeros}[name]
+  init = sharding.named(init, 'embed')
+  return parameters.vector(module, x_xD, name, init, x_xD.shape[-1:])

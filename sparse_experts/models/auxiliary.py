@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_experts.letters import Array
+from sparse_experts.models.layout import LayerId
 from sparse_experts.moe.losses import Balance
 from sparse_experts.moe.outputs import Aux
 
@@ -105,12 +106,12 @@ def over_layers(
   in attention are layers of their own kind, which add likewise.
   """
   joint = layer_reduction == 'joint'
-  with_loss: dict[tuple[str, str], dict[str, Aux]] = {}
+  with_loss: dict[tuple[str, tuple[str, ...]], dict[str, Aux]] = {}
   for layer, aux in auxes.items():
-    # 'decoder/layers_3' is of 'decoder/layers'.
-    kind = layer.rpartition('_')[0] if joint else ''
+    at = LayerId.parse(layer)
+    together = (at.stack, at.kind) if joint else ()
     for loss in aux.losses:
-      with_loss.setdefault((loss, kind), {})[layer] = aux
+      with_loss.setdefault((loss, together), {})[layer] = aux
   combined: dict[str, Array] = {}
   for (loss, _), layers in with_loss.items():
     if joint and loss == BALANCE:
@@ -174,7 +175,7 @@ def _share(auxes: Mapping[str, Aux], totals: Totals) -> Array | float:
   """
   if any(aux.tokens is None for aux in auxes.values()):
     return 1.0
-  expected = sum(totals.tokens[name.split('/')[0]] for name in auxes)
+  expected = sum(totals.tokens[LayerId.parse(name).stack] for name in auxes)
   return sum(aux.tokens for aux in auxes.values()) / or_one(expected)
 
 

@@ -1,14 +1,195 @@
-"""Which blocks of a stack are sparse, and the period that a scan runs over."""
+"""How a stack is laid out: which blocks are sparse, and how all are named.
+
+Block i of a stack keeps its parameters under `layers_i`. A scan runs over a
+period of the layout: the blocks that it repeats lie under `period/layers_j`,
+each array with a leading axis of repeats. This file alone knows these names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import dataclasses
+import functools
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 PERIOD = 'period'  # The child of a scanned stack that is scanned over.
+FFN = 'layers'  # The kind of a sparse layer in the place of an FFN.
+_BLOCK = 'layers_'
+
+
+@functools.total_ordering
+@dataclasses.dataclass(frozen=True)
+class LayerId:
+  """Which sparse layer of a model: `str` gives its name, `parse` reads it.
+
+  In order, encoders come before what reads them, blocks by number, and the
+  layers of a block by kind.
+
+  Attributes:
+    stack: 'encoder', 'decoder', ...; '' for a layer named by its own stack.
+    index: of its block in the stack, from 0.
+    kind: what it stands for: `FFN`, or in attention 'query', 'key', 'value'.
+
+  Example:
+    >>> str(LayerId('decoder', 3))
+    'decoder/layers_3'
+    >>> LayerId.parse('decoder/query_3')
+    LayerId(stack='decoder', index=3, kind='query')
+    >>> sorted(['encoder/layers_10', 'decoder/layers_1', 'encoder/layers_9'],
+    ...        key=LayerId.parse)
+    ['encoder/layers_9', 'encoder/layers_10', 'decoder/layers_1']
+  """
+
+  stack: str
+  index: int
+  kind: str = FFN
+
+  @classmethod
+  def parse(cls, name: str) -> LayerId:
+    """The layer of a name.
+
+    Raises:
+      ValueError: it is no layer's name.
+    """
+    stack, _, layer = name.rpartition('/')
+    kind, _, index = layer.rpartition('_')
+    if not kind or not index.isdecimal():
+      raise ValueError(
+        f'{name!r} names no layer; names are as {str(cls("decoder", 3))!r}: '
+        'stack, kind, index of the block.'
+      )
+    return cls(stack, int(index), kind)
+
+  def __str__(self) -> str:
+    name = f'{self.kind}_{self.index}'
+    return f'{self.stack}/{name}' if self.stack else name
+
+  def __lt__(self, other: LayerId) -> bool:
+    return self._rank() < other._rank()
+
+  def _rank(self) -> tuple[bool, str, int, str]:
+    return (
+      not self.stack.endswith('encoder'),
+      self.stack,
+      self.index,
+      self.kind,
+    )
+
+
+class BlockPath(NamedTuple):
+  """The path of a parameter of a block, taken apart by `split_path`.
+
+  Attributes:
+    stack: path of the stack, ('decoder',).
+    index: of the block: in its stack, or if that is scanned in the period.
+    rest: path in the block, ('moe', 'router', 'kernel').
+    scanned: the array has a leading axis of repeats.
+  """
+
+  stack: tuple[Hashable, ...]
+  index: int
+  rest: tuple[Hashable, ...] = ()
+  scanned: bool = False
+
+  @property
+  def path(self) -> tuple[Hashable, ...]:
+    """The path, put together."""
+    return (*self.block, *self.rest)
+
+  @property
+  def block(self) -> tuple[Hashable, ...]:
+    """The path of the block."""
+    scan = (PERIOD,) if self.scanned else ()
+    return (*self.stack, *scan, block_name(self.index))
+
+
+def block_name(index: int) -> str:
+  """The name of block `index` in its stack, or in the period of a scan."""
+  return f'{_BLOCK}{index}'
+
+
+def split_path(path: Sequence[Hashable]) -> BlockPath | None:
+  """Takes the path of a parameter apart; None if it is of no block.
+
+  Example:
+    >>> split_path(('decoder', 'period', 'layers_1', 'mlp', 'wi'))
+    BlockPath(stack=('decoder',), index=1, rest=('mlp', 'wi'), scanned=True)
+    >>> split_path(('decoder', 'norm', 'scale')) is None
+    True
+  """
+  for i, part in enumerate(path):
+    name = str(part)
+    index = name.removeprefix(_BLOCK)
+    if name.startswith(_BLOCK) and index.isdecimal():
+      scanned = is_scanned(path[:i])
+      stack = path[: i - scanned]
+      return BlockPath(tuple(stack), int(index), tuple(path[i + 1 :]), scanned)
+  return None
+
+
+def block_of(path: Sequence[Hashable]) -> tuple[Hashable, ...]:
+  """The part of a path up to its block; () outside all blocks."""
+  at = split_path(path)
+  return at.block if at else ()
+
+
+def is_scanned(path: Sequence[Hashable]) -> bool:
+  """Whether a path leads into the blocks that a scan repeats."""
+  return PERIOD in path
+
+
+class Split(NamedTuple):
+  """A stack as a scan has it: prefix + period * repeats + suffix.
+
+  Attributes:
+    prefix, period: blocks before the scan, and of one of its turns.
+    repeats: turns.
+  """
+
+  prefix: int
+  period: int
+  repeats: int
+
+  def index(self, turn: int, j: int) -> int:
+    """The block of the stack that is block j of the period in a turn."""
+    return self.prefix + turn * self.period + j
+
+  def turn(self, index: int) -> tuple[int, int] | None:
+    """(turn, j) of a block of the stack; None if the scan does not have it."""
+    turn, j = divmod(index - self.prefix, self.period)
+    return (turn, j) if 0 <= turn < self.repeats else None
+
+
+def layers_at(params: Mapping[str, Any], path: Sequence[str]) -> list[LayerId]:
+  """The sparse layers of the parameter at `path`: in a scan, one of each turn.
+
+  Args:
+    params: of the model, which say what lies before a scan.
+    path: of a parameter of a sparse layer, as its router's.
+
+  Example:
+    >>> params = {'layers_0': {}, 'period': {'layers_0': {'moe': jnp.ones(2)}}}
+    >>> [str(layer) for layer in
+    ...  layers_at(params, ('period', 'layers_0', 'moe'))]
+    ['layers_1', 'layers_2']
+  """
+  at = split_path(path)
+  kind = at.rest[1] if at.rest[0] == 'attention' else FFN
+  indices = [at.index]
+  if at.scanned:
+    stack = params
+    for key in at.stack:
+      stack = stack[key]
+    prefix = 0
+    while block_name(prefix) in stack:
+      prefix += 1
+    repeats = jax.tree.leaves(stack[PERIOD])[0].shape[0]
+    split = Split(prefix, len(stack[PERIOD]), repeats)
+    indices = [split.index(turn, at.index) for turn in range(repeats)]
+  return [LayerId('/'.join(at.stack), index, kind) for index in indices]
 
 
 def kinds(
@@ -42,21 +223,23 @@ def kinds(
   return tuple(i in sparse_layers for i in range(num_layers))
 
 
-def split_period(kinds: Sequence[Any]) -> tuple[int, int, int]:
+def split_period(kinds: Sequence[Any]) -> Split:
   """Splits a stack into prefix + period * repeats + suffix.
 
   The split that leaves the fewest blocks to compile, then the shortest period,
   then the shortest prefix.
 
   Returns:
-    Lengths (prefix, period, repeats); repeats >= 2.
+    Lengths; repeats >= 2.
 
   Raises:
     ValueError: nothing repeats.
 
   Example:
-    >>> split_period('dsdsds'), split_period('xdddy')
-    ((0, 2, 3), (1, 1, 3))
+    >>> split_period('dsdsds')
+    Split(prefix=0, period=2, repeats=3)
+    >>> split_period('xdddy')
+    Split(prefix=1, period=1, repeats=3)
   """
   n = len(kinds)
   best = None
@@ -79,23 +262,23 @@ def split_period(kinds: Sequence[Any]) -> tuple[int, int, int]:
       'have none; use scan=False.'
     )
   _, period, prefix, repeats = best
-  return prefix, period, repeats
+  return Split(prefix, period, repeats)
 
 
 def roll(stack: Mapping[str, Any], kinds: Sequence[Any]) -> dict[str, Any]:
   """A stack's parameters as its scanned form has them.
 
-  Blocks of the scanned part lie under `period/layers_j` with a leading axis of
-  repeats; all else is as it was. `unroll` is the inverse.
+  Blocks of the scanned part get a leading axis of repeats; all else is as it
+  was. `unroll` is the inverse.
   """
-  prefix, period, repeats = split_period(kinds)
+  split = split_period(kinds)
   rolled = dict(stack)
   blocks = [
-    [rolled.pop(f'layers_{prefix + r * period + j}') for r in range(repeats)]
-    for j in range(period)
+    [rolled.pop(block_name(split.index(r, j))) for r in range(split.repeats)]
+    for j in range(split.period)
   ]
-  rolled['period'] = {
-    f'layers_{j}': jax.tree.map(lambda *leaves: jnp.stack(leaves), *repeated)
+  rolled[PERIOD] = {
+    block_name(j): jax.tree.map(lambda *leaves: jnp.stack(leaves), *repeated)
     for j, repeated in enumerate(blocks)
   }
   return rolled
@@ -103,13 +286,13 @@ def roll(stack: Mapping[str, Any], kinds: Sequence[Any]) -> dict[str, Any]:
 
 def unroll(stack: Mapping[str, Any], kinds: Sequence[Any]) -> dict[str, Any]:
   """The parameters of a scanned stack as its plain form has them."""
-  prefix, period, repeats = split_period(kinds)
+  split = split_period(kinds)
   plain = dict(stack)
-  scanned = plain.pop('period')
-  for r in range(repeats):
-    for j in range(period):
-      plain[f'layers_{prefix + r * period + j}'] = jax.tree.map(
-        lambda leaf, r=r: leaf[r], scanned[f'layers_{j}']
+  scanned = plain.pop(PERIOD)
+  for r in range(split.repeats):
+    for j in range(split.period):
+      plain[block_name(split.index(r, j))] = jax.tree.map(
+        lambda leaf, r=r: leaf[r], scanned[block_name(j)]
       )
   return plain
 
@@ -126,17 +309,10 @@ def plain_paths(params: Mapping[str, Any], path: Sequence[str]) -> list[str]:
     >>> plain_paths(params, ('period', 'layers_0', 'w'))
     ['layers_1/w', 'layers_2/w']
   """
-  if PERIOD not in path:
+  at = split_path(path)
+  if at is None or not at.scanned:
     return ['/'.join(path)]
-  at = path.index(PERIOD)
-  stack = params
-  for key in path[:at]:
-    stack = stack[key]
-  prefix = next(i for i in range(len(stack) + 1) if f'layers_{i}' not in stack)
-  period = stack[PERIOD]
-  repeats = jax.tree.leaves(period)[0].shape[0]
-  first = prefix + int(path[at + 1].removeprefix('layers_'))
   return [
-    '/'.join((*path[:at], f'layers_{first + r * len(period)}', *path[at + 2 :]))
-    for r in range(repeats)
+    '/'.join(at._replace(index=layer.index, scanned=False).path)
+    for layer in layers_at(params, path)
   ]

@@ -17,6 +17,7 @@ from sparse_experts.data.features.base import Features
 from sparse_experts.letters import Array
 from sparse_experts.models import auxiliary, policy_gradient
 from sparse_experts.models.auxiliary import Statistics, Totals
+from sparse_experts.models.layout import LayerId
 from sparse_experts.moe.outputs import Aux
 
 Batch = Mapping[str, Array]
@@ -89,7 +90,7 @@ class Objective:
     capacity_factor_train, capacity_factor_eval: of sparse layers; None drops
       nothing.
     bias_rate: how far routers' balance biases move after each training step
-      (`moe.bias.update_biases`); 0 for routers that have none.
+      (`balance_bias.update_biases`); 0 for routers that have none.
   """
 
   module: nn.Module
@@ -358,13 +359,7 @@ def summary(sums: Sums) -> dict[str, Any]:
     'layers': {
       name: moe.summary(layer)
       for name, layer in sorted(
-        sums['layers'].items(), key=lambda item: layer_order(item[0])
+        sums['layers'].items(), key=lambda item: LayerId.parse(item[0])
       )
     },
   }
-
-
-def layer_order(name: str) -> tuple[bool, int]:
-  """To sort by: encoder before decoder, and layers_10 after layers_9."""
-  stack, _, index = name.rpartition('_')
-  return not stack.startswith('encoder'), int(index)

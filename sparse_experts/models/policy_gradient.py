@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_experts.letters import Array
+from sparse_experts.models.layout import LayerId
 from sparse_experts.moe.outputs import Aux
 
 
@@ -43,7 +44,7 @@ def losses(
   def with_losses(name, aux):
     if not aux.decisions:
       return aux
-    reward_BxL, weights_BxL = rewards[name.split('/')[0]]
+    reward_BxL, weights_BxL = rewards[LayerId.parse(name).stack]
     more = {
       loss: (term_BxL * weights_BxL).sum() / total_weight
       for loss, term_BxL in terms(reward_BxL, **aux.decisions).items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from flax import linen as nn
 from sparse_experts.layers.norm import RMSNorm
 from sparse_experts.letters import Array
 from sparse_experts.models import layout
+from sparse_experts.models.layout import LayerId
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.sharding import constrain
 
@@ -195,7 +197,7 @@ class Block(nn.Module):
         h_BxLxD, deterministic=deterministic
       )
       x_BxLxD = self._add(x_BxLxD, h_BxLxD, deterministic)
-    return x_BxLxD, {'layers': aux}
+    return x_BxLxD, {layout.FFN: aux}
 
   def _add(self, x_BxLxD: Array, y_BxLxD: Array, deterministic: bool) -> Array:
     """The residual connection, with dropout on what is added."""
@@ -254,34 +256,34 @@ class Stack(nn.Module):
 
     N = self.num_layers
     kinds = layout.kinds(N, self.sparse_layers)
-    prefix, period, repeats = N, 0, 0
+    split = layout.Split(prefix=N, period=0, repeats=0)
     if self.scan:
-      prefix, period, repeats = layout.split_period(kinds)
-    suffix = prefix + period * repeats
+      split = layout.split_period(kinds)
+    suffix = split.index(turn=split.repeats, j=0)
     make_block = functools.partial(self.make_block, causal=self.causal)
 
     x_BxLxD = dropout(x_BxLxD)
     x_BxLxD, auxes = run_blocks(
-      make_block, range(prefix), kinds, self.remat, x_BxLxD, context
+      make_block, range(split.prefix), kinds, self.remat, x_BxLxD, context
     )
-    if repeats:
+    if split.repeats:
+      period = kinds[split.prefix : split.index(turn=1, j=0)]
       scanned = nn.scan(
         _Period,
         variable_axes={'params': 0, 'cache': 0},
         split_rngs={'params': True, 'dropout': True},
         in_axes=nn.broadcast,
-        length=repeats,
+        length=split.repeats,
         metadata_params={nn.PARTITION_NAME: 'layers'},
-      )(make_block, kinds[prefix : prefix + period], self.remat, name='period')
+      )(make_block, period, self.remat, name=layout.PERIOD)
       x_BxLxD, stacked = scanned(x_BxLxD, context)
       for name, aux in stacked.items():
-        kind, _, j = name.rpartition('_')
-        auxes |= {
-          f'{kind}_{prefix + r * period + int(j)}': jax.tree.map(
+        layer = LayerId.parse(name)
+        for r in range(split.repeats):
+          index = split.index(r, layer.index)
+          auxes[str(dataclasses.replace(layer, index=index))] = jax.tree.map(
             lambda leaf, r=r: leaf[r], aux
           )
-          for r in range(repeats)
-        }
     x_BxLxD, auxes_of_suffix = run_blocks(
       make_block, range(suffix, N), kinds, self.remat, x_BxLxD, context
     )
@@ -297,7 +299,7 @@ def map_rows(function: Callable[[Array], Array], cache: Any) -> Any:
   """
 
   def apply(path, leaf):
-    scanned = any(getattr(key, 'key', None) == 'period' for key in path)
+    scanned = layout.is_scanned([getattr(key, 'key', None) for key in path])
     return (jax.vmap(function) if scanned else function)(leaf)
 
   return jax.tree_util.tree_map_with_path(apply, cache)
@@ -330,7 +332,7 @@ def run_blocks(
   x_BxLxD: Array,
   context: Context,
 ) -> tuple[Array, dict[str, Aux]]:
-  """Applies blocks `layers_i` in turn; call it inside a compact method."""
+  """Applies these blocks in turn; call it inside a compact method."""
   if remat not in REMAT_POLICIES:
     raise ValueError(
       f'remat must be one of {", ".join(REMAT_POLICIES)}, not {remat!r}.'
@@ -343,7 +345,7 @@ def run_blocks(
     apply = nn.remat(apply, policy=REMAT_POLICIES[remat])
   auxes = {}
   for i in indices:
-    block = make_block(sparse=kinds[i], name=f'layers_{i}')
+    block = make_block(sparse=kinds[i], name=layout.block_name(i))
     x_BxLxD, of_block = apply(block, x_BxLxD, context)
-    auxes |= {f'{kind}_{i}': aux for kind, aux in of_block.items()}
+    auxes |= {str(LayerId('', i, kind)): aux for kind, aux in of_block.items()}
   return x_BxLxD, auxes

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from sparse_experts import sharding
 from sparse_experts.data.features.arrays import Labelled
+from sparse_experts.layers.cost import Cost
 from sparse_experts.layers.linear import Linear
 from sparse_experts.letters import Array
 from sparse_experts.models.transformer import Context, Stack
@@ -96,6 +97,11 @@ class VisionTransformer(nn.Module):
     )(y_BxD.astype(jnp.float32))
     outputs_BxV = constrain(outputs_BxV, 'batch', 'vocab')
     return outputs_BxV, {f'encoder/{name}': aux for name, aux in auxes.items()}
+
+  def cost(self, batch: Mapping[str, Array], **_) -> Cost:
+    """Nothing beside its matrices, which tell their own part."""
+    del batch
+    return Cost()
 
   def masks(self, batch: Mapping[str, Array]) -> dict[str, Array]:
     """The tokens that the encoder's layers route, boolean [B, L]."""

@@ -10,8 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_experts.layers.linear import use_product
+from sparse_experts import sharding
+from sparse_experts.layers import parameters
 from sparse_experts.letters import Array
+
+# What runs an expert that cannot be grouped.
+UNGROUPED = (
+  'dispatch=gather and exact_dispatch=all_experts (in gin '
+  'layer.MoE.dispatch = @gather.gather and '
+  'layer.MoE.exact_dispatch = @all_experts.all_experts)'
+)
 
 
 @flax.struct.dataclass
@@ -19,7 +27,8 @@ class Experts:
   """E experts, a function of their parameters.
 
   A value and not a module, so that a dispatcher may run all of them or, inside
-  `jax.shard_map`, those that live on its device.
+  `jax.shard_map`, those that live on its device. Dropout is drawn for each
+  expert and each row.
 
   Attributes:
     params: parameters of one expert, with a leading axis E on every leaf.
@@ -42,7 +51,8 @@ class Experts:
     """Expert e on its slots of every group, [E, G, C, D]."""
     E = x_ExGxCxD.shape[0]
     keys_E = None if self.key is None else jax.random.split(self.key, E)
-    return jax.vmap(self.apply, spmd_axis_name='expert')(
+    axes = sharding.current().axes('expert')
+    return jax.vmap(self.apply, spmd_axis_name=axes or None)(
       self.params, keys_E, x_ExGxCxD
     )
 
@@ -54,9 +64,9 @@ class Experts:
   ) -> Array:
     """Each expert on its own rows, [T, D], by one product for all of them.
 
-    The module runs once, with the stacked parameters, so it must be made of
-    `Linear` and of functions without parameters of single rows. Dropout masks
-    are drawn once too, and not for each expert.
+    The module runs once, with the stacked parameters, which meet rows by
+    `layers.parameters`: it must declare them by that or by layers that do, as
+    all of ours.
 
     Args:
       x_TxD: rows, those of expert 0 first, then those of expert 1, ...
@@ -64,30 +74,41 @@ class Experts:
       product: `grouped_matmul` or a like of it.
 
     Raises:
-      ValueError: the expert has a parameter that is not the kernel of a Linear.
+      ValueError: the expert declares a parameter by itself.
     """
-
-    def by_group(x_TxD, w_ExDxF):
-      return product(x_TxD, w_ExDxF, group_sizes_E)
-
+    rows = parameters.Grouped(x_TxD.shape[0], group_sizes_E, product)
     try:
-      with use_product(by_group):
-        return self.apply(self.params, self.key, x_TxD)
+      return self._apply(self.params, self.key, x_TxD, rows)
     except flax.errors.ScopeParamShapeError as error:
       raise ValueError(
-        f'this expert cannot be grouped: {type(self.module).__name__} has a '
-        f'parameter that is not the kernel of a Linear ({error.args[0]}); use '
-        'dispatch=gather.'
+        f'this expert cannot be grouped: {type(self.module).__name__} declares '
+        f'{_which(error)} by itself, and not by layers.parameters; declare it '
+        f'so, or set {UNGROUPED}.'
       ) from error
 
   def apply(self, params: Any, key: Array | None, x_xD: Array) -> Array:
     """One expert on any tokens."""
-    return self.module.apply(
-      {'params': params},
-      x_xD,
-      deterministic=self.deterministic,
-      rngs=None if key is None else {'dropout': key},
-    )
+    return self._apply(params, key, x_xD, parameters.Shared(mask_dims=()))
+
+  def fold_in(self, number: Array | int) -> Experts:
+    """The same experts with other draws, if they draw."""
+    if self.key is None:
+      return self
+    return self.replace(key=jax.random.fold_in(self.key, number))
+
+  def _apply(self, params, key, x_xD, rows) -> Array:
+    with parameters.use(rows):
+      return self.module.apply(
+        {'params': params},
+        x_xD,
+        deterministic=self.deterministic,
+        rngs=None if key is None else {'dropout': key},
+      )
+
+
+def _which(error: flax.errors.ScopeParamShapeError) -> str:
+  """Flax's words for the parameter: 'parameter "bias" in "/"'."""
+  return str(error).partition(',')[0].removeprefix('For ')
 
 
 def init(

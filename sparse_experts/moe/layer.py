@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_experts.layers.cost import Cost, cost_of
 from sparse_experts.letters import Array
 from sparse_experts.moe import groups, losses, metrics
 from sparse_experts.moe.assignment import SoftAssignment
@@ -32,8 +33,9 @@ class MoE(nn.Module):
   Attributes:
     make_router: builds the router, see `router.Router`.
     make_expert: builds one expert, any module x_...xD -> y_...xD that takes
-      `deterministic` and has parameters only; the classes of the dense blocks
-      serve. `experts.init` stacks it.
+      `deterministic`, has parameters only, and computes each row from itself
+      alone (`expert_check.check_expert` tries that); the classes of the dense
+      blocks serve. `experts.init` stacks it.
     group_size: tokens S of a group, which share the experts' slots; None: one
       sequence, as it always is without capacity and draws.
     capacity_rule: from capacity factor to slots.
@@ -103,10 +105,7 @@ class MoE(nn.Module):
       y_BxLxD and Aux: the router's, with the counts of `metrics.counts` added,
       and the loss `router_z` of every router that has logits.
     """
-    make_router = self.make_router
-    if self.num_experts is not None:
-      make_router = functools.partial(make_router, num_experts=self.num_experts)
-    router = make_router(name='router')
+    router = self._router(name='router')
     if require_causal and not router.is_causal:
       raise ValueError(
         f'{type(router).__name__} lets later tokens decide the fate of earlier '
@@ -203,6 +202,35 @@ class MoE(nn.Module):
       record=recorded,
     )
     return y_BxLxD, aux
+
+  def cost(
+    self, x_BxLxD: Array, *, capacity_factor: float | None = None, **_
+  ) -> Cost:
+    """Of the experts, in every slot of each, full or empty."""
+    (B, L, D), S = x_BxLxD.shape, self.group_size or x_BxLxD.shape[1]
+    router = self._router(parent=None)
+    slots = router.slots_of_expert(self.capacity_rule, capacity_factor, S)
+    rows = B * L / S * router.num_experts * slots
+    each = cost_of(
+      self.make_expert(parent=None),
+      jax.ShapeDtypeStruct((1, D), x_BxLxD.dtype),
+    )
+    return Cost(
+      expert_flops=rows * each.flops,
+      float32_inputs=rows * each.float32_inputs / (B * L),
+      choices=B * L * router.k,
+      rows=rows,
+      slots=rows * each.width,
+      hidden=rows * (each.heads + each.mlp),
+      activated=rows * each.activated,
+      relu=rows * each.relu,
+      group=(S, L),
+    )
+
+  def _router(self, **arguments) -> Router:
+    if self.num_experts is not None:
+      arguments['num_experts'] = self.num_experts
+    return self.make_router(**arguments)
 
   @staticmethod
   def _given(router: Router, *, whole: bool, capacity, step, **ids):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import jax
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_experts import sharding
+from sparse_experts.layers.cost import Cost
 from sparse_experts.letters import Array
+from sparse_experts.moe.capacity import CapacityRule
 
 KERNEL_INIT = nn.initializers.normal(2e-2)  # That of Switch and ST-MoE.
 
@@ -20,6 +23,7 @@ class Router(nn.Module):
   A router is called as `router(x_GxSxD, mask_GxS=, deterministic=, **given)`,
   where `given` has what it `needs`, and returns an `Assignment` (or, if it is
   soft, a `SoftAssignment`) and `Aux`. Masked tokens (mask False) get no expert.
+  Products with parameters of its own, but for those of `logits`, are in `cost`.
 
   Attributes:
     num_experts: E.
@@ -112,3 +116,31 @@ class Router(nn.Module):
       kernel_DxE,
       precision=jax.lax.Precision.HIGHEST,
     )
+
+  def cost(self, x_GxSxD: Array, **_) -> Cost:
+    """Of reading x in float32, and of logits; products are in `logits_cost`."""
+    tokens = math.prod(x_GxSxD.shape[:2])
+    return Cost(float32_inputs=1, routed=tokens * self.num_experts)
+
+  def logits_cost(
+    self, x_GxSxD: Array, *, width: int | None = None, **_
+  ) -> Cost:
+    """Of one product x W."""
+    return Cost(
+      flops=2 * math.prod(x_GxSxD.shape) * (width or self.num_experts)
+    )
+
+  def slots_of_expert(
+    self, rule: CapacityRule, factor: float | None, group_size: int
+  ) -> float:
+    """Slots of an expert for a group; without capacity its share of choices.
+
+    Args:
+      rule: the layer's.
+      factor: of capacity; None drops nothing.
+      group_size: tokens S of the group.
+    """
+    E, k = self.num_experts, self.k
+    if factor is None:
+      return group_size * k / E
+    return rule(factor, tokens=group_size, num_experts=E, k=k)

@@ -1,8 +1,9 @@
 """Rows to the devices of their experts and back, as many as there are.
 
-For use inside `jax.shard_map` over the mesh axis `expert`. A device's rows are
-sorted by expert, so those for one device are one run; a device receives a run
-from each. Buffers are static: what does not fit is dropped, and known.
+For use inside `jax.shard_map` over the mesh axis of the experts. A device's
+rows are sorted by expert, so those for one device are one run; a device
+receives a run from each. Buffers are static: what does not fit is dropped, and
+known.
 
 P counts the devices of the axis, I and O rows of an input and an output.
 """
@@ -16,8 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from sparse_experts.letters import Array
-
-AXIS = 'expert'
 
 
 @flax.struct.dataclass
@@ -47,6 +46,7 @@ class Traffic:
       there is no row.
     peer_rows: rows of the largest run there can be.
     ragged: by `jax.lax.ragged_all_to_all`, where the platform has it.
+    axis: the mesh axis.
   """
 
   out: Runs
@@ -55,24 +55,26 @@ class Traffic:
   expert_R: Array
   peer_rows: int = flax.struct.field(pytree_node=False)
   ragged: bool = flax.struct.field(pytree_node=False)
+  axis: str = flax.struct.field(pytree_node=False)
 
 
 def traffic(
-  sizes_E: Array, *, peer_rows: int, receive_rows: int, ragged: bool
+  sizes_E: Array, axis: str, *, peer_rows: int, receive_rows: int, ragged: bool
 ) -> Traffic:
   """Traffic under which no buffer overflows, the same seen from all devices.
 
   Args:
     sizes_E: int32, this device's rows for each expert of all devices.
+    axis: the mesh axis that the devices are along.
     peer_rows: how many rows fit between two devices. Of a longer run the last
       are dropped, by the sender.
     receive_rows: R, how many rows a device can receive. Senders are served in
       order of their index; the rest is dropped, by the receiver.
     ragged: see `Traffic`.
   """
-  P, me = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+  P, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
   # X experts of each device; axes are sender, receiver.
-  sizes_PxPxX = jax.lax.all_gather(sizes_E.reshape(P, -1), AXIS)
+  sizes_PxPxX = jax.lax.all_gather(sizes_E.reshape(P, -1), axis)
   X = sizes_PxPxX.shape[-1]
   count_PxP = sizes_PxPxX.sum(-1)
   offered_PxP = jnp.minimum(count_PxP, peer_rows)
@@ -92,13 +94,15 @@ def traffic(
     expert_R=jnp.where(run_R < P * X, run_R % X, X),
     peer_rows=peer_rows,
     ragged=ragged,
+    axis=axis,
   )
 
 
 def send(x_IxD: Array, traffic: Traffic) -> Array:
   """This device's rows to the devices of their experts; those received."""
   return _move(
-    (x_IxD.shape[0], traffic.expert_R.size, traffic.peer_rows, traffic.ragged),
+    (x_IxD.shape[0], traffic.expert_R.size),
+    (traffic.peer_rows, traffic.ragged, traffic.axis),
     x_IxD,
     (traffic.out, traffic.into),
   )
@@ -107,7 +111,8 @@ def send(x_IxD: Array, traffic: Traffic) -> Array:
 def send_back(x_IxD: Array, traffic: Traffic, num_rows: int) -> Array:
   """Received rows to where they came from; zeros for those never sent."""
   return _move(
-    (x_IxD.shape[0], num_rows, traffic.peer_rows, traffic.ragged),
+    (x_IxD.shape[0], num_rows),
+    (traffic.peer_rows, traffic.ragged, traffic.axis),
     x_IxD,
     (traffic.into, traffic.out),
   )
@@ -118,34 +123,33 @@ def _before(count: Array, axis: int) -> Array:
   return jnp.cumsum(count, axis) - count
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _move(sizes, x_IxD, runs):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _move(sizes, how, x_IxD, runs):
   """Runs of I rows to runs of O rows on the other devices."""
-  _, O, peer_rows, ragged = sizes
-  fixed = functools.partial(_fixed, num_rows=O, peer_rows=peer_rows)
+  (_, O), (peer_rows, ragged, axis) = sizes, how
+  fixed = functools.partial(_fixed, num_rows=O, peer_rows=peer_rows, axis=axis)
   if not ragged:
     return fixed(x_IxD, runs)
   return jax.lax.platform_dependent(
     x_IxD,
     runs,
     cpu=fixed,  # XLA:CPU has no ragged_all_to_all.
-    default=functools.partial(_ragged, num_rows=O),
+    default=functools.partial(_ragged, num_rows=O, axis=axis),
   )
 
 
-def _move_forward(sizes, x_IxD, runs):
-  return _move(sizes, x_IxD, runs), runs
+def _move_forward(sizes, how, x_IxD, runs):
+  return _move(sizes, how, x_IxD, runs), runs
 
 
-def _move_backward(sizes, runs, dx_OxD):
-  I, O, *rest = sizes
-  return _move((O, I, *rest), dx_OxD, runs[::-1]), None
+def _move_backward(sizes, how, runs, dx_OxD):
+  return _move(sizes[::-1], how, dx_OxD, runs[::-1]), None
 
 
 _move.defvjp(_move_forward, _move_backward)
 
 
-def _ragged(x_IxD, runs, num_rows):
+def _ragged(x_IxD, runs, num_rows, axis):
   out, into = runs
   return jax.lax.ragged_all_to_all(
     x_IxD,
@@ -154,11 +158,11 @@ def _ragged(x_IxD, runs, num_rows):
     out.size_P,
     out.landing_P,
     into.size_P,
-    axis_name=AXIS,
+    axis_name=axis,
   )
 
 
-def _fixed(x_IxD, runs, num_rows, peer_rows):
+def _fixed(x_IxD, runs, num_rows, peer_rows, axis):
   """By an all-to-all of buffers of the size of the largest run."""
   out, into = runs
   I, place_1xR = x_IxD.shape[0], jnp.arange(peer_rows)[None]
@@ -166,7 +170,7 @@ def _fixed(x_IxD, runs, num_rows, peer_rows):
     place_1xR < out.size_P[:, None], out.start_P[:, None] + place_1xR, I
   )
   x_PxRxD = _take(x_IxD, row_PxR)
-  x_PxRxD = jax.lax.all_to_all(x_PxRxD, AXIS, 0, 0)
+  x_PxRxD = jax.lax.all_to_all(x_PxRxD, axis, 0, 0)
 
   row_O = jnp.arange(num_rows)
   run_O = (row_O[:, None] >= (into.start_P + into.size_P)[None]).sum(-1)

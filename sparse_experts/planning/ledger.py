@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-from flax import linen as nn
 
 from sparse_experts import sharding
-from sparse_experts.layers.linear import Linear
+from sparse_experts.layers import cost
+from sparse_experts.models import layout
 from sparse_experts.models.decoding import Decodable
 from sparse_experts.models.objective import Objective
-from sparse_experts.moe.assignment import SoftAssignment
 from sparse_experts.training import optimizers
 
 T5_LENGTHS = {'inputs': 512, 'targets': 114}
@@ -63,7 +62,7 @@ def ledger(
   if feature_lengths is None:
     feature_lengths = model.features.example_lengths()
   shapes = model.features.shapes(feature_lengths, _ROWS, task_ids=True)
-  boxed, slots, rows = _trace(model, shapes)
+  boxed, slots, around = _trace(model, shapes)
   names = sharding.names_of(boxed)
   lengths = {
     stack: mask.shape[1]
@@ -73,7 +72,7 @@ def ledger(
   kinds = ('total_params', 'block_params', 'sparse_params', 'active_params')
   counts = dict.fromkeys(kinds, 0)
   components: dict[str, int] = {}
-  flops = padding = kaplan = 0.0
+  flops, kaplan, padding = around, around, 0.0
   is_names = lambda x: isinstance(x, tuple)
   for (path, axes), leaf in zip(
     jax.tree_util.tree_leaves_with_path(names, is_leaf=is_names),
@@ -88,18 +87,19 @@ def ledger(
       share, executed_share = layer.useful / E, layer.executed / E
       counts['sparse_params'] += size
     counts['total_params'] += size
-    if any(part.startswith('layers_') for part in parts):
+    if layout.block_of(parts):
       counts['block_params'] += size
     counts['active_params'] += size * share
     component = _component(parts)
     components[component] = components.get(component, 0) + size
-    tokens, context = _tokens(parts, lengths, rows)
+    if parts[0] not in lengths:
+      continue
+    tokens, context = _tokens(parts, lengths)
     if parts[-1] == 'kernel':
       flops += 2 * size * share * tokens
       padding += 2 * size * (executed_share - share) * tokens
       if 'router' not in parts:
-        own_tokens = lengths.get(parts[0], tokens)
-        kaplan += 2 * size * share * own_tokens
+        kaplan += 2 * size * share * lengths[parts[0]]
     # Queries times keys and weights times values; or queries times distances.
     if parts[-2:] in (('out', 'kernel'), ('relative', 'kernel')):
       layers = leaf.shape[axes.index('layers')] if 'layers' in axes else 1
@@ -107,9 +107,6 @@ def ledger(
       product = 2 * layers * width * tokens * context
       flops += 2 * product if parts[-2] == 'out' else product
       kaplan += product if parts[-2] == 'out' else 0
-    if parts[-1] == 'embedding' and parts[:-1] in rows:  # Read backwards.
-      flops += 2 * size * tokens
-      kaplan += 2 * size * tokens
   return {
     **counts,
     'active_params': round(counts['active_params']),
@@ -172,41 +169,25 @@ def text(facts: Mapping[str, Any]) -> str:
 
 def _trace(
   model: Objective, shapes
-) -> tuple[Any, dict[tuple[str, ...], _Slots], dict[tuple[str, ...], float]]:
-  """Abstract boxed parameters; by path, the slots of sparse layers, and how
-  many rows of an example each matrix, or table read backwards, meets."""
-  slots, rows = {}, {}
-
-  def record(call, args, kwargs, context):
-    result = call(*args, **kwargs)
-    called = context.method_name == '__call__'
-    if context.method_name == 'attend':
-      rows[context.module.path] = math.prod(args[0].shape[:-1]) / _ROWS
-    elif called and isinstance(context.module, Linear):
-      contracted = context.module.num_inputs
-      rows[context.module.path] = (
-        math.prod(args[0].shape[: args[0].ndim - contracted]) / _ROWS
-      )
-    elif called and context.module.name == 'router':
-      router, layer = context.module, context.module.parent
-      # Initialising has no capacity, so a group here is a sequence.
-      E, k, S = router.num_experts, router.k, layer.group_size
-      S = S or args[0].shape[1]
-      factor = model.capacity_factor_train
-      executed = k
-      if isinstance(result[0], SoftAssignment):
-        executed = E * result[0].combine_GxSxExC.shape[-1] / args[0].shape[1]
-      elif factor is not None:
-        C = layer.capacity_rule(factor, tokens=S, num_experts=E, k=k)
-        executed = E * C / S
-      slots[router.path[:-1]] = _Slots(k, executed)
-    return result
-
-  with nn.intercept_methods(record):
-    boxed = jax.eval_shape(
+) -> tuple[Any, dict[tuple[str, ...], _Slots], float]:
+  """Abstract boxed parameters; the slots of sparse layers by path; and FLOPs of
+  an example around the stacks."""
+  boxed, calls = cost.calls(
+    lambda: jax.eval_shape(
       lambda key: model.init(key, shapes), jax.random.key(0)
-    )
-  return boxed, slots, rows
+    ),
+    capacity_factor=model.capacity_factor_train,
+  )
+  slots, around = {}, 0.0
+  for path, call in calls.items():
+    if call.told is None:
+      continue
+    if call.told.choices:
+      tokens = math.prod(call.shape[:2])
+      slots[path] = _Slots(call.told.choices / tokens, call.told.rows / tokens)
+    if not path or path[0] not in model.module.stacks:
+      around += call.told.flops / _ROWS
+  return boxed, slots, around
 
 
 def _optimizer_bytes(names: Any, boxed: Any) -> dict[str, int]:
@@ -253,13 +234,9 @@ def _component(parts: tuple[str, ...]) -> str:
 
 
 def _tokens(
-  parts: tuple[str, ...],
-  lengths: Mapping[str, int],
-  rows: Mapping[tuple[str, ...], float],
-) -> tuple[float, int]:
+  parts: tuple[str, ...], lengths: Mapping[str, int]
+) -> tuple[int, int]:
   """Tokens that meet a parameter, and keys that each of them looks at."""
-  if parts[0] not in lengths:  # Around the stacks.
-    return rows.get(parts[:-1], 0), 0
   if 'cross_attention' in parts:
     memory = lengths['encoder']
     if parts[-2] in ('key', 'value'):

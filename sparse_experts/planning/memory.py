@@ -44,11 +44,13 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.sharding import AbstractMesh, Mesh
 
 from sparse_experts import sharding
+from sparse_experts.models import layout
 from sparse_experts.models.objective import Objective
 from sparse_experts.models.transformer import REMAT_POLICIES
-from sparse_experts.planning.workload import Block, Workload, block_of, trace
+from sparse_experts.planning.workload import Block, Workload, trace
 from sparse_experts.training import state
 
 FLOAT32 = 3 * 4  # Kept of an element that is read in float32.
@@ -66,7 +68,7 @@ class Placed:
     parameters, optimizer: that it keeps.
     gathered: of parameters in use, with those that FSDP brings together.
     block: of these, what FSDP brings together for the largest block, or table.
-    reduced: parameters whose gradients are sums over `data` or `expert`.
+    reduced: parameters whose gradients are sums over the axes of `batch`.
   """
 
   parameters: float = 0
@@ -92,24 +94,21 @@ class Memory:
     return sum(dataclasses.astuple(self))
 
 
-def place(
-  boxed: Any,
-  mesh: Any,
-  optimizer_rules: Mapping[str, sharding.MeshAxes] | None = None,
-) -> dict[str, Placed]:
-  """Where the rules put a state: by stack, and 'head' for what is around them.
+def place(boxed: Any, mesh: Mesh | AbstractMesh) -> dict[str, Placed]:
+  """Where the current placement puts a state: by stack, 'head' is around them.
 
   Args:
     boxed: abstract TrainState, see `state.abstract`.
-    mesh: a mesh or an abstract one; rules are the current ones.
-    optimizer_rules: override them for the optimizer state.
+    mesh: the mesh.
 
   Raises:
     ValueError: a dimension does not divide over its mesh axes.
   """
+  batch_axes = set(sharding.current().axes('batch'))
+  expert_axes = set(sharding.current().axes('expert'))
   stacks = collections.defaultdict(Placed)
   blocks = collections.defaultdict(float)
-  shardings = state.shardings(boxed, mesh, optimizer_rules)
+  shardings = state.shardings(boxed, mesh)
   for field in ('params', 'opt_state'):
     tree = getattr(boxed, field)
     leaves = jax.tree_util.tree_leaves_with_path(
@@ -127,16 +126,16 @@ def place(
         continue
       axes = {axis for entry in placed.spec for axis in jax.tree.leaves(entry)}
       at.parameters += size
-      if math.prod(mesh.shape[a] for a in {'data', 'expert'} - axes) > 1:
+      if math.prod(mesh.shape[a] for a in batch_axes - axes) > 1:
         at.reduced += size
-      if 'data' not in axes:
+      if not (fsdp_axes := axes & batch_axes - expert_axes):
         at.gathered += size
         continue
-      whole = size * mesh.shape['data']
+      whole = size * math.prod(mesh.shape[a] for a in fsdp_axes)
       at.gathered += whole
       names = leaf.names
       layers = value.shape[names.index('layers')] if 'layers' in names else 1
-      block = block_of(path) or path
+      block = layout.block_of(path) or path
       blocks[stack, block] += whole / layers
       at.block = max(at.block, blocks[stack, block])
   return dict(stacks)
@@ -155,11 +154,11 @@ def memory(
   Args:
     workload: of the global batch.
     stacks: from `place`.
-    mesh: devices along 'data', 'expert' and 'model'.
+    mesh: devices along each axis; rules are the current ones.
     remat, microbatches: of the step.
   """
-  shards = mesh['data'] * mesh['expert'] * microbatches
-  model = mesh['model']
+  shards = sharding.shards('batch', mesh) * microbatches
+  model = sharding.shards('mlp', mesh)
   order = [name for name in ('encoder', 'decoder') if name in stacks]
   saved = dict.fromkeys(order, 0.0)
   working = dict.fromkeys(order, 0.0)
@@ -212,7 +211,7 @@ def activations_per_token(
     ),
   )
   nothing = {path[0]: Placed() for path in (*workload.blocks, ('head',))}
-  one = dict.fromkeys(('data', 'expert', 'model'), 1)
+  one = dict.fromkeys(sharding.MESH_AXES, 1)
   tokens = model.positions(shapes)
   return {
     remat: round(

@@ -1,7 +1,7 @@
 """Which meshes can train a model on a pod, how fast, and why others cannot.
 
 Every (data, expert, model) mesh, with and without FSDP, is placed by the rules
-of `sharding.py`, as the runner places it; memory and time are predictions, see
+of `sharding`, as the runner places it; memory and time are predictions, see
 `memory.py` and `roofline.py`. Of the remat policies and numbers of microbatches
 a mesh gets those of the fastest step that fits.
 """
@@ -12,8 +12,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-
-from jax.sharding import AbstractMesh
 
 from sparse_experts import sharding
 from sparse_experts.models.transformer import REMAT_POLICIES
@@ -35,7 +33,7 @@ class Candidate:
   """A mesh, what goes with it, and what to expect of a step.
 
   Attributes:
-    mesh: devices along 'data', 'expert' and 'model'.
+    mesh: devices along each axis.
     fsdp: parameters are split over `data` too.
     remat: see `transformer.Stack`. microbatches: see `step.train_step`.
     group_sizes: tokens of a group by stack: the model's own, or the largest
@@ -71,19 +69,19 @@ def plan(
   Nothing is compiled and no array is made: a plan of any model takes seconds.
 
   Args:
-    run: model, batch and optimizer; its mesh, rules and microbatches are what
-      is looked for.
+    run: model, batch and optimizer; its placement and microbatches are what is
+      looked for.
     chip: each of the `num_devices` devices.
   """
   boxed, workload = _trace(run)
   candidates, rejected = [], []
   for mesh in meshes(num_devices, workload.num_experts):
     for rules in ({}, FSDP) if mesh['data'] > 1 else ({},):
+      placement = sharding.Placement(mesh, rules)
       try:
-        stacks = _place(boxed, mesh, rules)
-        candidates.append(
-          _best(workload, stacks, chip, mesh, rules, run.batch_size)
-        )
+        with placement.use_abstract(num_devices) as abstract:
+          stacks = place(boxed, abstract)
+          candidates.append(_best(workload, stacks, chip, mesh, run.batch_size))
       except ValueError as error:
         rejected.append(Rejected(mesh, bool(rules), str(error)))
   return sorted(candidates, key=lambda c: c.time.seconds), rejected
@@ -96,25 +94,23 @@ def predict(run: Run, chip: Chip, num_devices: int) -> Candidate:
     ValueError: its mesh or its groups are not legal.
   """
   boxed, workload = _trace(run)
-  sizes = sharding.axis_sizes(num_devices, **run.mesh)
-  mesh = dict(zip(sharding.MESH_AXES, sizes))
-  stacks = _place(boxed, mesh, run.rules, run.optimizer_rules)
-  rows = _rows(run.batch_size, mesh)
-  if rows % run.microbatches:
-    raise ValueError(
-      f'the {rows} sequences of a device do not divide into '
-      f'{run.microbatches} microbatches; take a divisor.'
+  with run.placement.use_abstract(num_devices) as abstract:
+    stacks, mesh = place(boxed, abstract), dict(abstract.shape)
+    rows = _rows(run.batch_size, mesh)
+    if rows % run.microbatches:
+      raise ValueError(
+        f'the {rows} sequences of a device do not divide into '
+        f'{run.microbatches} microbatches; take a divisor.'
+      )
+    found = _candidate(
+      workload,
+      stacks,
+      chip,
+      mesh,
+      remat=run.remat,
+      microbatches=run.microbatches,
+      rows=rows,
     )
-  found = _candidate(
-    workload,
-    stacks,
-    chip,
-    mesh,
-    run.rules,
-    remat=run.remat,
-    microbatches=run.microbatches,
-    rows=rows,
-  )
   for stack, size in _group_sizes(workload).items():
     if found.group_sizes[stack] != size:
       legal = ', '.join(map(str, found.legal_group_sizes[stack]))
@@ -140,15 +136,9 @@ def _trace(run: Run) -> tuple[state.TrainState, Workload]:
   return boxed, workload
 
 
-def _place(boxed, mesh, rules, optimizer_rules=None) -> dict[str, Placed]:
-  abstract = AbstractMesh(tuple(mesh.values()), tuple(mesh))
-  with sharding.use_rules(rules):
-    return place(boxed, abstract, optimizer_rules)
-
-
 def _rows(batch_size: int, mesh: Mapping[str, int]) -> int:
   """Sequences of a device."""
-  shards = mesh['data'] * mesh['expert']
+  shards = sharding.shards('batch', mesh)
   if batch_size % shards:
     raise ValueError(
       f'a batch of {batch_size} does not divide over {shards} data shards '
@@ -177,7 +167,6 @@ def _best(
   stacks: Mapping[str, Placed],
   chip: Chip,
   mesh: Mapping[str, int],
-  rules: Mapping[str, str],
   batch_size: int,
 ) -> Candidate:
   """The fastest step on a mesh that fits.
@@ -192,7 +181,6 @@ def _best(
       stacks,
       chip,
       mesh,
-      rules,
       remat=remat,
       microbatches=microbatches,
       rows=rows,
@@ -223,7 +211,6 @@ def _candidate(
   stacks: Mapping[str, Placed],
   chip: Chip,
   mesh: Mapping[str, int],
-  rules: Mapping[str, str],
   *,
   remat: str,
   microbatches: int,
@@ -234,7 +221,7 @@ def _candidate(
   wanted = _group_sizes(workload)
   return Candidate(
     mesh,
-    bool(rules),
+    bool(sharding.current().axes('embed')),
     **step,
     group_sizes={
       stack: _group_size(wanted[stack], sizes) for stack, sizes in legal.items()

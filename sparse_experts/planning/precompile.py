@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from sparse_experts import sharding
 from sparse_experts.models.decoding import check_decodable
@@ -35,8 +35,8 @@ class Run:
   Attributes:
     model: the model.
     feature_lengths, batch_size, pack, task_ids: as of `data.dataset.Dataset`.
-    optimizer, learning_rate, mesh, rules, optimizer_rules, microbatches, seed:
-      as of `training.train.train`.
+    optimizer, learning_rate, placement, microbatches, seed: as of
+      `training.train.train`.
     max_tokens: as of `training.infer.infer`.
   """
 
@@ -45,13 +45,7 @@ class Run:
   batch_size: int
   optimizer: Callable[..., optax.GradientTransformation]
   learning_rate: optax.Schedule
-  mesh: Mapping[str, int]
-  rules: Mapping[str, sharding.MeshAxes] = dataclasses.field(
-    default_factory=dict
-  )
-  optimizer_rules: Mapping[str, sharding.MeshAxes] = dataclasses.field(
-    default_factory=dict
-  )
+  placement: sharding.Placement = sharding.DATA_PARALLEL
   microbatches: int = 1
   seed: int = 0
   pack: bool = True
@@ -125,12 +119,7 @@ STEPS = ('train', 'gradients', 'decode')
 
 def check(run: Run, num_devices: int, what: str = 'train') -> None:
   """Raises ValueError where a run's mesh is not legal on so many devices."""
-  mesh = AbstractMesh(
-    tuple(sharding.axis_sizes(num_devices, **run.mesh)),
-    sharding.MESH_AXES,
-    axis_types=(AxisType.Auto,) * 3,
-  )
-  with sharding.use_rules(run.rules), jax.sharding.use_abstract_mesh(mesh):
+  with run.placement.use_abstract(num_devices) as mesh:
     _step(run, mesh, what)
 
 
@@ -181,9 +170,9 @@ def measure(
     least. Loops count as often as they turn. And compile_seconds,
     host_peak_bytes of this process.
   """
-  mesh = sharding.make_mesh(**run.mesh, devices=devices)
+  placement = dataclasses.replace(run.placement, devices=devices)
   start = time.perf_counter()
-  with sharding.use_mesh(mesh, run.rules):
+  with placement.use() as mesh:
     jitted, arguments = _step(run, mesh, what)
     try:
       compiled, text = topology.compile(jitted.lower(*arguments))
@@ -193,16 +182,17 @@ def measure(
     except topology.DoesNotFit as error:
       fits, needed, text = False, error.needed_bytes, error.text
       optimal = None
+    expert_shards = sharding.shards('expert', mesh.shape)
   compile_seconds = time.perf_counter() - start
   lengths = run.lengths(what)
   # The first token of an answer is of the pass over the question; without a
-  # capacity every device of `expert` has room for all rows.
+  # capacity every device of an expert's has room for all rows.
   program = hlo.Program(
     text,
     turns=(
       {'jit(decode)/while': lengths['targets'] - 1} if what == 'decode' else {}
     ),
-    filled=1 / mesh.shape['expert'] if what == 'decode' else 1.0,
+    filled=1 / expert_shards if what == 'decode' else 1.0,
   )
   flops, bytes_accessed = program.total
   collectives = [
@@ -259,7 +249,7 @@ def _step(run: Run, mesh: Mesh | AbstractMesh, what: str):
   )
   if what != 'train':
     boxed = boxed.replace(opt_state=())
-  placed = state.shardings(boxed, mesh, run.optimizer_rules)
+  placed = state.shardings(boxed, mesh)
   if what == 'decode':
     shapes = run.questions()
     max_tokens = run.lengths('decode')['targets']

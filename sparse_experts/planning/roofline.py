@@ -13,9 +13,11 @@ program may come near it, and none is faster.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
+from sparse_experts import sharding
 from sparse_experts.planning.chips import Chip
 from sparse_experts.planning.memory import Placed
 from sparse_experts.planning.workload import Workload
@@ -71,13 +73,14 @@ def roofline(
     workload: of the global batch.
     stacks: from `memory.place`.
     chip: each of the mesh's devices.
-    mesh: devices along 'data', 'expert' and 'model'.
+    mesh: devices along each axis; rules are the current ones.
     remat, microbatches: of the step.
 
   Example: tests/plan_test.py has one by hand.
   """
   n, dims = math.prod(mesh.values()), chip.dims
-  experts, model, data = mesh['expert'], mesh['model'], mesh['data']
+  parts = functools.partial(sharding.shards, sizes=mesh)
+  experts, model, shards = parts('expert'), parts('mlp'), parts('batch')
   passes = 2 if remat == 'none' else 3  # Over the blocks.
   total = lambda field: sum(getattr(at, field) for at in stacks.values())
   itemsize = workload.itemsize
@@ -104,7 +107,6 @@ def roofline(
   summed = passes * 2 * outputs * (model - 1) / model
 
   gathered = total('gathered') - total('parameters')
-  shards = data * experts
   reduced = 2 * total('reduced') * (shards - 1) / shards
   return Roofline(
     compute=train_flops(workload, remat) / n / chip.flops_bf16,

@@ -4,7 +4,7 @@ T5X takes plain arrays in 'params', the names of their axes beside them in
 'params_axes', and whatever a step changes without a gradient in a collection of
 its own, one of its `flax_mutables`. Ours is 'router_state', of
 
-    biases     balance biases of routers, see `moe.bias`,
+    biases     balance biases of routers, see `models.balance_bias`,
     chosen     load of the experts they balance, since they last moved,
     calls      calls of the loss in training: steps times microbatches,
 
@@ -25,7 +25,9 @@ from flax.linen import partitioning
 
 from sparse_experts import sharding
 from sparse_experts.letters import Array
-from sparse_experts.moe.bias import BIAS, update_biases
+from sparse_experts.models import layout
+from sparse_experts.models.balance_bias import update_biases
+from sparse_experts.moe.routers.deepseek import BIAS
 
 STATE = 'router_state'
 
@@ -119,7 +121,7 @@ def batch_major(cache: Tree) -> dict[str, Any]:
   flat = traverse_util.flatten_dict(flax.core.unfreeze(cache))
   return traverse_util.unflatten_dict(
     {
-      path: leaf.swapaxes(0, 1) if 'period' in path else leaf
+      path: leaf.swapaxes(0, 1) if layout.is_scanned(path) else leaf
       for path, leaf in flat.items()
     }
   )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from sparse_experts.moe.bias import BIAS
+from sparse_experts.moe.routers.deepseek import BIAS
 from sparse_experts.training import schedules
 
 # What a dimension is to Adafactor. A parameter with a 'whole' dimension keeps a

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from sparse_experts import sharding
 from sparse_experts.letters import Array
@@ -67,21 +67,15 @@ def abstract(
   return state, optimizer
 
 
-def shardings(
-  boxed: TrainState,
-  mesh: Mesh,
-  optimizer_rules: Mapping[str, sharding.MeshAxes] | None = None,
-) -> TrainState:
-  """Where each array of the state lives.
+def shardings(boxed: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
+  """Where each array of the state lives under the current placement.
 
   Args:
     boxed: from `abstract`.
     mesh: the mesh.
-    optimizer_rules: override the rules for the optimizer state only: ZeRO-1 is
-      {'embed': 'data'} here, FSDP is that in the rules of `use_mesh`.
   """
   placed = sharding.shardings(boxed.replace(opt_state=()), mesh)
-  with sharding.use_rules(optimizer_rules or {}):
+  with sharding.use_rules(sharding.current().optimizer_rules):
     opt_state = sharding.shardings(boxed.opt_state, mesh)
   return placed.replace(opt_state=opt_state)
 

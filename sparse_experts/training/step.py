@@ -15,8 +15,8 @@ from sparse_experts import moe, sharding
 from sparse_experts.letters import Array
 from sparse_experts.models import objective as objective_module
 from sparse_experts.models.auxiliary import Totals
+from sparse_experts.models.balance_bias import update_biases
 from sparse_experts.models.objective import Batch, Objective, Sums
-from sparse_experts.moe.bias import update_biases
 from sparse_experts.sharding import constrain
 from sparse_experts.training import subsets
 from sparse_experts.training.state import TrainState
@@ -45,7 +45,7 @@ def train_step(
     microbatches: parts the batch is run in, one after the other, to save
       memory; each takes an equal share of every data shard's rows, so no row
       changes device and groups stay whole.
-    data_shards: data x expert devices.
+    data_shards: see `sharding.data_shards`.
 
   Returns:
     The state after, and the model's sums plus `objective` (sum over

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from flax import linen as nn
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.models.objective import Objective, summary
+from sparse_experts.moe import expert_check
 from sparse_experts.training import (
   checkpoints,
   global_batch,
@@ -38,9 +39,7 @@ def train(
   optimizer: Callable[..., optax.GradientTransformation],
   learning_rate: float | optax.Schedule,
   eval_dataset: Dataset | None = None,
-  mesh: Mapping[str, int] | None = None,
-  rules: Mapping[str, sharding.MeshAxes] | None = None,
-  optimizer_rules: Mapping[str, sharding.MeshAxes] | None = None,
+  placement: sharding.Placement = sharding.DATA_PARALLEL,
   initial_checkpoint: str | None = None,
   microbatches: int = 1,
   seed: int = 0,
@@ -66,9 +65,7 @@ def train(
     learning_rate: step -> rate, see `schedules`; or a constant one.
     eval_dataset: held-out data; its loss is taken before the first step, every
       `eval_period` steps and at the end. None: no evaluation.
-    mesh: sizes of the axes 'data', 'expert', 'model', see `sharding.make_mesh`.
-    rules: overrides of `sharding.RULES`: FSDP is {'embed': 'data'}.
-    optimizer_rules: overrides for the optimizer state: ZeRO-1 likewise.
+    placement: the mesh, and which of its axes arrays are split over.
     initial_checkpoint: a MODEL_DIR, or one checkpoints/<step> of it, whose
       parameters a new run begins with, at step 0 with a fresh optimizer.
     microbatches: parts a batch is run in, to save memory.
@@ -88,7 +85,8 @@ def train(
     'preempted'.
 
   Raises:
-    ValueError: an argument, the data or the checkpoint does not fit the rest.
+    ValueError: an argument, the data or the checkpoint does not fit the rest,
+      or an expert is none, see `moe.expert_check`.
     FloatingPointError: too many steps in a row were not finite.
   """
   if keep_checkpoints is not None:
@@ -102,14 +100,15 @@ def train(
     microbatches=microbatches,
     max_skipped_in_a_row=max_skipped_in_a_row,
   )
-  built_mesh = sharding.make_mesh(**(mesh or {}))
+  built_mesh = placement.mesh
   # Outside the mesh, so that what does not divide over it is found by name.
-  boxed, built_optimizer = state.abstract(
-    model,
-    dataset.shapes(model.features),
-    functools.partial(optimizer, learning_rate=learning_rate),
-  )
-  with sharding.use_mesh(built_mesh, rules):
+  with expert_check.checking():
+    boxed, built_optimizer = state.abstract(
+      model,
+      dataset.shapes(model.features),
+      functools.partial(optimizer, learning_rate=learning_rate),
+    )
+  with placement.use():
     run = _begin(
       model,
       model_dir,
@@ -117,7 +116,6 @@ def train(
       built_mesh,
       boxed,
       built_optimizer,
-      optimizer_rules,
       initial_checkpoint,
       microbatches,
       seed,
@@ -224,7 +222,6 @@ def _begin(
   mesh: jax.sharding.Mesh,
   boxed: state.TrainState,
   optimizer: optax.GradientTransformation,
-  optimizer_rules: Mapping[str, sharding.MeshAxes] | None,
   initial_checkpoint: str | None,
   microbatches: int,
   seed: int,
@@ -232,7 +229,7 @@ def _begin(
 ) -> _Run:
   """Creates or restores the state on the mesh, with its step and data."""
   shapes = dataset.shapes(model.features)
-  placed = state.shardings(boxed, mesh, optimizer_rules)
+  placed = state.shardings(boxed, mesh)
   take_step = step.jit_train_step(
     model,
     optimizer,

@@ -17,7 +17,7 @@ from sparse_experts import config
 from sparse_experts.convert.arguments import arguments
 from sparse_experts.data import streams
 from sparse_experts.models import auxiliary
-from sparse_experts.moe.bias import update_biases
+from sparse_experts.models.balance_bias import update_biases
 from sparse_experts.papers import published
 from sparse_experts.planning import ledger
 

@@ -227,12 +227,12 @@ def on_one_device():
   return jax.jit(outputs_and_gradients(make_layer()))(*arguments())
 
 
-def compile_on(axes, **options):
+def compile_on(axes, rules=None, dispatch=grouped, **options):
   """The gradient on a mesh, and its arguments there."""
-  layer = make_layer(exact=partial(grouped, **options))
+  layer = make_layer(exact=partial(dispatch, **options))
   params, x, cotangent = arguments()
   mesh = sharding.make_mesh(*axes, devices=jax.devices()[: np.prod(axes)])
-  with sharding.use_mesh(mesh):
+  with sharding.use_mesh(mesh, rules):
     boxed = jax.eval_shape(lambda: layer.init(jax.random.key(0), x))['params']
     rows = sharding.batch_sharding(mesh, x.shape)
     placed = jax.device_put(
@@ -277,6 +277,34 @@ def test_eight_devices_equal_one(axes, options):
     )
 
 
+@pytest.mark.parametrize('dispatch', [grouped, moe.gather])
+@pytest.mark.parametrize(
+  'axes, rules, exchanges',
+  [
+    # Experts along `data`, where no other axis is for them.
+    ((4, 1, 2), {'expert': 'data', 'expert_group': 'expert'}, 4),
+    ((4, 1, 1), {'expert': 'data', 'group': 'data', 'expert_group': None}, 4),
+    # All experts on every device.
+    ((2, 2, 1), {'expert': None, 'expert_group': ('data', 'expert')}, 0),
+  ],
+  ids=str,
+)
+def test_experts_live_where_the_rules_say(axes, rules, exchanges, dispatch):
+  compiled, placed = compile_on(axes, rules, dispatch)
+  same(compiled(*placed), on_one_device())
+  found = re.findall(r' all-to-all(?:-start)?\(', compiled.as_text())
+  assert len(found) == exchanges
+  kernel = placed[0]['expert']['wi']['kernel']
+  assert kernel.sharding.spec[0] == rules['expert']
+
+
+def test_rules_by_which_there_is_no_axis_to_exchange_along():
+  with pytest.raises(ValueError, match=r"'expert' over \('data', 'expert'\)"):
+    compile_on((2, 4, 1), {'expert': ('data', 'expert'), 'expert_group': None})
+  with pytest.raises(ValueError, match=r"groups are split.*over \('data',\)"):
+    compile_on((2, 4, 1), {'batch': 'data', 'group': 'data'})
+
+
 @pytest.mark.parametrize('receive_rows', [64, 10])
 def test_runs_land_where_ragged_all_to_all_would_put_them(receive_rows):
   # XLA:CPU has none, so what its documentation says is done here by numpy: each
@@ -295,7 +323,11 @@ def test_runs_land_where_ragged_all_to_all_would_put_them(receive_rows):
   )
   def run(x_NxD, sizes_1xE):
     traffic = row_exchange.traffic(
-      sizes_1xE[0], peer_rows=N, receive_rows=receive_rows, ragged=True
+      sizes_1xE[0],
+      'expert',
+      peer_rows=N,
+      receive_rows=receive_rows,
+      ragged=True,
     )
     there = row_exchange.send(x_NxD, traffic)
     back = row_exchange.send_back(there, traffic, N)
@@ -454,8 +486,8 @@ def test_what_cannot_be_done_is_refused():
     assert '\n' not in str(error.value)
 
   refused(
-    'this expert cannot be grouped: BiasedMlp has a parameter that is not the '
-    'kernel of a Linear .*"bias".*use dispatch=gather',
+    'this expert cannot be grouped: BiasedMlp declares parameter "bias" in "/" '
+    'by itself, .*exact_dispatch=all_experts',
     make_expert=BiasedMlp,
   )
   refused(

@@ -14,9 +14,10 @@ import pytest
 from paths import DATA, ROOT
 
 from sparse_experts import config
+from sparse_experts.models.balance_bias import update_biases
 from sparse_experts.models.consistency import _symmetric_kl
 from sparse_experts.moe.assignment import positions
-from sparse_experts.moe.bias import BIAS, update_biases
+from sparse_experts.moe.routers.deepseek import BIAS
 from sparse_experts.moe.routers.sinkhorn import log_plan
 
 ORIGINALS = DATA / 'originals'

@@ -56,7 +56,6 @@ def run() -> precompile.Run:
     batch_size=B,
     optimizer=optimizers.adam,
     learning_rate=lambda step: 1e-3,
-    mesh={'data': -1},
   )
 
 
@@ -111,8 +110,8 @@ def test_groups_are_those_of_training():
 def test_bytes_are_those_of_the_arrays(run, traced, rules):
   boxed, _ = traced
   sizes = {'data': 2, 'expert': 2, 'model': 2}
-  with sharding.use_mesh(sharding.make_mesh(**sizes), rules) as mesh:
-    placed = state.shardings(boxed, mesh)
+  with sharding.Placement(sizes, rules).use() as mesh:
+    placed, stacks = state.shardings(boxed, mesh), place(boxed, mesh)
 
   def on_a_device(leaf, where):
     array = jax.device_put(np.zeros(leaf.shape, leaf.dtype), where)
@@ -122,8 +121,6 @@ def test_bytes_are_those_of_the_arrays(run, traced, rules):
     trees = getattr(nn.unbox(boxed), field), getattr(placed, field)
     return sum(jax.tree.leaves(jax.tree.map(on_a_device, *trees)))
 
-  stacks = plan._place(boxed, sizes, rules)
-
   def total(field):
     return sum(getattr(at, field) for at in stacks.values())
 
@@ -132,6 +129,26 @@ def test_bytes_are_those_of_the_arrays(run, traced, rules):
   assert (total('block') > 0) == bool(rules)
   # Without FSDP all that a device uses it keeps.
   assert (total('gathered') > total('parameters')) == bool(rules)
+
+
+def test_an_axis_of_another_name_is_predicted_alike(run):
+  """What an axis is for is what rules say, not what it is called."""
+  known = sharding.Placement({'data': 4, 'expert': 2}, plan.FSDP)
+  rows = ('rows', 'experts')
+  renamed = sharding.Placement(
+    {'data': 1, 'rows': 4, 'experts': 2},
+    {
+      **{'batch': rows, 'group': rows, 'embed': 'rows', 'expert': 'experts'},
+      'expert_group': 'rows',
+    },
+  )
+  one, other = (
+    plan.predict(dataclasses.replace(run, placement=placement), CHIP, 8)
+    for placement in (known, renamed)
+  )
+  assert one.time.exchange > 0
+  assert one.memory.gathered > 0
+  assert dataclasses.replace(other, mesh=one.mesh) == one
 
 
 def test_memory_by_hand():
@@ -261,8 +278,7 @@ def test_every_mesh_is_a_candidate_or_rejected(run):
   precompile.check(
     dataclasses.replace(
       run,
-      mesh=split.mesh,
-      rules=plan.FSDP,
+      placement=sharding.Placement(split.mesh, plan.FSDP),
       microbatches=split.microbatches,
     ),
     8,
@@ -413,7 +429,8 @@ def test_the_page_has_what_is_predicted_now():
 
 def test_a_run_as_it_is_must_have_legal_groups(run):
   mesh = {'data': 8, 'expert': 1, 'model': 1}
-  given = dataclasses.replace(run, mesh=mesh, rules=plan.FSDP, microbatches=2)
+  fsdp = sharding.Placement(mesh, plan.FSDP)
+  given = dataclasses.replace(run, placement=fsdp, microbatches=2)
   found = plan.predict(given, CHIP, 8)
   assert (found.mesh, found.microbatches, found.fsdp) == (mesh, 2, True)
   big = tiny_models.make_model(encoder=False, scan=True, group_size=4 * L)
@@ -438,9 +455,10 @@ def test_command_verifies_the_best_with_the_compiler(monkeypatch):
   assert (outcome.code, outcome.stderr) == (0, '')
   best = json.loads(outcome.stdout)['candidates'][0]
   ((run, topology),) = compiled
-  assert (topology, dict(run.mesh)) == ('v4:2x2x2', best['mesh'])
+  sizes = dict(run.placement.sizes)
+  assert (topology, sizes) == ('v4:2x2x2', best['mesh'])
   assert (run.remat, run.microbatches) == (best['remat'], best['microbatches'])
-  assert bool(run.rules) == best['fsdp']
+  assert bool(run.placement.rules) == best['fsdp']
   assert best['verified']['fits']
 
 

@@ -1,5 +1,7 @@
 """The direction of imports and who may import what, read from the source."""
 
+import ast
+import re
 import subprocess
 import sys
 
@@ -41,6 +43,45 @@ def test_only_gin_t5x_speaks_of_t5x():
   for path in sorted((ROOT / 'gin').rglob('*.gin')):
     if 't5x' not in path.relative_to(ROOT / 'gin').parts:
       assert 't5x' not in path.read_text(), path
+
+
+# They write our names of blocks beside those of another format, or T5X's own,
+# which are alike.
+NAME_BLOCKS = {
+  'models/layout.py',
+  'convert/parameter_names.py',
+  'convert/t5x.py',
+}
+
+
+def test_only_layout_knows_how_blocks_are_named():
+  for path in FILES:
+    tree = ast.parse(path.read_text())
+    documentation = {
+      node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)
+    }
+    names = [
+      node.value
+      for node in ast.walk(tree)
+      if isinstance(node, ast.Constant)
+      and isinstance(node.value, str)
+      and node not in documentation
+      and re.search(r'\blayers_|\bperiod/|^period$', node.value)
+    ]
+    if str(path.relative_to(PACKAGE)) in NAME_BLOCKS:
+      assert names, f'{path} names no block any more: take it off the list.'
+    else:
+      assert not names, f'{path} names blocks, {names}: ask layout.py.'
+
+
+def test_planning_knows_no_layer():
+  # Layers tell what they cost: whoever adds one changes no plan.
+  for path in FILES:
+    if room(path) == 'planning':
+      names = [name.split('.') for name in imports(path)]
+      known = {tuple(name[1:3]) for name in names if name[1:2] == ['layers']}
+      assert known <= {('layers', 'cost')}, path
+      assert not [name for name in names if name[1:2] == ['moe']], path
 
 
 def test_names_of_files_say_what_they_hold():

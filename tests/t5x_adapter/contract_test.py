@@ -16,8 +16,8 @@ from flax.linen import partitioning
 
 from sparse_experts import sharding
 from sparse_experts.models import model as model_module
-from sparse_experts.moe.bias import BIAS, update_biases
-from sparse_experts.moe.routers.deepseek import DeepSeek
+from sparse_experts.models.balance_bias import update_biases
+from sparse_experts.moe.routers.deepseek import BIAS, DeepSeek
 from sparse_experts.t5x_adapter import metrics, variables
 from sparse_experts.training.optimizers import ROLES
 

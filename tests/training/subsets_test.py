@@ -15,8 +15,7 @@ from paths import ROOT
 
 from sparse_experts import config, sharding
 from sparse_experts.models import layout
-from sparse_experts.moe.bias import BIAS
-from sparse_experts.moe.routers.deepseek import DeepSeek
+from sparse_experts.moe.routers.deepseek import BIAS, DeepSeek
 from sparse_experts.training import optimizers, state, step, subsets
 
 partial = functools.partial
@@ -60,13 +59,12 @@ def expert_axes(boxed):
 # A step.
 
 
-@pytest.fixture(scope='module')
-def model_of():
-  """scan -> a decoder of two sparse blocks, with balance biases."""
+def make_model(scan):
+  """A decoder of two sparse blocks, with balance biases."""
   router = partial(
     DeepSeek, num_experts=4, k=2, scores='sigmoid', balance_bias=True
   )
-  return lambda scan: tiny_models.make_model(
+  return tiny_models.make_model(
     encoder=False,
     layers=2,
     sparse_layers=1,
@@ -80,7 +78,7 @@ def model_of():
 
 def begin(model, batch, optimizer, mesh):
   """A state whose optimizer has moved everything before, and its boxes."""
-  boxed, tx = state.abstract(model, batch, partial(optimizer))
+  boxed, tx = state.abstract(model, batch, optimizer)
   params = tiny_models.make_params(model, batch)
   random = np.random.default_rng(1)
   fresh = jax.eval_shape(tx.init, params)
@@ -100,8 +98,8 @@ def begin(model, batch, optimizer, mesh):
 @pytest.mark.parametrize('devices', [1, 8])
 @pytest.mark.parametrize('scan', [False, True])
 @pytest.mark.parametrize('name', OPTIMIZERS)
-def test_frozen_experts_keep_every_bit(name, scan, devices, model_of):
-  model = model_of(scan)
+def test_frozen_experts_keep_every_bit(name, scan, devices):
+  model = make_model(scan)
   batch = tiny_models.make_batch(encoder=False)
   optimizer = partial(
     subsets.only,
@@ -133,9 +131,9 @@ def test_frozen_experts_keep_every_bit(name, scan, devices, model_of):
     assert old.keys() == new.keys() == axis_of.keys()
     for path, axis in axis_of.items():
       if axis is None:
-        parameter_frozen = axis_of is axes[0] and '/attention/' not in path
+        frozen = axis_of is axes[0] and '/attention/' not in path
         same = old[path].tobytes() == new[path].tobytes()
-        assert same == parameter_frozen, path
+        assert same == frozen, path
         continue
       sliced += 1
       for j in range(4):
@@ -148,12 +146,12 @@ def test_frozen_experts_keep_every_bit(name, scan, devices, model_of):
   assert any(BIAS in path for path, axis in axes[0].items() if axis is not None)
 
 
-def test_a_step_counts_and_moves_only_what_is_trained(model_of):
+def test_a_step_counts_and_moves_only_what_is_trained():
   """Descent by the whole gradient: the way is as long as its norm says.
 
   The optimizer is wrapped, and halves the way.
   """
-  model = model_of(False)
+  model = make_model(scan=False)
   batch = tiny_models.make_batch(encoder=False)
   names = sharding.names_of(
     jax.eval_shape(partial(model.init, shapes=batch), jax.random.key(0))

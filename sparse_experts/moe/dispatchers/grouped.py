@@ -4,7 +4,7 @@ No slots, so no padding and nothing dropped for lack of them; a capacity is
 honoured if given. Every move of a row is a gather, forward and backward.
 
 On a mesh each device sorts the choices of its own tokens, and `exchange` says
-how they meet their experts over the axis `expert`.
+how they meet their experts along the mesh axis of the rule for `expert`.
 
 References:
   Gale et al. 2022 (MegaBlocks), https://arxiv.org/abs/2211.15841.
@@ -45,11 +45,11 @@ def grouped(
   """Sends tokens to experts and mixes their outputs, [G, S, D].
 
   Args:
-    experts: made of `Linear` and functions of single entries or rows.
+    experts: whose parameters meet rows by `layers.parameters`.
     x_GxSxD: tokens.
     assignment: who meets whom.
     capacity: choices whose position is beyond it are dropped; None: none are.
-    exchange: between the devices of the mesh axis `expert`; None: 'gather' for
+    exchange: between the devices of the axis of experts; None: 'gather' for
       groups of single tokens, as in decoding, otherwise 'ragged'.
       'ragged': rows go to their experts by `jax.lax.ragged_all_to_all`, which
         sends what there is. XLA:CPU has none; there, an all-to-all with room
@@ -72,7 +72,8 @@ def grouped(
 
   Raises:
     ValueError: a soft assignment, experts that cannot be grouped, an unknown
-      exchange, or chunks that do not divide the tokens of a device.
+      exchange, chunks that do not divide the tokens of a device, or rules by
+      which there is no one axis to exchange along.
   """
   require_hard(assignment, 'grouped')
   if exchange is None:
@@ -101,26 +102,39 @@ def grouped(
   )
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    y_GxSxD, lost = run(*arguments)
+    y_GxSxD, lost = run(*arguments, axis=None)
   else:
     sharding.spec(('expert',), (E,), mesh, 'experts')  # They divide.
-    by_group = PartitionSpec(('data', 'expert'))
-    # `model` stays with the compiler, which cannot split Pallas kernels.
-    manual = {axis for axis in mesh.shape if axis != 'model'}
-    if mesh.shape['model'] == 1:
-      manual.add('model')
+    axis, group_axes = _axes()
+    by_group = PartitionSpec(group_axes)
+    # Others, as `model`, stay with the compiler, which cannot split Pallas
+    # kernels.
+    manual = {a for a, size in mesh.shape.items() if size == 1} | {*group_axes}
     specs = experts.replace(
-      params=PartitionSpec('expert'),
+      params=PartitionSpec(axis),
       key=None if experts.key is None else PartitionSpec(),
     )
     y_GxSxD, lost = jax.shard_map(
-      run,
+      functools.partial(run, axis=axis),
       in_specs=(specs, by_group, by_group, by_group),
       out_specs=by_group,
       axis_names=manual,
       check_vma=False,
     )(*arguments)
   return y_GxSxD if buffer_factor is None else (y_GxSxD, lost)
+
+
+def _axes() -> tuple[str | None, tuple[str, ...]]:
+  """The mesh axis of the experts, if they are split, and those of groups."""
+  placement = sharding.current()
+  experts, groups = placement.axes('expert'), placement.axes('group')
+  if len(experts) > 1 or not {*experts} <= {*groups}:
+    raise ValueError(
+      'grouped exchanges rows along one mesh axis, over which groups are split '
+      f"too, but the rules have 'expert' over {experts} and 'group' over "
+      f'{groups}; change them, or take dispatch=gather.'
+    )
+  return (experts[0] if experts else None), groups
 
 
 def _run(experts, x_GxSxD, expert_GxSxK, gate_GxSxK, *, chunks, **options):
@@ -131,12 +145,16 @@ def _run(experts, x_GxSxD, expert_GxSxK, gate_GxSxK, *, chunks, **options):
     raise ValueError(
       f'chunks={chunks} does not divide the {G * S} tokens of a device.'
     )
+  if experts.key is not None and not jax.sharding.get_abstract_mesh().empty:
+    experts = experts.fold_in(jax.lax.axis_index(('data', 'expert')))
   parts = [
-    _run_chunk(experts, *chunk, **options)
-    for chunk in zip(
-      jnp.split(x_GxSxD.reshape(G * S, D), chunks),
-      jnp.split(expert_GxSxK.reshape(G * S, K), chunks),
-      jnp.split(gate_GxSxK.reshape(G * S, K), chunks),
+    _run_chunk(experts.fold_in(i), *chunk, **options)
+    for i, chunk in enumerate(
+      zip(
+        jnp.split(x_GxSxD.reshape(G * S, D), chunks),
+        jnp.split(expert_GxSxK.reshape(G * S, K), chunks),
+        jnp.split(gate_GxSxK.reshape(G * S, K), chunks),
+      )
     )
   ]
   y_IxD, lost = jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)
@@ -149,6 +167,7 @@ def _run_chunk(
   expert_IxK,
   gate_IxK,
   *,
+  axis,
   exchange,
   buffer_factor,
   implementation,
@@ -157,8 +176,8 @@ def _run_chunk(
   run = functools.partial(experts.grouped, product=product)
   # X experts live here, on each of P devices; choices want to meet them.
   X, P, choices = experts.stacked, 1, expert_IxK.size
-  if not jax.sharding.get_abstract_mesh().empty:
-    P = jax.lax.axis_size(row_exchange.AXIS)
+  if axis is not None:
+    P = jax.lax.axis_size(axis)
 
   def room(balanced, worst):
     if buffer_factor is None:
@@ -172,7 +191,13 @@ def _run_chunk(
     return y_IxD, {'sender': none_IxK, 'receiver': none_IxK}
   if exchange == 'gather':
     return _gather_tokens(
-      run, x_IxD, expert_IxK, gate_IxK, X=X, room=room(choices, P * choices)
+      run,
+      axis,
+      x_IxD,
+      expert_IxK,
+      gate_IxK,
+      X=X,
+      room=room(choices, P * choices),
     )
   rows = Rows.sort(expert_IxK, P * X)
   if exchange == 'ragged':
@@ -181,7 +206,7 @@ def _run_chunk(
     peer_rows = room(choices / P, choices)
     buffers = {'peer_rows': peer_rows, 'receive_rows': P * peer_rows}
   traffic = row_exchange.traffic(
-    rows.sizes_E, **buffers, ragged=exchange == 'ragged'
+    rows.sizes_E, axis, **buffers, ragged=exchange == 'ragged'
   )
   y_IxD = _send_rows(run, x_IxD, gate_IxK, rows, traffic, X=X)
   return y_IxD, _lost(expert_IxK // X, rows, traffic)
@@ -263,18 +288,12 @@ def _lost(device_IxK, rows, traffic):
   }
 
 
-def _gather_tokens(run, x_IxD, expert_IxK, gate_IxK, *, X, room):
+def _gather_tokens(run, axis, x_IxD, expert_IxK, gate_IxK, *, X, room):
   """All tokens to all devices; sums back."""
-  all_gather = functools.partial(
-    jax.lax.all_gather, axis_name=row_exchange.AXIS, tiled=True
-  )
-  scatter = functools.partial(
-    jax.lax.psum_scatter, axis_name=row_exchange.AXIS, tiled=True
-  )
+  all_gather = functools.partial(jax.lax.all_gather, axis_name=axis, tiled=True)
+  scatter = functools.partial(jax.lax.psum_scatter, axis_name=axis, tiled=True)
   # From here I are the tokens of all devices, and experts are those here.
-  expert_IxK = all_gather(expert_IxK) - X * jax.lax.axis_index(
-    row_exchange.AXIS
-  )
+  expert_IxK = all_gather(expert_IxK) - X * jax.lax.axis_index(axis)
   mine_IxK = (expert_IxK >= 0) & (expert_IxK < X)
   rows = Rows.sort(jnp.where(mine_IxK, expert_IxK, X), X, room)
   y_RxD = run(rows.lay_out(all_gather(x_IxD)), rows.sizes_E)

@@ -21,9 +21,10 @@ from sparse_experts.moe.assignment import (
   largest,
   positions,
 )
-from sparse_experts.moe.bias import BIAS
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
+
+BIAS = 'balance_bias'  # The name of the parameter, float32 [E] of each router.
 
 # Finite, for differences of infinities are NaN.
 _LEAST = float(jnp.finfo(jnp.float32).tiny)
@@ -39,8 +40,8 @@ class DeepSeek(Router):
     scale: what all gates are multiplied by: 16 in V2, 2.5 in V3.
     expert_groups, limited_groups, group_score: see `route_scores`.
     balance_bias: a bias of each expert is added to the scores for the choice.
-      It has no gradient; `bias.update_biases` moves it after each step, where
-      `Objective.bias_rate` says how far.
+      It has no gradient; `balance_bias.update_biases` moves it after each
+      step, where `Objective.bias_rate` says how far.
     balance_counts: see `route_scores`.
     priority: who is served first, see `assignment.positions`.
     kernel_init: initialiser of W, [D, E].

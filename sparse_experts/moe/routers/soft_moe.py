@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.scipy.special import entr
 
 from sparse_experts import sharding
+from sparse_experts.layers.cost import Cost
 from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import SoftAssignment
 from sparse_experts.moe.outputs import Aux
@@ -90,6 +93,20 @@ class SoftMoE(Router):
         self.make_rng('dropout'), logits_GxSxExC.shape
       )
     return mix(logits_GxSxExC, mask_GxS)
+
+  def cost(self, x_GxSxD: Array, **_) -> Cost:
+    """As of any router, with logits of slots and the product with phi."""
+    slots = self.num_experts * self.slots
+    return Cost(
+      float32_inputs=1,
+      routed=math.prod(x_GxSxD.shape[:2]) * slots,
+      flops=2 * math.prod(x_GxSxD.shape) * slots,
+    )
+
+  def slots_of_expert(self, rule, factor, group_size) -> float:
+    """Its own, whatever the capacity."""
+    del rule, factor, group_size
+    return self.slots
 
 
 def mix(

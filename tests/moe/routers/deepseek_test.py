@@ -1,4 +1,4 @@
-"""DeepSeek's routing against its equations; see bias_test.py for the bias."""
+"""DeepSeek's routing against its equations; see balance_bias_test.py."""
 
 import functools
 import itertools

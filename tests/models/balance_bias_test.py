@@ -11,8 +11,8 @@ import tiny_models
 
 from sparse_experts import sharding
 from sparse_experts.models import layout
-from sparse_experts.moe.bias import BIAS, update_biases
-from sparse_experts.moe.routers.deepseek import DeepSeek
+from sparse_experts.models.balance_bias import update_biases
+from sparse_experts.moe.routers.deepseek import BIAS, DeepSeek
 from sparse_experts.training import optimizers, step, subsets
 from sparse_experts.training.state import TrainState
 

@@ -9,8 +9,8 @@ import flax
 import jax.numpy as jnp
 
 from sparse_experts.letters import Array
-
-BIAS = 'balance_bias'  # The name of the parameter, float32 [E] of each router.
+from sparse_experts.models import layout
+from sparse_experts.moe.routers.deepseek import BIAS
 
 
 def update_biases(
@@ -27,8 +27,7 @@ def update_biases(
   the whole batch and before any capacity. All other parameters are unchanged.
 
   Args:
-    params: parameters; blocks lie under `layers_i`, or, of a scanned stack,
-      under `period/layers_j` with a leading axis of repeats.
+    params: parameters, of stacks with or without scan.
     layer_sums: name of the layer ('decoder/layers_3') -> its metrics, of which
       `chosen_E` is the load.
     rate: u, how far a bias moves in one step; 1e-3 in both papers.
@@ -57,34 +56,12 @@ def update_biases(
     )
   masks = flax.traverse_util.flatten_dict(trained or {})
   for path in biases:
-    load = _load(params, path, len(flat[path]), layer_sums)
+    loads = [
+      layer_sums[str(layer)]['chosen_E']
+      for layer in layout.layers_at(params, path)
+    ]
+    load = jnp.stack(loads) if layout.is_scanned(path) else loads[0]
     direction = jnp.sign(load.mean(-1, keepdims=True) - load)
     moved = flat[path] + rate * direction
     flat[path] = jnp.where(masks.get(path, True), moved, flat[path])
   return flax.traverse_util.unflatten_dict(flat)
-
-
-def _load(
-  params: Mapping[str, Any],
-  path: tuple[str, ...],
-  repeats: int,
-  layer_sums: Mapping[str, Mapping[str, Array]],
-) -> Array:
-  """Loads for the bias at `path`: [E], of a scanned stack [repeats, E]."""
-  block = next(i for i, key in enumerate(path) if key.startswith('layers_'))
-  index = int(path[block].removeprefix('layers_'))
-  # Named by the block, and those in attention by what they make.
-  kind = path[block + 2] if path[block + 1] == 'attention' else 'layers'
-  if path[block - 1 : block] != ('period',):
-    return layer_sums['/'.join((*path[:block], f'{kind}_{index}'))]['chosen_E']
-  # A scanned stack is prefix, period times repeats, suffix (models/layout.py).
-  stack = params
-  for key in path[: block - 1]:
-    stack = stack[key]
-  first = next(i for i in range(len(stack) + 1) if f'layers_{i}' not in stack)
-  period = len(stack['period'])
-  names = [
-    '/'.join((*path[: block - 1], f'{kind}_{first + r * period + index}'))
-    for r in range(repeats)
-  ]
-  return jnp.stack([layer_sums[name]['chosen_E'] for name in names])
