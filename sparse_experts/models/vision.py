@@ -98,9 +98,9 @@ class VisionTransformer(nn.Module):
     outputs_BxV = constrain(outputs_BxV, 'batch', 'vocab')
     return outputs_BxV, {f'encoder/{name}': aux for name, aux in auxes.items()}
 
-  def cost(self, batch: Mapping[str, Array], **options) -> Cost:
-    """Of its own parameters, which are in no product: nothing."""
-    del batch, options
+  def cost(self, batch: Mapping[str, Array], **_) -> Cost:
+    """Nothing beside its matrices, which tell their own part."""
+    del batch
     return Cost()
 
   def masks(self, batch: Mapping[str, Array]) -> dict[str, Array]:

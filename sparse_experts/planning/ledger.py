@@ -62,7 +62,7 @@ def ledger(
   if feature_lengths is None:
     feature_lengths = model.features.example_lengths()
   shapes = model.features.shapes(feature_lengths, _ROWS, task_ids=True)
-  boxed, slots, products = _trace(model, shapes)
+  boxed, slots, around = _trace(model, shapes)
   names = sharding.names_of(boxed)
   lengths = {
     stack: mask.shape[1]
@@ -72,7 +72,7 @@ def ledger(
   kinds = ('total_params', 'block_params', 'sparse_params', 'active_params')
   counts = dict.fromkeys(kinds, 0)
   components: dict[str, int] = {}
-  flops = padding = kaplan = 0.0
+  flops, kaplan, padding = around, around, 0.0
   is_names = lambda x: isinstance(x, tuple)
   for (path, axes), leaf in zip(
     jax.tree_util.tree_leaves_with_path(names, is_leaf=is_names),
@@ -92,13 +92,14 @@ def ledger(
     counts['active_params'] += size * share
     component = _component(parts)
     components[component] = components.get(component, 0) + size
-    tokens, context = _tokens(parts, size, lengths, products)
+    if parts[0] not in lengths:
+      continue
+    tokens, context = _tokens(parts, lengths)
     if parts[-1] == 'kernel':
       flops += 2 * size * share * tokens
       padding += 2 * size * (executed_share - share) * tokens
       if 'router' not in parts:
-        own_tokens = lengths.get(parts[0], tokens)
-        kaplan += 2 * size * share * own_tokens
+        kaplan += 2 * size * share * lengths[parts[0]]
     # Queries times keys and weights times values; or queries times distances.
     if parts[-2:] in (('out', 'kernel'), ('relative', 'kernel')):
       layers = leaf.shape[axes.index('layers')] if 'layers' in axes else 1
@@ -106,9 +107,6 @@ def ledger(
       product = 2 * layers * width * tokens * context
       flops += 2 * product if parts[-2] == 'out' else product
       kaplan += product if parts[-2] == 'out' else 0
-    if parts[-1] == 'embedding':  # Read backwards, if it is.
-      flops += 2 * size * tokens
-      kaplan += 2 * size * tokens
   return {
     **counts,
     'active_params': round(counts['active_params']),
@@ -171,23 +169,25 @@ def text(facts: Mapping[str, Any]) -> str:
 
 def _trace(
   model: Objective, shapes
-) -> tuple[Any, dict[tuple[str, ...], _Slots], dict[tuple[str, ...], float]]:
-  """Abstract boxed parameters; by path, the slots of sparse layers, and what
-  the products of a layer with parameters cost an example, forward."""
+) -> tuple[Any, dict[tuple[str, ...], _Slots], float]:
+  """Abstract boxed parameters; the slots of sparse layers by path; and FLOPs of
+  an example around the stacks."""
   boxed, calls = cost.calls(
     lambda: jax.eval_shape(
       lambda key: model.init(key, shapes), jax.random.key(0)
     ),
     capacity_factor=model.capacity_factor_train,
   )
-  slots, products = {}, {}
+  slots, around = {}, 0.0
   for path, call in calls.items():
-    told = call.told or cost.Cost()
-    products[path] = told.flops / _ROWS
-    if told.choices:
+    if call.told is None:
+      continue
+    if call.told.choices:
       tokens = math.prod(call.shape[:2])
-      slots[path] = _Slots(told.choices / tokens, told.rows / tokens)
-  return boxed, slots, products
+      slots[path] = _Slots(call.told.choices / tokens, call.told.rows / tokens)
+    if not path or path[0] not in model.module.stacks:
+      around += call.told.flops / _ROWS
+  return boxed, slots, around
 
 
 def _optimizer_bytes(names: Any, boxed: Any) -> dict[str, int]:
@@ -234,14 +234,9 @@ def _component(parts: tuple[str, ...]) -> str:
 
 
 def _tokens(
-  parts: tuple[str, ...],
-  size: int,
-  lengths: Mapping[str, int],
-  products: Mapping[tuple[str, ...], float],
-) -> tuple[float, int]:
+  parts: tuple[str, ...], lengths: Mapping[str, int]
+) -> tuple[int, int]:
   """Tokens that meet a parameter, and keys that each of them looks at."""
-  if parts[0] not in lengths:  # Around the stacks.
-    return products.get(parts[:-1], 0) / (2 * size), 0
   if 'cross_attention' in parts:
     memory = lengths['encoder']
     if parts[-2] in ('key', 'value'):

@@ -96,9 +96,8 @@ class Run:
 
   def questions(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Of a batch that `infer` answers."""
-    row = self.model.features.prompt(
-      np.zeros(1, np.int32), self.lengths('decode')['inputs']
-    )
+    inputs = self.lengths('decode')['inputs']
+    row = self.model.features.prompt(np.zeros(1, np.int32), inputs)
     return {
       name: jax.ShapeDtypeStruct((self.batch_size, *x.shape), x.dtype)
       for name, x in row.items()

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from sparse_experts.models.model import Batch, Sums
+from sparse_experts.models.objective import Batch, Sums
 from sparse_experts.training.progress import Progress
 from sparse_experts.training.state import TrainState
 from sparse_experts.training.writers import Writers

@@ -47,7 +47,7 @@ def replay(
 
   Returns:
     'step', 'from' (where the run stood), 'metrics' (`spike.metrics`),
-    'batch' and 'record', the step's batch and `Objective.record` of it in training,
+    'batch' and 'record', the step's batch and its records in training,
     as numpy arrays; 'capacity_factor' of the record.
 
   Raises:

@@ -72,3 +72,11 @@ def test_it_is_evaluated_recorded_and_reported(name, whole):
   outcome = command.run('report', str(whole))
   assert outcome.code == 0, outcome.stderr
   assert 'Routing by token' in (whole / 'report.html').read_text()
+
+
+def test_what_writes_no_text_is_not_asked(whole):
+  given = small.SMALL['classification'].arguments(whole)
+  outcome = command.run('infer', *given)
+  assert outcome.code == 2
+  assert outcome.stderr.startswith('error: Classification writes no text')
+  assert outcome.stderr.count('\n') == 1
