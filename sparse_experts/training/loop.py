@@ -78,8 +78,12 @@ class Run:
 Hook = Callable[[Run], None]
 
 
-def loop(run: Run, hooks: Sequence[Hook]) -> None:
-  """Runs to `run.stop`, or until a hook sets `run.preempted`."""
+def loop(run: Run, hooks: Sequence[Hook]) -> dict[str, Any]:
+  """Runs to `run.stop`, or until a hook sets `run.preempted`.
+
+  Returns:
+    'step', `run.results` and 'preempted'.
+  """
   for hook in hooks:
     hook(run)
   while not run.ending:
@@ -88,6 +92,7 @@ def loop(run: Run, hooks: Sequence[Hook]) -> None:
       hook(run)
   if run.preempted and run.step < run.stop:
     run.say(f'SIGTERM: stopping after step {run.step}')
+  return {'step': run.step, **run.results, 'preempted': run.preempted}
 
 
 class Guard:

@@ -138,41 +138,22 @@ def train(
       return replaying.replay(run, model, built_mesh, microbatches, seed)
     closing.callback(saver.close)
     if on_start is not None and jax.process_index() == 0:
-      on_start(epath.Path(model_dir))
+      on_start(run.model_dir)
     write_hardware(model_dir, built_mesh)
     _open(run, model.positions(dataset.shapes(model.features)), closing)
-    trace = Trace(run.model_dir / 'profile', profile)
-    closing.callback(trace.close)
-    if profile and not (run.start < profile[1] and profile[0] < train_steps):
-      run.say(f'no step to trace from {run.start} to {train_steps}')
+    trace = _trace(run, profile, closing)
     guard = Guard(max_skipped_in_a_row)
     log = Log(run.progress, schedules.as_schedule(learning_rate))
     evaluation = []
     if eval_dataset is not None:
-      evaluate = Evaluate(LossEvaluation(model, eval_dataset, built_mesh))
-      evaluation = [Every(eval_period, evaluate, at_start=True)]
+      loss = LossEvaluation(model, eval_dataset, built_mesh)
+      evaluation = [Every(eval_period, Evaluate(loss), at_start=True)]
     preemption = Preemption()
     closing.callback(preemption.close)
     save = Save(saver, run.batches.to_save, guard.check)
-    loop(
-      run,
-      [
-        guard,
-        trace.stop,
-        log.add,
-        Every(log_period, log),
-        *evaluation,
-        *hooks,
-        preemption,
-        Every(checkpoint_period, save),
-        trace.start,
-      ],
-    )
-    return {
-      'step': int(run.state.step),
-      **run.results,
-      'preempted': run.preempted,
-    }
+    before = [guard, trace.stop, log.add, Every(log_period, log), *evaluation]
+    after = [preemption, Every(checkpoint_period, save), trace.start]
+    return loop(run, [*before, *hooks, *after])
 
 
 def _begin(
@@ -246,6 +227,17 @@ def _open(run: Run, positions: int, closing: contextlib.ExitStack) -> None:
   if run.ending:
     run.say(f'TRAIN_STEPS={run.stop} are done; nothing left to train')
   run.results = dict.fromkeys(('train', 'eval', 'eval_step', 'eval_before'))
+
+
+def _trace(
+  run: Run, profile: tuple[int, int] | None, closing: contextlib.ExitStack
+) -> Trace:
+  """What traces the steps of `profile`; says so if this call takes none."""
+  trace = Trace(run.model_dir / 'profile', profile)
+  closing.callback(trace.close)
+  if profile and not (run.start < profile[1] and profile[0] < run.stop):
+    run.say(f'no step to trace from {run.start} to {run.stop}')
+  return trace
 
 
 class LossEvaluation:
