@@ -12,7 +12,8 @@ from sparse_experts.data.features.arrays import Labelled
 from sparse_experts.layers.cost import Cost
 from sparse_experts.layers.linear import Linear
 from sparse_experts.letters import Array
-from sparse_experts.models.transformer import Context, Stack
+from sparse_experts.models.context import Context
+from sparse_experts.models.transformer import Stack
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.sharding import constrain
 
