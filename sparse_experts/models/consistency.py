@@ -70,6 +70,23 @@ class Consistency(Wrapper):
     ]
     return tuple(Two(*both) for both in zip(*passes))
 
+  def record(
+    self,
+    params,
+    batch: Batch,
+    rng: Array | None = None,
+    *,
+    train: bool = False,
+    step: Array | None = None,
+  ) -> dict[str, Any]:
+    """As `Objective.record`, of evaluation."""
+    if train:
+      raise ValueError(
+        'training passes twice over a batch, with two routings, and a record '
+        'is of one: record an evaluation, or train without Consistency.'
+      )
+    return self.objective.record(params, batch, step=step)
+
   def judge(
     self, outputs: Any, auxes: Any, batch: Batch, totals: Totals
   ) -> tuple[Array, Sums]:

@@ -8,7 +8,6 @@ import tiny_models
 from flax import linen as nn
 
 from sparse_experts import sharding
-from sparse_experts.data import streams
 from sparse_experts.planning import ledger, workload
 
 B = 6
@@ -29,11 +28,9 @@ MODELS = {
 
 def trace(model):
   lengths = {'targets': 8}
-  if model.converter == 'encoder_decoder':
+  if model.module.encoder is not None:
     lengths['inputs'] = 12
-  shapes = streams.shapes(
-    model.converter, lengths, B, pack=False, task_ids=False
-  )
+  shapes = model.features.shapes(lengths, B)
   _, found = workload.trace(
     model,
     lambda: jax.eval_shape(
