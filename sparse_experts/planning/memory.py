@@ -48,6 +48,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from sparse_experts import sharding
 from sparse_experts.models import layout
+from sparse_experts.models.layout import LayerId
 from sparse_experts.models.objective import Objective
 from sparse_experts.models.transformer import REMAT_POLICIES
 from sparse_experts.planning.workload import Block, Workload, trace
@@ -109,6 +110,11 @@ def place(boxed: Any, mesh: Mesh | AbstractMesh) -> dict[str, Placed]:
   stacks = collections.defaultdict(Placed)
   blocks = collections.defaultdict(float)
   shardings = state.shardings(boxed, mesh)
+  with_blocks = {
+    at.stack[0]
+    for keys, _ in jax.tree_util.tree_leaves_with_path(nn.unbox(boxed.params))
+    if (at := layout.split_path([key.key for key in keys])) is not None
+  }
   for field in ('params', 'opt_state'):
     tree = getattr(boxed, field)
     leaves = jax.tree_util.tree_leaves_with_path(
@@ -117,7 +123,7 @@ def place(boxed: Any, mesh: Mesh | AbstractMesh) -> dict[str, Placed]:
     placed_leaves = jax.tree.leaves(getattr(shardings, field))
     for (keys, leaf), placed in zip(leaves, placed_leaves):
       path = tuple(getattr(key, 'key', None) for key in keys)
-      stack = next((p for p in path if p in ('encoder', 'decoder')), 'head')
+      stack = next((p for p in path if p in with_blocks), 'head')
       value = nn.unbox(leaf)
       size = math.prod(placed.shard_shape(value.shape)) * value.dtype.itemsize
       at = stacks[stack]
@@ -159,7 +165,7 @@ def memory(
   """
   shards = sharding.shards('batch', mesh) * microbatches
   model = sharding.shards('mlp', mesh)
-  order = [name for name in ('encoder', 'decoder') if name in stacks]
+  order = sorted(set(stacks) - {'head'}, key=lambda name: LayerId(name, 0))
   saved = dict.fromkeys(order, 0.0)
   working = dict.fromkeys(order, 0.0)
   for path, block in workload.blocks.items():
