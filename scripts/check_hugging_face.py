@@ -8,6 +8,7 @@ own with what those compute, and `again` loads the exports and compares.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -325,8 +326,6 @@ def run_ours(model, params, rows, targets_BxL):
 
   import jax
 
-  from sparse_experts.data import prompts
-
   special = model.special_tokens
   tokens_BxL, mask_BxL = padded(rows, special.pad)
   decode = jax.jit(functools.partial(model.decode, max_tokens=NEW_TOKENS))
@@ -335,7 +334,7 @@ def run_ours(model, params, rows, targets_BxL):
     'decoder_input_tokens': tokens_BxL,
     'decoder_target_tokens': special.pad + mask_BxL,  # Real, or not.
   }
-  if model.converter == 'encoder_decoder':
+  if model.module.encoder is not None:
     inputs_BxL = np.insert(targets_BxL, 0, special.first(), 1)[:, :-1]
     decoder = {
       'decoder_input_tokens': inputs_BxL,
@@ -354,16 +353,10 @@ def run_ours(model, params, rows, targets_BxL):
   losses = [
     float(sums['aux_losses'][name]) for name in sorted(model.loss_weights)
   ]
-  asked = [
-    prompts.features(
-      model.converter,
-      row,
-      max(map(len, rows)),
-      # Rows are all that a decoder reads.
-      type(special)(special.pad, special.eos, None, special.suppressed),
-    )
-    for row in rows
-  ]
+  # Rows are all that a decoder reads.
+  begun = dataclasses.replace(special, start=None)
+  features = dataclasses.replace(model.features, special_tokens=begun)
+  asked = [features.prompt(row, max(map(len, rows))) for row in rows]
   answers, _ = decode(
     params, {name: np.stack([a[name] for a in asked]) for name in asked[0]}
   )
@@ -380,7 +373,7 @@ def write_own(folder: pathlib.Path, gin: str) -> None:
 
   model = config.model_of(gin)
   names = ['decoder_input_tokens', 'decoder_target_tokens']
-  if model.converter == 'encoder_decoder':
+  if model.module.encoder is not None:
     names.append('encoder_input_tokens')
   tokens = jax.ShapeDtypeStruct((2, 8), np.int32)
   boxed = jax.eval_shape(
@@ -412,7 +405,7 @@ def ours(folder: pathlib.Path) -> None:
       model, params = convert.load(native)
       special = model.special_tokens
       rows = questions(
-        96, model.converter == 'encoder_decoder', [special.pad], special.start
+        96, model.module.encoder is not None, [special.pad], special.start
       )
       targets_BxL = np.random.default_rng(4).integers(10, 90, (3, 7))
     names = ('logits', 'answers', 'losses')

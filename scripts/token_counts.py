@@ -16,7 +16,8 @@ import sys
 
 import numpy as np
 
-from sparse_experts.data import streams
+from sparse_experts.data import streams, token_text
+from sparse_experts.data.features.text import TextToText
 
 
 def main(
@@ -31,10 +32,10 @@ def main(
     'train',
     {'inputs': int(inputs), 'targets': int(targets)},
     batch_size=64,
-    converter='encoder_decoder',
+    features=TextToText(),
     seed=0,
   )
-  counts = np.zeros(streams.vocabulary_size(task), int)
+  counts = np.zeros(token_text.vocabulary_size(task), int)
   for _ in range(int(num_batches)):
     batch = next(stream)
     tokens = batch['encoder_input_tokens']

@@ -42,8 +42,8 @@ _RUN = (
 SMALL = {
   'classification': Small(
     'gin/small/classification.gin',
-    (*_WIDTHS, *_RUN, 'MLP_DIM=32', 'PATCH_SIZE=4', 'BASE_LEARNING_RATE=0.01'),
-    ('v_moe.VMoE.noise=0.0', 'optimizers.adam.eps=0.001'),
+    (*_WIDTHS, *_RUN, 'MLP_DIM=32', 'BASE_LEARNING_RATE=0.01'),
+    ('v_moe.VMoE.noise=0.0', 'DROPOUT_RATE=0.0', 'optimizers.adam.eps=0.001'),
   ),
 }
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -159,13 +158,13 @@ def plain(model: Language) -> dict[str, tuple[Shape, tuple[str, ...]]]:
     if path.endswith('.group_size') and size
   ]
   length = math.gcd(16, *sizes)  # Whole groups; shapes alone cost nothing.
-  tokens = jax.ShapeDtypeStruct((math.lcm(1, *sizes), length), jnp.int32)
-  names = ['decoder_input_tokens', 'decoder_target_tokens', 'decoder_task_ids']
-  if model.module.encoder is not None:
-    names += ['encoder_input_tokens', 'encoder_task_ids']
-  boxed = jax.eval_shape(
-    lambda: model.init(jax.random.key(0), dict.fromkeys(names, tokens))
+  features = model.features
+  shapes = features.shapes(
+    dict.fromkeys(features.example_lengths(), length),
+    math.lcm(1, *sizes),
+    task_ids=True,
   )
+  boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), shapes))
   leaves = checkpoints.flatten(nn.unbox(boxed)).items()
   labels = jax.tree.leaves(
     sharding.names_of(boxed), is_leaf=lambda node: isinstance(node, tuple)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 
-from sparse_experts.data import streams, token_text
+from sparse_experts.data import examples, streams, token_text
 from sparse_experts.data.features.base import Features
 from sparse_experts.data.special_tokens import T5, SpecialTokens
 
@@ -23,8 +23,9 @@ class Dataset:
     batch_size: global number of rows.
     split: of the task.
     pack: several examples share a row.
-    task_ids: rows say the task of every token, for routers that need it; for
-      tasks that know it, as the embedded ones do (the domain of the document).
+    task_ids: rows say the task of every token, for routers that need it. True:
+      what the task knows, as the embedded ones do (the domain of the document).
+      'mixture': the number of a mixture's task among them all, sorted by name.
     shuffle: in training.
     seed: of order and noise, in training.
     num_shards: streams that a global batch is made of in training; see
@@ -38,12 +39,15 @@ class Dataset:
   batch_size: int
   split: str = 'train'
   pack: bool = True
-  task_ids: bool = False
+  task_ids: bool | str = False
   shuffle: bool = True
   seed: int = 0
   num_shards: int = 1
   num_batches: int | None = None
   modules: Sequence[str] = ()
+
+  def __post_init__(self):
+    examples.check_task_ids(self.task_ids)
 
   def shapes(self, features: Features) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of its batches; reads nothing."""
@@ -51,7 +55,7 @@ class Dataset:
       self.feature_lengths,
       self.batch_size,
       pack=self.pack,
-      task_ids=self.task_ids,
+      task_ids=bool(self.task_ids),
     )
 
   def training(self, features: Features, rows: slice) -> streams.Batches:
@@ -101,11 +105,13 @@ class Dataset:
 
   def corpus(self) -> dict[str, str]:
     """Digests of the embedded corpora it reads, by task."""
-    return streams.digests(self.mixture_or_task_name, self.modules)
+    return examples.digests(self.mixture_or_task_name, self.modules)
 
   def task_names(self) -> tuple[str, ...]:
     """What task ids mean; empty for a task that knows none."""
-    return streams.task_names(self.mixture_or_task_name, self.modules)
+    return examples.task_names(
+      self.mixture_or_task_name, self.task_ids, self.modules
+    )
 
   def pieces(self, feature: str, ids: Sequence[int]) -> dict[int, str]:
     """The text of each token id by itself."""

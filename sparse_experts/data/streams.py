@@ -10,17 +10,21 @@ processes, and its data stays the same.
     processes                  [p0 ] [p1   ] [p2 ] [p3    ]   rows of each
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from sparse_experts.data import host_tensorflow, tasks
+from sparse_experts.data import host_tensorflow
 from sparse_experts.data.features.base import Features
+from sparse_experts.data.rows import Rows
 
 if typing.TYPE_CHECKING:
   import tensorflow as tf
@@ -74,7 +78,7 @@ class Batches(Iterator[Batch]):
     *,
     seed: int,
     pack: bool = True,
-    task_ids: bool = False,
+    task_ids: bool | str = False,
     shuffle: bool = True,
     num_shards: int = 1,
     rows: slice = slice(None),
@@ -90,7 +94,8 @@ class Batches(Iterator[Batch]):
       features: what rows are, see `features`.
       seed: of the shuffle, the noise and the mixing.
       pack: whether several examples may share a row.
-      task_ids: whether rows say the task of every token; for tasks that do.
+      task_ids: what rows say of the task of every token: nothing; True, what
+        the task says; 'mixture', its number in the mixture.
       shuffle: whether to shuffle; without, epochs repeat their order.
       num_shards: number of streams; 1 unless reading everything in every
         process is too slow.
@@ -99,40 +104,41 @@ class Batches(Iterator[Batch]):
 
     Raises:
       ValueError: unknown task or split; features that the task does not have;
-        batch size no multiple of num_shards; rows out of range.
+        batch size no multiple of num_shards; rows out of range; a source whose
+        position cannot be saved.
     """
-    task = tasks.find(task_name, modules)
+    source = Rows(
+      task_name, split, feature_lengths, features, pack, task_ids, modules
+    )
     self.streams = streams(rows, batch_size, num_shards)
     self.identity = {
-      'task': task_name,
-      'split': split,
-      'feature_lengths': dict(feature_lengths),
+      **source.identity(),
       'batch_size': batch_size,
       'seed': seed,
-      'pack': pack,
-      'task_ids': task_ids,
       'shuffle': shuffle,
       'num_shards': num_shards,
-      **features.identity(),
-      'corpus': digests(task_name, modules),
     }
-    size = batch_size // num_shards
     start, stop, _ = rows.indices(batch_size)
-    first = self.streams.start * size
+    first = self.streams.start * (batch_size // num_shards)
     self._rows = slice(start - first, stop - first)
     self._drawn = 0
-    self._iterators = {}
-    for i in self.streams:
-      dataset = _dataset(
-        task, split, feature_lengths, features, pack, task_ids,
-        shuffle=shuffle,
-        # Streams that shared a seed would share their noise.
-        seed=int(np.random.SeedSequence([seed, i]).generate_state(1)[0]),
-        shard=(i, num_shards),
-        num_epochs=None,
-      )  # fmt: skip
-      dataset = dataset.batch(size, drop_remainder=True).prefetch(2)
-      self._iterators[i] = iter(dataset)
+    self._iterators = {i: self._open(source, i) for i in self.streams}
+
+  def _open(self, source: Rows, stream: int) -> Iterator[Any]:
+    """The batches of one stream."""
+    seeds = np.random.SeedSequence([self.identity['seed'], stream])
+    num_shards = self.identity['num_shards']
+    rows = source.read(
+      shuffle=self.identity['shuffle'],
+      # Streams that shared a seed would share their noise.
+      seed=int(seeds.generate_state(1)[0]),
+      shard=(stream, num_shards),
+      num_epochs=None,
+    )
+    if stream == self.streams.start:  # Others are like the first.
+      source.check_savable(rows)
+    size = self.identity['batch_size'] // num_shards
+    return iter(rows.batch(size, drop_remainder=True).prefetch(2))
 
   def __next__(self) -> Batch:
     """The rows of the next batch, arrays [rows, ...]."""
@@ -173,8 +179,8 @@ class Batches(Iterator[Batch]):
 
     Raises:
       FileNotFoundError: nothing was saved there.
-      ValueError: what was saved is another stream of data than this one, or
-        batches have been drawn from this one already.
+      ValueError: what was saved is another stream of data than this one or was
+        made otherwise, or batches have been drawn from this one already.
     """
     if self._drawn:
       # tf.data does not rewind its seeds.
@@ -190,6 +196,7 @@ class Batches(Iterator[Batch]):
     drawn = saved.pop('batches_drawn')
     for name in ('task_ids', 'pad', 'start'):  # Once there were none.
       saved.setdefault(name, 0)
+    saved.setdefault('task_names', [])
     for key, ours in self.identity.items():
       if saved[key] != ours:
         raise ValueError(
@@ -197,11 +204,19 @@ class Batches(Iterator[Batch]):
           f'have {ours!r}: restore with the saved value, or start the data '
           'anew in another directory'
         )
-    for i in self.streams:
-      self._checkpoint(i).read(self._prefix(directory, i)).assert_consumed()
+    tf = host_tensorflow.load()
+    try:
+      for i in self.streams:
+        self._checkpoint(i).read(self._prefix(directory, i)).assert_consumed()
+    except tf.errors.NotFoundError as error:
+      raise ValueError(
+        f'the batches saved in {directory} were made by other steps, those of '
+        'another version of this package or of seqio, and cannot go on: begin '
+        'a new run, with INITIAL_CHECKPOINT for what was learned'
+      ) from error
     self._drawn = drawn
 
-  def _checkpoint(self, stream: int) -> 'tf.train.Checkpoint':
+  def _checkpoint(self, stream: int) -> tf.train.Checkpoint:
     tf = host_tensorflow.load()
     return tf.train.Checkpoint(iterator=self._iterators[stream])
 
@@ -218,7 +233,7 @@ def eval_batches(
   features: Features,
   *,
   pack: bool = False,
-  task_ids: bool = False,
+  task_ids: bool | str = False,
   num_batches: int | None = None,
   modules: Sequence[str] = (),
 ) -> Iterator[Batch]:
@@ -236,93 +251,16 @@ def eval_batches(
   >>> batch['decoder_target_tokens'].shape
   (2, 16)
   """
-  task = tasks.find(task_name, modules)
-  dataset = _dataset(
-    task, split, feature_lengths, features, pack, task_ids,
-    shuffle=False, seed=0, shard=(0, 1), num_epochs=1,
-  )  # fmt: skip
+  source = Rows(
+    task_name, split, feature_lengths, features, pack, task_ids, modules
+  )
+  rows = source.read(shuffle=False, seed=0)
   # Without drop_remainder; the loop below fills up the last batch.
-  batches = dataset.batch(batch_size).prefetch(2).as_numpy_iterator()
+  batches = rows.batch(batch_size).prefetch(2).as_numpy_iterator()
 
-  def fill_up(name, rows):
-    missing = [(0, batch_size - len(rows)), *[(0, 0)] * (rows.ndim - 1)]
-    return np.pad(rows, missing, constant_values=features.fill(name))
+  def fill_up(name, x):
+    missing = [(0, batch_size - len(x)), *[(0, 0)] * (x.ndim - 1)]
+    return np.pad(x, missing, constant_values=features.fill(name))
 
   for batch in itertools.islice(batches, num_batches):
-    yield {name: fill_up(name, rows) for name, rows in batch.items()}
-
-
-def digests(task_name: str, modules: Sequence[str] = ()) -> dict[str, str]:
-  """Digests of the data of those tasks whose source declares one."""
-  task = tasks.find(task_name, modules)
-  import seqio
-
-  return {
-    subtask.name: subtask.source.digest
-    for subtask in seqio.get_subtasks(task)
-    # `seqio.DataSource` has none: a source that can tell declares one.
-    if hasattr(type(subtask.source), 'digest')
-  }
-
-
-def task_names(task_name: str, modules: Sequence[str] = ()) -> tuple[str, ...]:
-  """What the task ids of a task's tokens mean; empty where it has none.
-
-  >>> task_names('docs_lm')[:3]
-  ('absl', 'clu', 'einops')
-  """
-  task = tasks.find(task_name, modules)
-  import seqio
-
-  of_sources = {
-    tuple(getattr(subtask.source, 'task_names', ()))
-    for subtask in seqio.get_subtasks(task)
-  }
-  return of_sources.pop() if len(of_sources) == 1 else ()
-
-
-def _dataset(
-  task, split, feature_lengths, features, pack, task_ids, shuffle, seed,
-  shard, num_epochs,
-):  # fmt: skip
-  """Rows of model features: read, preprocessed, packed or padded."""
-  tf = host_tensorflow.load()
-  import seqio
-
-  if (asked := features.of_task(feature_lengths)) != set(task.output_features):
-    raise ValueError(
-      f'task {task.name!r} has the features {sorted(task.output_features)}, '
-      f'but lengths are given for {sorted(feature_lengths)}, and '
-      f'{type(features).__name__} reads {sorted(asked)}'
-    )
-  if split not in task.splits:
-    raise ValueError(
-      f'task {task.name!r} has no split {split!r}; it has '
-      f'{", ".join(task.splits)}'
-    )
-  index, num_shards = shard
-  for subtask in seqio.get_subtasks(task):
-    source = subtask.source
-    # seqio would read all files and then drop most examples, after a shuffle
-    # that differs between streams.
-    if num_shards == 1 or source.supports_arbitrary_sharding:
-      continue
-    if num_shards > (files := len(source.list_shards(split))):
-      raise ValueError(
-        f'each stream needs a file of its own: task {subtask.name!r} has '
-        f'{files} for {split!r}, but num_shards is {num_shards}: lower it'
-      )
-  dataset = task.get_dataset(
-    feature_lengths,
-    split=split,
-    shuffle=shuffle,
-    seed=seed,
-    shard_info=seqio.ShardInfo(index, num_shards) if num_shards > 1 else None,
-    num_epochs=num_epochs,
-    # A cache in memory would become part of every saved iterator.
-    try_in_mem_cache=False,
-  )
-  rows = features.rows(dataset, feature_lengths, pack=pack, task_ids=task_ids)
-  options = tf.data.Options()
-  options.deterministic = True
-  return rows.with_options(options)
+    yield {name: fill_up(name, x) for name, x in batch.items()}

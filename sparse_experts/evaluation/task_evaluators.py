@@ -116,9 +116,7 @@ class _Written:
     self.task, self._special_tokens = task, model.special_tokens
     self._evaluator = seqio.Evaluator(
       task.name,
-      feature_converter=model.features.seqio_converter(
-        task_ids=dataset.task_ids
-      ),
+      feature_converter=_converter(task, model, dataset),
       eval_split=dataset.split,
       sequence_length=dict(dataset.feature_lengths),
       num_examples=_limit(dataset),
@@ -164,9 +162,8 @@ class _Ranked:
         f'{task.name} has no example in split {dataset.split!r}; choose '
         'another split.'
       )
-    questions = model.features.rows(
-      source, dataset.feature_lengths, task_ids=dataset.task_ids
-    )
+    convert = _converter(task, model, dataset)
+    questions = convert(source, dict(dataset.feature_lengths))
     self._questions = list(questions.as_numpy_iterator())
     feature = task.output_features['targets']
     end = [feature.vocabulary.eos_id] * feature.add_eos
@@ -246,6 +243,16 @@ def _judged(dataset: Dataset):
     for task in seqio.get_subtasks(found)
     if task.predict_metric_fns and dataset.split in task.splits
   ]
+
+
+def _converter(task, model, dataset):
+  """To the rows of a task, which has its number where it is of a mixture."""
+  task_id = None
+  if dataset.task_ids == 'mixture':
+    task_id = dataset.task_names().index(task.name)
+  return model.features.seqio_converter(
+    task_ids=bool(dataset.task_ids), task_id=task_id
+  )
 
 
 def _has_options(task, dataset) -> bool:

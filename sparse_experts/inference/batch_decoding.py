@@ -74,7 +74,7 @@ def place(
   """At most `batch_size` examples as one batch on a mesh; zeros fill it up."""
   fill = batch_size - len(examples)
   batch = {
-    name: np.stack([e[name] for e in examples] + [zeros * 0] * fill)
-    for name, zeros in examples[0].items()
+    name: np.stack([e[name] for e in examples] + [np.zeros_like(first)] * fill)
+    for name, first in examples[0].items()
   }
   return global_batch.place(batch, mesh, batch_size, 0)

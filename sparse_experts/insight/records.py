@@ -188,6 +188,7 @@ def record(
   dataset: Dataset,
   *,
   microbatches: int = 1,
+  parameters: str = 'trained',
   placement: sharding.Placement = sharding.DATA_PARALLEL,
 ) -> tuple[Records, epath.Path]:
   """Records the latest checkpoint in `model_dir` on a dataset's split.
@@ -199,6 +200,7 @@ def record(
     model, dataset: who routes what.
     model_dir: a run's directory, or one checkpoints/<step> of it.
     microbatches: parts a batch is run in, to save memory.
+    parameters: see `checkpoints.restore_params`; a file of 'ema' ends so.
     placement: as in `train.train`; any reads any checkpoint.
 
   Returns:
@@ -206,10 +208,10 @@ def record(
     MODEL_DIR/records/<task>-<split>-<step>.npz.
   """
   domain_names = dataset.task_names()
-  if domain_names:
+  if domain_names and not dataset.task_ids:
     dataset = dataclasses.replace(dataset, task_ids=True)
   with placement.use() as mesh:
-    params, at = restore_params(model, model_dir, dataset, mesh)
+    params, at = restore_params(model, model_dir, dataset, mesh, parameters)
     take = jax.jit(
       functools.partial(
         step.record_step,
@@ -226,26 +228,43 @@ def record(
         yield batch, take(params, placed)
 
     found = collect(pairs())
+  found = explained(
+    found,
+    model,
+    dataset,
+    step=at,
+    capacity_factor=model.capacity_factor_eval,
+  )
+  suffix = '' if parameters == 'trained' else f'-{parameters}'
+  name = f'{dataset.mixture_or_task_name}-{dataset.split}-{at}{suffix}.npz'
+  path = checkpoints.root_of(model_dir) / 'records' / name
+  if jax.process_index() == 0:
+    found.save(path)
+  return found, path
+
+
+def explained(
+  found: Records, model: Objective, dataset: Dataset, **facts: Any
+) -> Records:
+  """Records of a dataset, with the text of its tokens and further facts.
+
+  Raises:
+    ValueError: there is no sparse layer among them.
+  """
   if not found.layers:
     raise ValueError('the model has no sparse layer: no routing to record.')
-  found = dataclasses.replace(
+  return dataclasses.replace(
     found,
     pieces={
       stack: dataset.pieces(_FEATURES[stack], np.unique(ids_BxL))
       for stack, ids_BxL in found.tokens.items()
       if f'{stack}_input_tokens' in dataset.shapes(model.features)
     },
-    domain_names=domain_names,
+    domain_names=dataset.task_names(),
     facts={
       **found.facts,
       'task': dataset.mixture_or_task_name,
       'split': dataset.split,
-      'step': at,
-      'capacity_factor': model.capacity_factor_eval,
+      **facts,
     },
   )
-  name = f'{dataset.mixture_or_task_name}-{dataset.split}-{at}.npz'
-  path = checkpoints.root_of(model_dir) / 'records' / name
-  if jax.process_index() == 0:
-    found.save(path)
-  return found, path

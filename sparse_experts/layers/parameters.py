@@ -124,9 +124,9 @@ class Grouped:
   """Each row meets the parameters of its expert, rows sorted by expert.
 
   Attributes:
-    num_rows: T, the first axis of every x.
+    num_rows: R, the first axis of every x.
     sizes_E: int32, rows of each expert; rows beyond their sum meet zeros.
-    product_of_groups: (x_TxD, w_ExDxF, sizes_E) -> y_TxF, see
+    product_of_groups: (x_RxD, w_ExDxF, sizes_E) -> y_RxF, see
       `moe.grouped_matmul`.
     mask_dims: see `Shared`.
   """
@@ -164,11 +164,11 @@ class Grouped:
     """The rows' own v along the last axes of x."""
     self._check(x)
     E, *shape = v.shape
-    rows_T = jnp.arange(self.num_rows)[:, None]
-    expert_T = (rows_T >= jnp.cumsum(self.sizes_E)[None]).sum(-1)
-    v_TxF = _of_rows(v.reshape(E, -1), expert_T)
+    rows_R = jnp.arange(self.num_rows)[:, None]
+    expert_R = (rows_R >= jnp.cumsum(self.sizes_E)[None]).sum(-1)
+    v_RxF = _of_rows(v.reshape(E, -1), expert_R)
     ones = (1,) * (x.ndim - 1 - len(shape))
-    return v_TxF.reshape(self.num_rows, *ones, *shape)
+    return v_RxF.reshape(self.num_rows, *ones, *shape)
 
   def _check(self, x: Array) -> None:
     if x.shape[0] != self.num_rows:
@@ -202,22 +202,22 @@ def current() -> Rows:
 
 
 @jax.custom_vjp
-def _of_rows(v_ExF: Array, expert_T: Array) -> Array:
-  """Row e(t) of v, [T, F]; zeros where e(t) is E."""
-  return jnp.take(v_ExF, expert_T, axis=0, mode='fill', fill_value=0)
+def _of_rows(v_ExF: Array, expert_R: Array) -> Array:
+  """Row e(r) of v, [R, F]; zeros where e(r) is E."""
+  return jnp.take(v_ExF, expert_R, axis=0, mode='fill', fill_value=0)
 
 
-def _of_rows_forward(v_ExF, expert_T):
-  return _of_rows(v_ExF, expert_T), (expert_T, len(v_ExF))
+def _of_rows_forward(v_ExF, expert_R):
+  return _of_rows(v_ExF, expert_R), (expert_R, len(v_ExF))
 
 
-def _of_rows_backward(residuals, dv_TxF):
+def _of_rows_backward(residuals, dv_RxF):
   # A product and no scatter-add, which TPUs do row after row.
-  expert_T, E = residuals
-  dv_TxF = jnp.where((expert_T < E)[:, None], dv_TxF, 0)
-  onehot_TxE = jax.nn.one_hot(expert_T, E, dtype=dv_TxF.dtype)
+  expert_R, E = residuals
+  dv_RxF = jnp.where((expert_R < E)[:, None], dv_RxF, 0)
+  onehot_RxE = jax.nn.one_hot(expert_R, E, dtype=dv_RxF.dtype)
   highest = jax.lax.Precision.HIGHEST
-  dv_ExF = jnp.einsum('TE,TF->EF', onehot_TxE, dv_TxF, precision=highest)
+  dv_ExF = jnp.einsum('RE,RF->EF', onehot_RxE, dv_RxF, precision=highest)
   return dv_ExF, None
 
 

@@ -64,8 +64,8 @@ class Classification(Objective):
     ...   encoder=Stack(num_layers=1, make_block=block), image_shape=(4, 4, 1),
     ...   patch_size=2, width=8, num_outputs=3))
     >>> batch = {'input': jnp.ones((2, 4, 4, 1)), 'label': jnp.array([0, 2])}
-    >>> params = nn.unbox(model.init(jax.random.key(0), batch))
-    >>> loss, sums = model.loss(params, batch, train=False)
+    >>> params = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch))
+    >>> loss, sums = jax.jit(partial(model.loss, train=False))(params, batch)
     >>> float(sums['counts']['rows'])
     2.0
   """

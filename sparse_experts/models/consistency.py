@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from sparse_experts.letters import Array
 from sparse_experts.models import auxiliary
 from sparse_experts.models.auxiliary import Totals
-from sparse_experts.models.objective import Batch, Objective, Sums, Wrapper
+from sparse_experts.models.objective import Batch, Objective, Sums
+from sparse_experts.models.wrapper import Wrapper
 
 
 class Two(NamedTuple):
@@ -69,6 +70,23 @@ class Consistency(Wrapper):
       for i in range(2)
     ]
     return tuple(Two(*both) for both in zip(*passes))
+
+  def record(
+    self,
+    params,
+    batch: Batch,
+    rng: Array | None = None,
+    *,
+    train: bool = False,
+    step: Array | None = None,
+  ) -> dict[str, Any]:
+    """As `Objective.record`, of evaluation."""
+    if train:
+      raise ValueError(
+        'training passes twice over a batch, with two routings, and a record '
+        'is of one: record an evaluation, or train without Consistency.'
+      )
+    return self.objective.record(params, batch, step=step)
 
   def judge(
     self, outputs: Any, auxes: Any, batch: Batch, totals: Totals

@@ -11,7 +11,7 @@ from sparse_experts.data.special_tokens import T5, SpecialTokens
 from sparse_experts.layers.embed import TokenEmbed
 from sparse_experts.layers.linear import Linear
 from sparse_experts.letters import Array
-from sparse_experts.models.transformer import Context
+from sparse_experts.models.context import Context
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.sharding import constrain
 

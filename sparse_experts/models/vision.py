@@ -13,7 +13,8 @@ from sparse_experts.data.features.pairs import Side
 from sparse_experts.layers.cost import Cost
 from sparse_experts.layers.linear import Linear
 from sparse_experts.letters import Array
-from sparse_experts.models.transformer import Context, Stack
+from sparse_experts.models.context import Context
+from sparse_experts.models.transformer import Stack
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.sharding import constrain
 
@@ -103,9 +104,9 @@ class VisionTransformer(nn.Module):
     )(y_BxD)
     return constrain(outputs_BxV, 'batch', 'vocab'), auxes
 
-  def cost(self, batch: Mapping[str, Array], **options) -> Cost:
-    """Of its own parameters, which are in no product: nothing."""
-    del batch, options
+  def cost(self, batch: Mapping[str, Array], **_) -> Cost:
+    """Nothing beside its matrices, which tell their own part."""
+    del batch
     return Cost()
 
   def masks(self, batch: Mapping[str, Array]) -> dict[str, Array]:

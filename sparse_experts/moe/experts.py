@@ -58,7 +58,7 @@ class Experts:
 
   def grouped(
     self,
-    x_TxD: Array,
+    x_RxD: Array,
     group_sizes_E: Array,
     product: Callable[[Array, Array, Array], Array],
   ) -> Array:
@@ -69,16 +69,16 @@ class Experts:
     all of ours.
 
     Args:
-      x_TxD: rows, those of expert 0 first, then those of expert 1, ...
+      x_RxD: rows, those of expert 0 first, then those of expert 1, ...
       group_sizes_E: int32, how many rows each expert has.
       product: `grouped_matmul` or a like of it.
 
     Raises:
       ValueError: the expert declares a parameter by itself.
     """
-    rows = parameters.Grouped(x_TxD.shape[0], group_sizes_E, product)
+    rows = parameters.Grouped(x_RxD.shape[0], group_sizes_E, product)
     try:
-      return self._apply(self.params, self.key, x_TxD, rows)
+      return self._apply(self.params, self.key, x_RxD, rows)
     except flax.errors.ScopeParamShapeError as error:
       raise ValueError(
         f'this expert cannot be grouped: {type(self.module).__name__} declares '

@@ -62,14 +62,13 @@ def ledger(
   if feature_lengths is None:
     feature_lengths = model.features.example_lengths()
   shapes = model.features.shapes(feature_lengths, _ROWS, task_ids=True)
-  traced = _trace(model, shapes)
-  boxed, slots = traced.boxed, traced.slots
+  boxed, slots, lengths, around = _trace(model, shapes)
   names = sharding.names_of(boxed)
 
   kinds = ('total_params', 'block_params', 'sparse_params', 'active_params')
   counts = dict.fromkeys(kinds, 0)
   components: dict[str, int] = {}
-  flops = padding = kaplan = 0.0
+  flops, kaplan, padding = around, around, 0.0
   is_names = lambda x: isinstance(x, tuple)
   for (path, axes), leaf in zip(
     jax.tree_util.tree_leaves_with_path(names, is_leaf=is_names),
@@ -87,16 +86,17 @@ def ledger(
     if layout.block_of(parts):
       counts['block_params'] += size
     counts['active_params'] += size * share
-    stack = layout.stack_of(parts, traced.lengths)
+    stack = layout.stack_of(parts, lengths)
     component = _component(parts, stack)
     components[component] = components.get(component, 0) + size
-    tokens, context = _tokens(parts, size, stack, traced)
+    if stack is None:
+      continue
+    tokens, context = _tokens(parts, stack, lengths)
     if parts[-1] == 'kernel':
       flops += 2 * size * share * tokens
       padding += 2 * size * (executed_share - share) * tokens
       if 'router' not in parts:
-        own_tokens = tokens if stack is None else sum(traced.lengths[stack])
-        kaplan += 2 * size * share * own_tokens
+        kaplan += 2 * size * share * sum(lengths[stack])
     # Queries times keys and weights times values; or queries times distances.
     if parts[-2:] in (('out', 'kernel'), ('relative', 'kernel')):
       layers = leaf.shape[axes.index('layers')] if 'layers' in axes else 1
@@ -104,10 +104,6 @@ def ledger(
       product = 2 * layers * width * tokens * context
       flops += 2 * product if parts[-2] == 'out' else product
       kaplan += product if parts[-2] == 'out' else 0
-    # Read backwards, if it is; a bias of positions, in a stack, is not.
-    if parts[-1] == 'embedding' and stack is None:
-      flops += 2 * size * tokens
-      kaplan += 2 * size * tokens
   return {
     **counts,
     'active_params': round(counts['active_params']),
@@ -116,9 +112,7 @@ def ledger(
     'executed_forward_flops_per_sequence': round(flops + padding),
     'kaplan_forward_flops_per_sequence': round(kaplan),
     'train_flops_per_sequence': round(3 * flops),
-    'train_flops_per_token': round(
-      3 * flops / (model.positions(shapes) / _ROWS)
-    ),
+    'train_flops_per_token': round(3 * flops / sum(map(sum, lengths.values()))),
     'parameter_bytes': _bytes(boxed),
     'optimizer_bytes': _optimizer_bytes(names, boxed),
     'feature_lengths': dict(feature_lengths),
@@ -171,20 +165,20 @@ def text(facts: Mapping[str, Any]) -> str:
 
 
 class _Traced(NamedTuple):
-  """What a model's modules do with an example.
+  """What a model is made of and does with an example.
 
   Attributes:
     boxed: abstract parameters.
     slots: of sparse layers, by path.
-    products: FLOPs of a layer's products with parameters, forward, by path.
     lengths: of the sequences that a stack reads, by its name; a stack that two
       inputs share reads two.
+    around: FLOPs outside the stacks.
   """
 
   boxed: Any
   slots: dict[tuple[str, ...], _Slots]
-  products: dict[tuple[str, ...], float]
   lengths: dict[str, tuple[int, ...]]
+  around: float
 
 
 def _trace(model: Objective, shapes) -> _Traced:
@@ -194,18 +188,20 @@ def _trace(model: Objective, shapes) -> _Traced:
     ),
     capacity_factor=model.capacity_factor_train,
   )
-  slots, products = {}, {}
-  for path, call in calls.items():
-    told = call.told or cost.Cost()
-    products[path] = told.flops / _ROWS
-    if told.choices:
-      tokens = sum(math.prod(shape[:2]) for shape in call.shapes)
-      slots[path] = _Slots(told.choices / tokens, told.rows / tokens)
   lengths = {
     stack: tuple(shape[1] for shape in calls[tuple(stack.split('/'))].shapes)
     for stack in layout.stacks_of(calls)
   }
-  return _Traced(boxed, slots, products, lengths)
+  slots, around = {}, 0.0
+  for path, call in calls.items():
+    if call.told is None:
+      continue
+    if call.told.choices:
+      tokens = sum(math.prod(shape[:2]) for shape in call.shapes)
+      slots[path] = _Slots(call.told.choices / tokens, call.told.rows / tokens)
+    if layout.stack_of(path, lengths) is None:
+      around += call.told.flops / _ROWS
+  return _Traced(boxed, slots, lengths, around)
 
 
 def _optimizer_bytes(names: Any, boxed: Any) -> dict[str, int]:
@@ -254,17 +250,11 @@ def _component(parts: tuple[str, ...], stack: str | None) -> str:
 
 
 def _tokens(
-  parts: tuple[str, ...],
-  size: int,
-  stack: str | None,
-  traced: _Traced,
-) -> tuple[float, float]:
+  parts: tuple[str, ...], stack: str, lengths: Mapping[str, tuple[int, ...]]
+) -> tuple[int, float]:
   """Tokens that meet a parameter, and keys that each of them looks at."""
-  if stack is None:
-    return traced.products.get(parts[:-1], 0) / (2 * size), 0
-  lengths = traced.lengths[stack]
-  tokens = sum(lengths)
+  tokens = sum(lengths[stack])
   if 'cross_attention' in parts:
-    (memory,) = traced.lengths['encoder']
+    (memory,) = lengths['encoder']
     return (memory, 0) if parts[-2] in ('key', 'value') else (tokens, memory)
-  return tokens, sum(length**2 for length in lengths) / tokens
+  return tokens, sum(length**2 for length in lengths[stack]) / tokens

@@ -48,6 +48,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from sparse_experts import sharding
 from sparse_experts.models import layout
+from sparse_experts.models.layout import LayerId
 from sparse_experts.models.objective import Objective
 from sparse_experts.models.transformer import REMAT_POLICIES
 from sparse_experts.planning.workload import Block, Workload, trace
@@ -109,19 +110,19 @@ def place(boxed: Any, mesh: Mesh | AbstractMesh) -> dict[str, Placed]:
   stacks = collections.defaultdict(Placed)
   blocks = collections.defaultdict(float)
   shardings = state.shardings(boxed, mesh)
-  names_of_stacks = layout.stacks_of(
-    tuple(key.key for key in keys)
-    for keys, _ in jax.tree_util.tree_leaves_with_path(
-      boxed.params, is_leaf=_is_boxed
-    )
+  names = layout.stacks_of(
+    [key.key for key in keys]
+    for keys, _ in jax.tree_util.tree_leaves_with_path(nn.unbox(boxed.params))
   )
   for field in ('params', 'opt_state'):
     tree = getattr(boxed, field)
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_boxed)
+    leaves = jax.tree_util.tree_leaves_with_path(
+      tree, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    )
     placed_leaves = jax.tree.leaves(getattr(shardings, field))
     for (keys, leaf), placed in zip(leaves, placed_leaves):
       path = tuple(key.key for key in keys if hasattr(key, 'key'))
-      stack = layout.stack_of(path, names_of_stacks) or 'head'
+      stack = layout.stack_of(path, names) or 'head'
       value = nn.unbox(leaf)
       size = math.prod(placed.shard_shape(value.shape)) * value.dtype.itemsize
       at = stacks[stack]
@@ -163,9 +164,7 @@ def memory(
   """
   shards = sharding.shards('batch', mesh) * microbatches
   model = sharding.shards('mlp', mesh)
-  order = sorted(
-    stacks.keys() - {'head'}, key=lambda stack: layout.LayerId(stack, 0)
-  )
+  order = sorted(set(stacks) - {'head'}, key=lambda name: LayerId(name, 0))
   saved = dict.fromkeys(order, 0.0)
   working = dict.fromkeys(order, 0.0)
   for path, block in workload.blocks.items():
@@ -228,10 +227,6 @@ def activations_per_token(
     )
     for remat in REMAT_POLICIES
   }
-
-
-def _is_boxed(leaf: Any) -> bool:
-  return isinstance(leaf, nn.LogicallyPartitioned)
 
 
 def _block(

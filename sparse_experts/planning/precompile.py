@@ -35,7 +35,7 @@ class Run:
   Attributes:
     model: the model.
     feature_lengths, batch_size, pack, task_ids: as of `data.dataset.Dataset`.
-    optimizer, learning_rate, placement, microbatches, seed: as of
+    optimizer, learning_rate, placement, microbatches: as of
       `training.train.train`.
     max_tokens: as of `training.infer.infer`.
   """
@@ -47,9 +47,8 @@ class Run:
   learning_rate: optax.Schedule
   placement: sharding.Placement = sharding.DATA_PARALLEL
   microbatches: int = 1
-  seed: int = 0
   pack: bool = True
-  task_ids: bool = False
+  task_ids: bool | str = False
   max_tokens: int | None = None
 
   def __post_init__(self):
@@ -74,7 +73,7 @@ class Run:
       self.feature_lengths,
       self.batch_size,
       pack=self.pack,
-      task_ids=self.task_ids,
+      task_ids=bool(self.task_ids),
     )
 
   def lengths(self, what: str) -> dict[str, int]:
@@ -97,9 +96,8 @@ class Run:
 
   def questions(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Of a batch that `infer` answers."""
-    row = self.model.features.prompt(
-      np.zeros(1, np.int32), self.lengths('decode')['inputs']
-    )
+    inputs = self.lengths('decode')['inputs']
+    row = self.model.features.prompt(np.zeros(1, np.int32), inputs)
     return {
       name: jax.ShapeDtypeStruct((self.batch_size, *x.shape), x.dtype)
       for name, x in row.items()
@@ -266,7 +264,6 @@ def _step(run: Run, mesh: Mesh | AbstractMesh, what: str):
       mesh,
       placed,
       batch_size=run.batch_size,
-      seed=run.seed,
       microbatches=run.microbatches,
     )
   if what == 'gradients':
@@ -274,7 +271,6 @@ def _step(run: Run, mesh: Mesh | AbstractMesh, what: str):
       functools.partial(
         step.gradients,
         model=run.model,
-        seed=run.seed,
         microbatches=run.microbatches,
         data_shards=sharding.data_shards(mesh),
       ),
@@ -284,7 +280,11 @@ def _step(run: Run, mesh: Mesh | AbstractMesh, what: str):
     name: _at(leaf, sharding.batch_sharding(mesh, leaf.shape))
     for name, leaf in shapes.items()
   }
-  return jitted, (jax.tree.map(_at, nn.unbox(boxed), placed), batch)
+  arguments = (jax.tree.map(_at, nn.unbox(boxed), placed), batch)
+  if what != 'decode':
+    key = jax.eval_shape(jax.random.key, 0)
+    arguments += (_at(key, sharding.replicated(mesh)),)
+  return jitted, arguments
 
 
 def _at(leaf, placed) -> jax.ShapeDtypeStruct:

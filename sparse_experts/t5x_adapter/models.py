@@ -68,6 +68,11 @@ class SparseModel(t5x_models.BaseTransformerModel):
         f'of {", ".join(alone)} with microbatches={microbatches}, not '
         f'{model.balance_over!r}.'
       )
+    if task_ids == 'mixture':
+      raise ValueError(
+        "T5X mixes tasks itself and numbers none: task_ids='mixture' is of the "
+        'training here; give T5X tasks whose tokens say theirs, with True.'
+      )
     token_text.check_vocabulary(
       task, model.module.embed.vocab_size, task_modules, model.special_tokens
     )

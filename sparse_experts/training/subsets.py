@@ -65,7 +65,7 @@ def only(
   All else stays as it is, bit for bit. A parameter of which nothing is trained
   has no optimizer state; one of which a part is has that of the whole, in which
   the rest never moves. A global norm that `optimizer` clips to is of what is
-  trained. Balance biases of routers, which `Model.bias_rate` moves and no
+  trained. Balance biases of routers, which `Objective.bias_rate` moves and no
   optimizer, are trained or stay as all others.
 
   Expert j of a parameter is its slice j along the axis 'expert', or 'router':

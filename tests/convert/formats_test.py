@@ -30,7 +30,7 @@ from sparse_experts.convert import (
   tensor_map,
 )
 from sparse_experts.convert.arguments import arguments, differences
-from sparse_experts.data import dataset, prompts
+from sparse_experts.data import dataset
 from sparse_experts.data.special_tokens import SpecialTokens
 from sparse_experts.inference import infer
 from sparse_experts.models import layout
@@ -95,7 +95,7 @@ def test_writes_what_transformers_writes(name, tmp_path):
     'decoder_input_tokens': tokens_BxL,
     'decoder_target_tokens': tokens_BxL,
   }
-  if model.converter == 'encoder_decoder':
+  if model.module.encoder is not None:
     shifted_BxT = np.insert(stored['targets'], 0, special_tokens.start, 1)
     batch = {
       'encoder_input_tokens': tokens_BxL,
@@ -105,8 +105,9 @@ def test_writes_what_transformers_writes(name, tmp_path):
     is_token_BxL = np.ones(stored['targets'].shape, bool)
   # Answers: a prompt is all that a decoder reads.
   begun = dataclasses.replace(special_tokens, start=None)
+  features = dataclasses.replace(model.features, special_tokens=begun)
   asked = [
-    prompts.features(model.converter, row[:length], len(row), begun)
+    features.prompt(row[:length], len(row))
     for row, length in zip(stored['prompts'], lengths_B)
   ]
   questions = {name: np.stack([a[name] for a in asked]) for name in asked[0]}

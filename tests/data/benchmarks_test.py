@@ -17,12 +17,12 @@ import tensorflow_datasets as tfds
 from sparse_experts import sharding
 from sparse_experts.data import (
   bigbench,
-  converters,
   mixing,
   tasks,
   vocabularies,
 )
 from sparse_experts.data.dataset import Dataset
+from sparse_experts.data.features.text import Text, TextToText
 from sparse_experts.data.special_tokens import T5
 from sparse_experts.data.tasks import benchmark, finetuning, glam, glue, mc4
 from sparse_experts.evaluation import task_evaluators
@@ -80,7 +80,7 @@ def test_from_tfds_to_metrics(name, tmp_path):
       LENGTHS, split=split, shuffle=False, try_in_mem_cache=False
     )
     examples = list(dataset.as_numpy_iterator())
-    rows = converters.make('encoder_decoder', pack=False)(dataset, LENGTHS)
+    rows = TextToText().rows(dataset, LENGTHS)
     (batch,) = rows.take(2).batch(2).as_numpy_iterator()
   right = judged(task, examples, lambda text: text)
   empty = judged(task, examples, lambda text: '')
@@ -347,7 +347,7 @@ def test_a_decoder_continues_the_end_of_the_question(
   data = in_bytes(ROWS[name]).get_dataset(
     lengths, split='validation', try_in_mem_cache=False
   )
-  rows = converters.make('decoder', pack=False)(data, lengths)
+  rows = Text().rows(data, lengths)
   (row,) = rows.as_numpy_iterator()
   # Byte b is token b + 3, and EOS is 1.
   expected = [1 if c == '\1' else ord(c) + 3 for c in inputs + targets]
@@ -370,9 +370,7 @@ def test_what_options_end_with_is_ranked(ends, accuracy, boolq):
 
   row = dataclasses.replace(ROWS['glam_boolq'], options=('a', 'bbb'), ends=ends)
   dataset = Dataset(in_bytes(row).name, LENGTHS, 2, split='validation')
-  model = types.SimpleNamespace(
-    converter='decoder', special_tokens=T5, score=score
-  )
+  model = types.SimpleNamespace(features=Text(), special_tokens=T5, score=score)
   mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
   with sharding.use_mesh(mesh):
     judge = task_evaluators.TaskMetrics(model, dataset, mesh, None, True)

@@ -11,7 +11,8 @@ import pytest
 import tensorflow as tf
 import tiny_models
 
-from sparse_experts.data import converters, prompts, streams
+from sparse_experts.data import streams, token_text
+from sparse_experts.data.features.text import Text, TextToText
 from sparse_experts.data.special_tokens import NO_TOKEN, SpecialTokens
 from sparse_experts.evaluation import scoring
 from sparse_experts.models import policy_gradient
@@ -56,7 +57,9 @@ def all_of_it(model, params, batch, questions, options_BxWxT):
   beams, scores = model.decode(
     params, questions, max_tokens=5, strategy=BeamSearch(2)
   )
-  _, gradients_sums = step.gradients(state, batch, model=model, seed=0)
+  _, gradients_sums = step.gradients(
+    state, batch, jax.random.key(0), model=model
+  )
   without = {k: x for k, x in batch.items() if k != 'decoder_target_tokens'}
   numbers = {
     'loss': loss,
@@ -85,7 +88,7 @@ def test_the_same_by_other_names(encoder, others):
   questions = {k: x for k, x in batch.items() if k.startswith('encoder')}
   if not encoder:
     rows = [[5, 9, 30], [7], [40, 2, 2, 9, 9], [50]]
-    rows = [prompts.features('decoder', np.array(r), 5) for r in rows]
+    rows = [Text().prompt(np.array(r), 5) for r in rows]
     questions = jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
   options_BxWxT = np.zeros((4, 2, 3), np.int32)
   options_BxWxT[:, 0] = [40, 3, 1]
@@ -164,8 +167,7 @@ def test_the_length_of_an_answer_counts_its_end_alone():
 def test_answers_follow_a_prompt_that_begins_with_its_own_token():
   special_tokens = SpecialTokens(pad=NO_TOKEN, eos=2, start=None)
   rows = [
-    prompts.features('decoder', np.array(row), 3, special_tokens)
-    for row in ([7, 0, 8], [9])
+    Text(special_tokens).prompt(np.array(row), 3) for row in ([7, 0, 8], [9])
   ]
   assert rows[0]['decoder_input_tokens'].tolist() == [7, 0, 8, -1]
   assert rows[0]['decoder_causal_attention'].tolist() == [1, 1, 1, 0]
@@ -185,7 +187,7 @@ def test_answers_follow_a_prompt_that_begins_with_its_own_token():
     [1, 1, 0, 0, 0, 0],
   ]
   with pytest.raises(ValueError, match='no start token'):
-    prompts.features('decoder', np.zeros(0), 3, special_tokens)
+    Text(special_tokens).prompt(np.zeros(0), 3)
 
 
 def test_rewards_of_inputs_are_of_their_tokens():
@@ -196,14 +198,19 @@ def test_rewards_of_inputs_are_of_their_tokens():
   auxes = {
     'encoder/layers_0': Aux({}, {}, decisions={'value': jnp.zeros((2, 3))})
   }
-  found = policy_gradient.losses(
-    auxes,
-    batch,
-    log_probs_BxL,
-    weights_BxL,
-    3.0,
-    special_tokens=SpecialTokens(pad=5),
+  # Targets are token 0 of two.
+  logits_BxLxV = jnp.stack(
+    [log_probs_BxL, jnp.log1p(-jnp.exp(log_probs_BxL))], -1
   )
+  batch |= {
+    'decoder_target_tokens': jnp.zeros((2, 2), jnp.int32),
+    'decoder_loss_weights': weights_BxL,
+  }
+  model = tiny_models.make_model()
+  module = model.module.clone(special_tokens=SpecialTokens(pad=5))
+  model = dataclasses.replace(model, module=module)
+  rewards = model.rewards(logits_BxLxV, batch)
+  found = policy_gradient.losses(auxes, rewards, 3.0)
   # Mean over targets of squared rewards: row 0 (2 targets) -2, row 1 (1) -2.
   value = found['encoder/layers_0'].losses['value']
   np.testing.assert_allclose(value, (2 * 4 + 1 * 4) / 3, rtol=1e-6)
@@ -212,7 +219,7 @@ def test_rewards_of_inputs_are_of_their_tokens():
 LENGTHS = {'inputs': 5, 'targets': 4}
 
 
-def rows_of(converter, pack, special_tokens):
+def rows_of(features, pack):
   """Rows of two examples, 0 among their tokens."""
   examples = [
     {'inputs': [8, 0], 'targets': [0, 9, 2]},
@@ -222,16 +229,15 @@ def rows_of(converter, pack, special_tokens):
     lambda: iter(examples),
     output_signature=dict.fromkeys(LENGTHS, tf.TensorSpec([None], tf.int32)),
   )
-  convert = converters.make(converter, pack, special_tokens=special_tokens)
   return [
     {name: x.tolist() for name, x in row.items()}
-    for row in convert(dataset, LENGTHS).as_numpy_iterator()
+    for row in features.rows(dataset, LENGTHS, pack=pack).as_numpy_iterator()
   ]
 
 
 def test_rows_have_the_padding_and_the_start_of_a_model():
   mixtral = SpecialTokens(pad=NO_TOKEN, eos=2, start=1)
-  first, second = rows_of('encoder_decoder', False, mixtral)
+  first, second = rows_of(TextToText(mixtral), False)
   assert first['encoder_input_tokens'] == [8, 0, -1, -1, -1]
   assert first['decoder_input_tokens'] == [1, 0, 9, 2]
   assert first['decoder_target_tokens'] == [0, 9, 2, -1]
@@ -239,18 +245,18 @@ def test_rows_have_the_padding_and_the_start_of_a_model():
   assert second['encoder_input_tokens'] == [0, 0, 2, -1, -1]
   assert second['decoder_input_tokens'] == [1, 2, -1, -1]
   assert second['decoder_target_tokens'] == [2, -1, -1, -1]
-  (packed,) = rows_of('encoder_decoder', True, mixtral)
+  (packed,) = rows_of(TextToText(mixtral), True)
   assert packed['encoder_input_tokens'] == [8, 0, 0, 0, 2]
   assert packed['encoder_segment_ids'] == [1, 1, 2, 2, 2]
   assert packed['decoder_input_tokens'] == [1, 0, 9, 1]
   assert packed['decoder_target_tokens'] == [0, 9, 2, 2]
-  first, second = rows_of('decoder', False, SpecialTokens(pad=6, start=6))
+  first, second = rows_of(Text(SpecialTokens(pad=6, start=6)), False)
   assert second['decoder_input_tokens'] == [6, 0, 0, 2, 2, *[6] * 4]
   assert second['decoder_target_tokens'] == [0, 0, 2, 2, *[6] * 5]
   assert second['decoder_causal_attention'] == [1, 1, 1, 1, *[0] * 5]
   assert second['decoder_loss_weights'] == [0, 0, 0, 1, *[0] * 5]
   with pytest.raises(ValueError, match='START_ID'):
-    rows_of('decoder', False, SpecialTokens(start=None))
+    rows_of(Text(SpecialTokens(start=None)), False)
 
 
 def test_the_end_of_a_split_is_filled_with_padding():
@@ -260,9 +266,8 @@ def test_the_end_of_a_split_is_filled_with_padding():
     'validation',
     {'inputs': 8, 'targets': 8},
     64,
-    'decoder',
+    Text(special_tokens),
     modules=['tiny_tasks'],
-    special_tokens=special_tokens,
   )
   empty_B = ~last['decoder_loss_weights'].any(1)
   assert empty_B.any() and not empty_B[0]
@@ -278,10 +283,9 @@ def test_streams_of_before_go_on_and_others_do_not(tmp_path):
       'train',
       {'inputs': 8, 'targets': 8},
       4,
-      'decoder',
+      Text(special_tokens),
       seed=0,
       modules=['tiny_tasks'],
-      special_tokens=special_tokens,
     )
 
   stream(SpecialTokens()).save(tmp_path)
@@ -295,12 +299,14 @@ def test_streams_of_before_go_on_and_others_do_not(tmp_path):
 
 
 def test_a_task_ends_texts_as_the_model_ends_answers():
-  streams.check_vocabulary('docs_lm', 9000, special_tokens=SpecialTokens(eos=1))
-  streams.check_vocabulary(
+  token_text.check_vocabulary(
+    'docs_lm', 9000, special_tokens=SpecialTokens(eos=1)
+  )
+  token_text.check_vocabulary(
     'docs_lm', 9000, special_tokens=SpecialTokens(eos=(2, 1))
   )
   with pytest.raises(ValueError, match=r'token 1, .* with 2.*EOS_IDS = \(1,\)'):
-    streams.check_vocabulary(
+    token_text.check_vocabulary(
       'docs_lm', 9000, special_tokens=SpecialTokens(eos=2)
     )
 

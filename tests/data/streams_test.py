@@ -12,7 +12,14 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from sparse_experts.data import corpus, preprocessors, streams, vocabularies
+from sparse_experts.data import (
+  corpus,
+  preprocessors,
+  streams,
+  token_text,
+  vocabularies,
+)
+from sparse_experts.data.features.text import Text, TextToText
 
 SPAN = {'inputs': 64, 'targets': 16}
 
@@ -23,7 +30,7 @@ def _span_batches(**changes):
     'split': 'test',
     'feature_lengths': SPAN,
     'batch_size': 8,
-    'converter': 'encoder_decoder',
+    'features': TextToText(),
     'seed': 0,
   }
   return streams.Batches(**arguments | changes)
@@ -34,7 +41,7 @@ def _lm_batches(**changes):
   return _span_batches(
     task_name='docs_lm',
     feature_lengths={'targets': 32},
-    converter='decoder',
+    features=Text(),
     pack=False,
     **changes,
   )
@@ -61,28 +68,28 @@ def _differ(some, others):
 
 @pytest.mark.parametrize('pack', [True, False])
 @pytest.mark.parametrize(
-  'converter,task,lengths',
+  'features,task,lengths',
   [
-    ('encoder_decoder', 'docs_domain', {'inputs': 32, 'targets': 8}),
-    ('decoder', 'docs_domain', {'inputs': 32, 'targets': 8}),
-    ('decoder', 'docs_lm', {'targets': 16}),
+    (TextToText(), 'docs_domain', {'inputs': 32, 'targets': 8}),
+    (Text(), 'docs_domain', {'inputs': 32, 'targets': 8}),
+    (Text(), 'docs_lm', {'targets': 16}),
   ],
 )
-def test_shapes_are_what_seqio_yields(converter, task, lengths, pack):
+def test_shapes_are_what_seqio_yields(features, task, lengths, pack):
   (batch,) = streams.eval_batches(
-    task, 'test', lengths, 2, converter, pack=pack, num_batches=1
+    task, 'test', lengths, 2, features, pack=pack, num_batches=1
   )
   assert {name: (rows.shape, rows.dtype) for name, rows in batch.items()} == {
     name: (struct.shape, struct.dtype)
-    for name, struct in streams.shapes(converter, lengths, 2, pack).items()
+    for name, struct in features.shapes(lengths, 2, pack=pack).items()
   }
 
 
-def test_shapes_refuses_unknown_converters_and_features():
-  with pytest.raises(ValueError, match="unknown converter 'encoder'"):
-    streams.shapes('encoder', {'targets': 8}, 2, False)
-  with pytest.raises(ValueError, match='takes lengths of'):
-    streams.shapes('encoder_decoder', {'targets': 8}, 2, False)
+def test_shapes_refuses_lengths_of_other_features():
+  with pytest.raises(ValueError, match='TextToText takes lengths of'):
+    TextToText().shapes({'targets': 8}, 2)
+  with pytest.raises(ValueError, match='Text takes lengths of'):
+    Text().shapes({'inputs': 8}, 2)
 
 
 def test_the_seed_decides_the_stream():
@@ -116,9 +123,10 @@ def test_a_fresh_process_resumes(tmp_path):
   stream.save(tmp_path)
   script = f"""
 import hashlib
-from sparse_experts.data import batches
+from sparse_experts.data import streams
+from sparse_experts.data.features.text import TextToText
 stream = streams.Batches('docs_span_corruption', 'test', {SPAN}, 8,
-                         'encoder_decoder', seed=0)
+                         TextToText(), seed=0)
 stream.restore({str(tmp_path)!r})
 tokens = [next(stream)['encoder_input_tokens'].tobytes() for _ in range(20)]
 print(hashlib.sha256(b''.join(tokens)).hexdigest())
@@ -139,7 +147,7 @@ def test_mixtures_resume_too(tmp_path, forget_new_tasks):
 
   def open_mixture():
     return streams.Batches(
-      'docs_mixture', 'test', SPAN, 4, 'encoder_decoder', seed=0
+      'docs_mixture', 'test', SPAN, 4, TextToText(), seed=0
     )
 
   stream = open_mixture()
@@ -293,7 +301,10 @@ def test_saved_iterators_are_small(saved):
     ({'rows': slice(8, 12)}, 'rows must be a range of'),
     ({'rows': slice(0, 8, 2)}, 'rows must be a range of'),
     ({'split': 'dev'}, "has no split 'dev'; it has train, validation, test"),
-    ({'converter': 'encoder'}, "unknown converter 'encoder'"),
+    (
+      {'task_name': 'docs_lm', 'feature_lengths': {'targets': 8}},
+      r"TextToText takes lengths of \['inputs', 'targets'\], not of",
+    ),
     (
       {'task_name': 'docs_lm'},
       r"has the features \['targets'\], but lengths are given for",
@@ -323,13 +334,13 @@ def test_more_streams_than_files_are_refused(tmp_path, forget_new_tasks):
   )
   with pytest.raises(ValueError, match=r'has 1 for .* num_shards is 2'):
     streams.Batches(
-      'one_file', 'train', {'targets': 4}, 2, 'decoder', seed=0, num_shards=2
+      'one_file', 'train', {'targets': 4}, 2, Text(), seed=0, num_shards=2
     )
 
 
 def test_eval_batches_are_the_split_once_in_order_and_padded():
   arguments = ('docs_domain', 'test', {'inputs': 16, 'targets': 8})
-  all_batches = list(streams.eval_batches(*arguments, 50, 'encoder_decoder'))
+  all_batches = list(streams.eval_batches(*arguments, 50, TextToText()))
   count = sum(corpus.load().counts['test'].values())
   assert len(all_batches) == -(-count // 50)
   assert all(len(b['encoder_input_tokens']) == 50 for b in all_batches)
@@ -337,7 +348,7 @@ def test_eval_batches_are_the_split_once_in_order_and_padded():
   weights = np.concatenate([b['decoder_loss_weights'] for b in all_batches])
   assert not targets[count:].any() and not weights[count:].any()
   domains = [
-    streams.decode_tokens('docs_domain', 'targets', row)
+    token_text.decode_tokens('docs_domain', 'targets', row)
     for row in targets[:count]
   ]
   assert domains == [f'{d["domain"]}</s>' for d in corpus.documents('test')]
@@ -347,7 +358,7 @@ def test_eval_batches_repeat_exactly_and_stop():
   def run():
     return list(
       streams.eval_batches(
-        'docs_span_corruption', 'test', SPAN, 4, 'encoder_decoder',
+        'docs_span_corruption', 'test', SPAN, 4, TextToText(),
         num_batches=3,
       )
     )  # fmt: skip
@@ -358,14 +369,14 @@ def test_eval_batches_repeat_exactly_and_stop():
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused():
-  assert streams.vocabulary_size('docs_domain') == 8100
-  streams.check_vocabulary('docs_domain', 8100)
+  assert token_text.vocabulary_size('docs_domain') == 8100
+  token_text.check_vocabulary('docs_domain', 8100)
   with pytest.raises(ValueError, match=r'8100 token ids.*only 8099'):
-    streams.check_vocabulary('docs_domain', 8099)
+    token_text.check_vocabulary('docs_domain', 8099)
 
 
 def test_decode_tokens_shows_sentinels_and_document_ends():
   vocabulary = vocabularies.docs()
   ids = [*vocabulary.encode('one'), 8099, 1, *vocabulary.encode('two'), 1, 0, 0]
-  text = streams.decode_tokens('docs_lm', 'targets', np.array(ids))
+  text = token_text.decode_tokens('docs_lm', 'targets', np.array(ids))
   assert text == 'one <extra_id_0></s>two</s>'

@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 
 from sparse_experts import sharding
-from sparse_experts.data import prompts
+from sparse_experts.data.features.text import Text
 from sparse_experts.evaluation import scoring
 
 PROMPTS = [[5, 9, 30], [7], [5, 9, 30, 31, 8]]
@@ -25,7 +25,7 @@ def asked():
   return (
     model,
     params,
-    [prompts.features('decoder', np.array(prompt), 6) for prompt in PROMPTS],
+    [Text().prompt(np.array(prompt), 6) for prompt in PROMPTS],
   )
 
 

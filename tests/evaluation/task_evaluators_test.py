@@ -15,6 +15,7 @@ import tiny_tasks  # noqa: F401 (registers its tasks)
 from sparse_experts import sharding
 from sparse_experts.data import metrics, vocabularies
 from sparse_experts.data.dataset import Dataset
+from sparse_experts.data.features.text import TextToText
 from sparse_experts.data.metrics import Member
 from sparse_experts.data.special_tokens import T5
 from sparse_experts.data.tasks import benchmark, finetuning, glue
@@ -340,7 +341,7 @@ def test_options_begin_with_the_sentinel_that_targets_begin_with():
     return jnp.where((first_B == 358) & is_sum, -1.0, -2.0)
 
   model = types.SimpleNamespace(
-    converter='encoder_decoder', special_tokens=T5, score=score
+    features=TextToText(), special_tokens=T5, score=score
   )
   mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
   with sharding.use_mesh(mesh):

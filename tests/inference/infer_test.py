@@ -8,6 +8,7 @@ import pytest
 
 from sparse_experts import config
 from sparse_experts.data import dataset, prompts, vocabularies
+from sparse_experts.data.features.text import Text
 from sparse_experts.models.language_model import answered
 from sparse_experts.training import checkpoints
 
@@ -182,7 +183,7 @@ def test_what_does_not_fit_is_said(trained):
 def test_a_language_model_continues_its_prompt():
   of_targets = dataset.Dataset('docs_lm', {'targets': 6}, 2, pack=False)
   texts = [{'inputs': 'Returns', 'targets': 'an array'}]
-  (example,) = prompts.of_file(texts, of_targets, 'decoder')
+  (example,) = prompts.of_file(texts, of_targets, Text())
   tokens = vocabularies.docs().encode('Returns')
   n = len(tokens)
   assert example.features['decoder_input_tokens'].tolist() == (

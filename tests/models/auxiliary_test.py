@@ -14,6 +14,7 @@ from sparse_experts import sharding
 from sparse_experts.layers.mlp import Mlp
 from sparse_experts.models import auxiliary
 from sparse_experts.models.auxiliary import Totals
+from sparse_experts.models.consistency import Consistency
 from sparse_experts.moe import Assignment, MoE, TopK, route
 from sparse_experts.moe.losses import Balance, per_choice
 from sparse_experts.moe.outputs import Aux
@@ -171,7 +172,7 @@ def take_step(model, inputs, microbatches=1, devices=1, balance=()):
         step.train_step,
         model=model,
         optimizer=identity,
-        seed=0,
+        key=jax.random.key(0),
         microbatches=microbatches,
         data_shards=devices,
       ),
@@ -238,9 +239,7 @@ def test_balance_over_the_batch_is_the_definition(inputs):
   # f and P of all tokens, by hand, at four microbatches.
   batch, params = inputs
   model = make_model(balance_over='batch')
-  _, auxes = model._apply(
-    params, batch, train=True, rng=jax.random.key(0), factor=1.25
-  )
+  _, auxes = model.outputs(params, batch, jax.random.key(0), train=True)
   expected = 0.0
   for aux in auxes.values():
     counted, score, tokens = sums_of(aux)
@@ -262,7 +261,7 @@ def test_the_batch_so_far_is_the_definition(inputs):
   # own, and a half weighs by its tokens.
   batch, params = inputs
   model = make_model(balance_over='batch_so_far')
-  apply = jax.jit(partial(model._apply, train=True, factor=1.25))
+  apply = jax.jit(partial(model.outputs, train=True))
   so_far, value, total = {}, 0.0, 0.0
   for rows in (slice(32), slice(32, 64)):
     half = {name: x[rows] for name, x in batch.items()}
@@ -366,12 +365,17 @@ def test_layers_that_cannot_be_taken_together_are_named():
   [
     ({'balance_over': 'world'}, 'balance_over must be one of group'),
     ({'layer_reduction': 'max'}, 'layer_reduction must be one of sum'),
-    ({'balance_over': 'batch', 'consistency': 1.0}, 'makes two'),
   ],
 )
 def test_unknown_scopes_are_named(arguments, match):
   with pytest.raises(ValueError, match=match):
     make_model(**arguments)
+
+
+@pytest.mark.parametrize('scope', ['batch', 'batch_so_far', 'last_step'])
+def test_two_passes_are_no_batch(scope):
+  with pytest.raises(ValueError, match=f'{scope!r} is of one .* makes two'):
+    Consistency(make_model(balance_over=scope), alpha=1.0)
 
 
 def test_any_router_with_logits_has_a_z_loss():
@@ -407,7 +411,7 @@ def test_counting_a_batch_first_costs_a_forward_pass(inputs):
       step.train_step,
       model=model,
       optimizer=optax.identity(),
-      seed=0,
+      key=jax.random.key(0),
       microbatches=4,
     )
     before = state.TrainState(zero, params, optax.EmptyState(), zero, balance)

@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 
 from sparse_experts.models import layout, policy_gradient
+from sparse_experts.models.consistency import Consistency
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.routers.random import Random
 from sparse_experts.moe.routers.rl_r import RLR
@@ -80,6 +81,10 @@ def test_losses_are_the_oracle(packed):
     batch['decoder_segment_ids'] = jnp.asarray(examples)
     weights[0, :2] = 0  # A prompt: the first example of row 0 has no targets.
   log_probs = -random.exponential(size=(B, L)).astype(np.float32)
+  # Targets are token 0 of two, and every token has a weight of its own.
+  logits = np.stack([log_probs, np.log1p(-np.exp(log_probs))], -1)
+  batch['decoder_target_tokens'] = jnp.zeros((B, L), jnp.int32)
+  batch['decoder_loss_weights'] = jnp.asarray(weights)
   auxes = {
     f'{stack}/layers_1': Aux(
       losses={'other': jnp.ones(())},
@@ -91,7 +96,8 @@ def test_losses_are_the_oracle(packed):
     )
     for stack, length in (('encoder', M), ('decoder', L))
   }
-  ours = policy_gradient.losses(auxes, batch, log_probs, weights, weights.sum())
+  rewards = make_model().rewards(logits, batch)
+  ours = policy_gradient.losses(auxes, rewards, weights.sum())
   for stack in ('encoder', 'decoder'):
     aux = ours[f'{stack}/layers_1']
     value, policy = slow_losses(
@@ -104,7 +110,7 @@ def test_losses_are_the_oracle(packed):
     decisions={'value': auxes['decoder/layers_1'].decisions['value']}
   )
   ours = policy_gradient.losses(
-    {'decoder/layers_1': with_value}, batch, log_probs, weights, weights.sum()
+    {'decoder/layers_1': with_value}, rewards, weights.sum()
   )
   assert set(ours['decoder/layers_1'].losses) == {'other', 'value'}
 
@@ -211,12 +217,12 @@ def test_training_draws_and_learns():
   )
   train_step = jax.jit(
     functools.partial(
-      step.train_step, model=model, optimizer=optimizer, seed=0, microbatches=2
+      step.train_step, model=model, optimizer=optimizer, microbatches=2
     )
   )
   values = []
   for _ in range(30):
-    now, sums = train_step(now, batch)
+    now, sums = train_step(now, batch, jax.random.key(0))
     values.append(float(sums['aux_losses']['value']))
   assert np.isfinite(values).all() and now.skipped == 0
   # Rewards of about -log 64 are learned to be expected.
@@ -234,7 +240,7 @@ def test_consistency_is_two_passes_by_hand():
     encoder=False,
   )
   alone = make_model(make_router, **options)
-  thor = make_model(make_router, consistency=3.0, **options)
+  thor = Consistency(alone, alpha=3.0)
   batch = tiny_models.make_batch(encoder=False)
   params = tiny_models.make_params(alone, batch)
   rng = jax.random.key(7)
@@ -265,10 +271,13 @@ def test_consistency_is_two_passes_by_hand():
     loss, losses[0] + losses[1] + 3 * divergence, rtol=1e-5
   )
   # Metrics are of one pass, on average.
-  assert sums['batches'] == 1 and sums['targets'] == real.sum()
-  for name in ('cross_entropy', 'correct'):
-    mean = (passes[0][name] + passes[1][name]) / 2
-    np.testing.assert_allclose(sums[name], mean, rtol=1e-6)
+  assert sums['batches'] == 1 and sums['counts']['targets'] == real.sum()
+  assert set(sums['means']) == {'loss', 'accuracy'}
+  for name, found in sums['means'].items():
+    one, two = (its_sums['means'][name] for its_sums in passes)
+    mean = (one.total + two.total) / 2
+    np.testing.assert_allclose(found.total, mean, rtol=1e-6)
+    assert found.weight == real.sum()
   # Evaluation is one pass.
   close(
     jax.jit(functools.partial(thor.loss, train=False))(params, batch),

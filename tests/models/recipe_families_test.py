@@ -57,7 +57,7 @@ def step(name, fsdp, *axes):
   bindings = (*SMALL, *FAMILIES[name])
   config.parse([f'gin/models/{name}.gin'], bindings, [])
   model = config.value('MODEL')
-  encoder = model.converter == 'encoder_decoder'
+  encoder = model.module.encoder is not None
   batch = tiny_models.make_batch(inputs=8, encoder=encoder)
   params = tiny_models.make_params(model, batch)
   boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), batch))

@@ -15,7 +15,6 @@ from paths import ROOT
 
 from sparse_experts import config
 from sparse_experts.convert.arguments import arguments
-from sparse_experts.data import streams
 from sparse_experts.models import auxiliary
 from sparse_experts.models.balance_bias import update_biases
 from sparse_experts.papers import published
@@ -53,7 +52,7 @@ def test_it_trains_and_is_documented(file):
   assert 'https://arxiv.org/abs/' in head or ', see gin/models/' in head
   model, lengths = model_of(file)
   # Enough rows for groups of 16 sequences; abstract, so of any size.
-  shapes = streams.shapes(model.converter, lengths, 16, pack=False)
+  shapes = model.features.shapes(lengths, 16)
   params = jax.eval_shape(lambda: model.init(jax.random.key(0), shapes))
   loss, sums = jax.eval_shape(
     lambda params, batch: model.loss(
@@ -91,7 +90,7 @@ def test_modern_fits_it(file):
   config.parse([file, 'gin/modern.gin'], [], [])
   model, lengths = config.value('MODEL'), config.value('TASK_FEATURE_LENGTHS')
   sparse = bool(model.module.decoder.sparse_layers)
-  shapes = streams.shapes(model.converter, lengths, 16, pack=False)
+  shapes = model.features.shapes(lengths, 16)
   params = jax.eval_shape(
     lambda: nn.unbox(model.init(jax.random.key(0), shapes))
   )

@@ -237,11 +237,17 @@ def masks(dispatch, num_experts=4, mesh=None):
 @pytest.mark.parametrize(
   'dispatch, mesh',
   [
-    *((dispatch, None) for dispatch in DISPATCHERS.values()),
-    (functools.partial(moe.grouped, chunks=2), None),
-    (functools.partial(moe.grouped, exchange='all_to_all'), (2, 2, 1)),
+    *(
+      pytest.param(dispatch, None, id=name)
+      for name, dispatch in DISPATCHERS.items()
+    ),
+    pytest.param(functools.partial(moe.grouped, chunks=2), None, id='chunks'),
+    pytest.param(
+      functools.partial(moe.grouped, exchange='all_to_all'),
+      (2, 2, 1),
+      id='exchange',
+    ),
   ],
-  ids=lambda value: getattr(value, '__name__', str(value)),
 )
 def test_dropout_differs_between_experts_and_rows(dispatch, mesh):
   kept = masks(dispatch, mesh=mesh)

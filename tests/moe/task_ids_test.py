@@ -6,12 +6,13 @@ import seqio
 import tensorflow as tf
 
 from sparse_experts.data import (
-  converters,
   corpus,
   preprocessors,
   streams,
+  token_text,
   vocabularies,
 )
+from sparse_experts.data.features.text import Text, TextToText
 
 VOCABULARY = vocabularies.byte()
 LENGTHS = {'inputs': 20, 'targets': 20}
@@ -71,9 +72,9 @@ def test_an_end_is_of_its_document():
   assert ids == [[4, 4, 4, 4, 9, 9], [9, 9]]
 
 
-@pytest.mark.parametrize('converter', ['encoder_decoder', 'decoder'])
+@pytest.mark.parametrize('features', [TextToText(), Text()])
 @pytest.mark.parametrize('pack', [False, True])
-def test_ids_stay_with_their_tokens(converter, pack):
+def test_ids_stay_with_their_tokens(features, pack):
   # The task of a token is its tens; examples of different lengths.
   random = np.random.default_rng(1)
   texts = [
@@ -90,8 +91,8 @@ def test_ids_stay_with_their_tokens(converter, pack):
   )
   plain, ours = (
     list(
-      converters.make(converter, pack, task_ids)(
-        dataset, LENGTHS
+      features.rows(
+        dataset, LENGTHS, pack=pack, task_ids=task_ids
       ).as_numpy_iterator()
     )
     for task_ids in (False, True)
@@ -101,7 +102,7 @@ def test_ids_stay_with_their_tokens(converter, pack):
     np.testing.assert_array_equal(
       row['decoder_task_ids'], old['decoder_target_tokens'] // 10
     )
-    if converter == 'encoder_decoder':
+    if 'encoder_task_ids' in row:
       np.testing.assert_array_equal(
         row['encoder_task_ids'], old['encoder_input_tokens'] // 10
       )
@@ -110,24 +111,24 @@ def test_ids_stay_with_their_tokens(converter, pack):
 
 
 @pytest.mark.parametrize(
-  'task, lengths, converter',
+  'task, lengths, features',
   [
-    ('docs_span_corruption', {'inputs': 64, 'targets': 20}, 'encoder_decoder'),
-    ('docs_summary', {'inputs': 64, 'targets': 20}, 'encoder_decoder'),
-    ('docs_prefix_lm', {'inputs': 32, 'targets': 32}, 'decoder'),
-    ('docs_lm', {'targets': 64}, 'decoder'),
+    ('docs_span_corruption', {'inputs': 64, 'targets': 20}, TextToText()),
+    ('docs_summary', {'inputs': 64, 'targets': 20}, TextToText()),
+    ('docs_prefix_lm', {'inputs': 32, 'targets': 32}, Text()),
+    ('docs_lm', {'targets': 64}, Text()),
   ],
 )
-def test_the_embedded_tasks_say_the_domain(task, lengths, converter):
+def test_the_embedded_tasks_say_the_domain(task, lengths, features):
   def first(split, **options):
     return next(
       streams.eval_batches(
-        task, split, lengths, 8, converter, pack=True, **options
+        task, split, lengths, 8, features, pack=True, **options
       )
     )
 
   batch = first('out_of_domain', task_ids=True)
-  shapes = streams.shapes(converter, lengths, 8, pack=True, task_ids=True)
+  shapes = features.shapes(lengths, 8, pack=True, task_ids=True)
   assert {n: (x.shape, x.dtype) for n, x in batch.items()} == {
     n: (s.shape, s.dtype) for n, s in shapes.items()
   }
@@ -152,13 +153,13 @@ def test_ids_are_the_domains():
       'validation',
       {'inputs': 32, 'targets': 8},
       32,
-      'encoder_decoder',
+      TextToText(),
       task_ids=True,
     )
   )
   names = set()
   for row in range(32):
-    text = streams.decode_tokens(
+    text = token_text.decode_tokens(
       'docs_domain', 'targets', batch['decoder_target_tokens'][row]
     ).removesuffix('</s>')
     names.add(text)
@@ -170,7 +171,7 @@ def test_ids_are_the_domains():
 def test_a_training_stream_continues_with_its_ids(tmp_path):
   def stream(**options):
     return streams.Batches(
-      'docs_lm', 'train', {'targets': 32}, 4, 'decoder', seed=0, **options
+      'docs_lm', 'train', {'targets': 32}, 4, Text(), seed=0, **options
     )
 
   ours = stream(task_ids=True)
@@ -196,7 +197,7 @@ def test_tasks_without_ids_are_refused():
         'train',
         LENGTHS,
         2,
-        'encoder_decoder',
+        TextToText(),
         task_ids=True,
         modules=('tiny_tasks',),
       )

@@ -460,3 +460,12 @@ def test_command_verifies_the_best_with_the_compiler(monkeypatch):
   assert (run.remat, run.microbatches) == (best['remat'], best['microbatches'])
   assert bool(run.placement.rules) == best['fsdp']
   assert best['verified']['fits']
+
+
+def test_a_model_of_images_is_planned():
+  outcome = command.run(
+    *('plan', '--gin_file=gin/small/classification.gin', '--topology=v5e:2x2'),
+  )
+  assert (outcome.code, outcome.stderr) == (0, '')
+  assert 'batches of 64 sequences of 8 x 8 x 1 image' in outcome.stdout
+  assert "axis 'vocab' of size 10 does not divide" in outcome.stdout

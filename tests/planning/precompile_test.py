@@ -15,7 +15,7 @@ from paths import ROOT
 
 from sparse_experts import config, sharding
 from sparse_experts.commands import precompile as precompile_command
-from sparse_experts.planning import chips, hlo, precompile, topology
+from sparse_experts.planning import chips, hlo, ledger, precompile, topology
 
 MESHES = sorted(
   str(path.relative_to(ROOT)) for path in ROOT.glob('gin/meshes/*/*.gin')
@@ -388,3 +388,17 @@ def test_what_does_not_fit_says_what_it_needs():
   with pytest.raises(topology.DoesNotFit) as error:
     topology.compile(jax.jit(lambda x: x + 1).lower(x))
   assert error.value.needed_bytes == pytest.approx(2**35, rel=0.01)
+
+
+def test_an_objective_without_text_is_measured_and_not_decoded():
+  bindings = ('NUM_LAYERS=2', 'EMBED_DIM=16', 'HEAD_DIM=4', 'MLP_DIM=32')
+  run = run_of('gin/small/classification.gin', bindings=bindings)
+  facts = precompile.measure(run, jax.devices(), chips.CHIPS['v5e'], 'train')
+  assert (facts['fits'], facts['lengths'], facts['remat']) == (True, {}, 'none')
+  # Forward and backward are three times forward at least, of 64 images.
+  per_device = facts['flops']
+  useful = ledger.ledger(run.model)['train_flops_per_sequence'] * 64
+  assert per_device['useful'] == useful / 8
+  assert per_device['executed'] > 0.9 * per_device['useful']
+  with pytest.raises(ValueError, match='Classification writes no text'):
+    precompile.check(run, 8, 'decode')

@@ -15,7 +15,7 @@ from flax import traverse_util
 from flax.linen import partitioning
 
 from sparse_experts import sharding
-from sparse_experts.models import model as model_module
+from sparse_experts.models import objective
 from sparse_experts.models.balance_bias import update_biases
 from sparse_experts.moe.routers.deepseek import BIAS, DeepSeek
 from sparse_experts.t5x_adapter import metrics, variables
@@ -53,7 +53,7 @@ MODELS = {
 def make(name):
   """A model, a batch, and T5X's collections of it, all abstract."""
   model = MODELS[name]()
-  batch = tiny_models.make_batch(encoder=model.converter != 'decoder')
+  batch = tiny_models.make_batch(encoder=model.module.encoder is not None)
 
   def collections(key):
     loads = None
@@ -168,7 +168,7 @@ def test_metrics_are_summed_before_they_are_divided():
     _, of_batch = loss(params, tiny_models.make_batch(seed=seed))
     made.append(metrics.of_layers(of_batch['layers']))
     sums.append(of_batch)
-  expected = model_module.summary(jax.tree.map(jnp.add, *sums))['layers']
+  expected = objective.summary(jax.tree.map(jnp.add, *sums))['layers']
   numbers = {
     f'{layer}/{name}': value
     for layer, summary in expected.items()

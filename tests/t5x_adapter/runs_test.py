@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec
 
 from sparse_experts import convert, sharding
 from sparse_experts.data import streams
+from sparse_experts.data.features.text import Text
 from sparse_experts.data.special_tokens import NO_TOKEN, SpecialTokens
 from sparse_experts.models import language, objective
 from sparse_experts.models.decoding import BeamSearch, Sampling
@@ -91,8 +92,8 @@ def adapt(model, optimizer_def=None, **arguments):
 def case(name):
   """A model, a batch, and parameters."""
   model = MODELS[name](dropout_rate=0.1)
-  batch = tiny_models.make_batch(encoder=model.converter != 'decoder')
-  if model.converter == 'decoder':
+  batch = tiny_models.make_batch(encoder=model.module.encoder is not None)
+  if model.module.encoder is None:
     prompts = (jnp.arange(8) % 3 + 1)[:, None] > jnp.arange(8)[None]
     batch['decoder_causal_attention'] = prompts.astype(jnp.int32)
   return model, batch, tiny_models.make_params(model, batch)
@@ -401,7 +402,7 @@ def test_loss_free_balancing(microbatches):
       step_module.train_step,
       model=model,
       optimizer=optimizer,
-      seed=0,
+      key=jax.random.key(0),
       microbatches=microbatches,
     )
   )
@@ -451,10 +452,9 @@ def test_rows_of_t5x_s_pipeline(special_tokens, task_ids):
     'validation',
     lengths,
     4,
-    'decoder',
+    Text(special_tokens),
     task_ids=task_ids,
     num_batches=3,
-    special_tokens=special_tokens,
   )
   rows = rows.take(3).as_numpy_iterator()
   for batch, of_t5x in zip(expected, rows, strict=True):
@@ -512,7 +512,9 @@ def test_balance_over_a_batch(microbatches):
   state = TrainState(zero, params, (), zero)
 
   def in_halves(model):
-    step = partial(step_module.gradients, model=model, seed=0, microbatches=2)
+    step = partial(
+      step_module.gradients, model=model, key=jax.random.key(0), microbatches=2
+    )
     gradients, sums = jax.jit(step)(state, batch)
     return sums['objective'] / 2, gradients
 

@@ -17,7 +17,6 @@ from paths import ROOT
 
 from sparse_experts import config
 from sparse_experts.commands import evaluate as evaluate_command
-from sparse_experts.data import streams
 from sparse_experts.evaluation import evaluate
 from sparse_experts.training import optimizers, subsets, train
 
@@ -167,9 +166,7 @@ def test_subsets_of_st_moe():
   """Each parameter of the recipe belongs to exactly one part."""
   config.parse(['gin/models/st_moe/base.gin'], ['SCAN=False'], [])
   model = config.value('MODEL')
-  shapes = streams.shapes(
-    'encoder_decoder', {'inputs': 128, 'targets': 128}, 16, pack=False
-  )
+  shapes = model.features.shapes({'inputs': 128, 'targets': 128}, 16)
   params = jax.eval_shape(lambda: model.init(jax.random.key(0), shapes))
   paths = traverse_util.flatten_dict(params, sep='/')
 

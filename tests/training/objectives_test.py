@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import small
 
+from sparse_experts import config
 from sparse_experts.insight import curves
+from sparse_experts.models.decoding import Decodable
 
 
 @pytest.fixture(scope='module', params=small.SMALL)
@@ -72,3 +74,14 @@ def test_it_is_evaluated_recorded_and_reported(name, whole):
   outcome = command.run('report', str(whole))
   assert outcome.code == 0, outcome.stderr
   assert 'Routing by token' in (whole / 'report.html').read_text()
+
+
+def test_what_writes_no_text_is_not_asked(name, whole):
+  outcome = command.run('infer', *small.SMALL[name].arguments(whole))
+  if isinstance(config.value('MODEL'), Decodable):
+    assert outcome.code == 0, outcome.stderr
+  else:
+    assert outcome.code == 2
+    assert outcome.stderr.startswith('error: ')
+    assert ' writes no text: ' in outcome.stderr
+    assert outcome.stderr.count('\n') == 1

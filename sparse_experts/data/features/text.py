@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from sparse_experts.data.features import converters
 from sparse_experts.data.features.base import Features
 from sparse_experts.data.special_tokens import T5, SpecialTokens
 
 if typing.TYPE_CHECKING:
+  import seqio
   import tensorflow as tf
 
 # The features of seqio's converters; packing adds the last two of each side.
@@ -42,9 +42,17 @@ class _TokenFeatures(Features):
     convert = self.seqio_converter(pack=pack, task_ids=task_ids)
     return convert(dataset, dict(feature_lengths))
 
-  def seqio_converter(self, *, pack: bool = False, task_ids: bool = False):
-    """A feature converter as seqio and T5X call one."""
-    return converters.make(self.name, pack, task_ids, self.special_tokens)
+  def seqio_converter(
+    self,
+    *,
+    pack: bool = False,
+    task_ids: bool = False,
+    task_id: int | None = None,
+  ) -> seqio.FeatureConverter:
+    """A feature converter as seqio and T5X call one; see `converters.make`."""
+    from sparse_experts.data.features import converters
+
+    return converters.make(self, pack=pack, task_ids=task_ids, task_id=task_id)
 
   def fill(self, feature: str) -> int:
     return self.special_tokens.pad if feature.endswith('_tokens') else 0

@@ -3,6 +3,8 @@
   glam_*                    8 that are written (NLG), 21 with options (NLU)
   glam_nlg, glam_nlu, glam  mixtures of them
 
+29 tables that are read side by side: hence its 375 lines.
+
 All have a split 'validation', which stands for the test split where a source
 has no other that is labelled, and where the paper asks it. `shots` are GPT-3's
 (Brown et al. 2020, appendix H, table H.1, column K), which GLaM's are.

@@ -300,4 +300,4 @@ def test_one_expert_a_token(name):
 
 def test_an_aux_without_decisions_is_left_alone():
   auxes = {'decoder/layers_0': Aux(losses={'a': jnp.ones(())}, metrics={})}
-  assert policy_gradient.losses(auxes, {}, None, None, None) == auxes
+  assert policy_gradient.losses(auxes, {}, None) == auxes
