@@ -110,7 +110,7 @@ def place(boxed: Any, mesh: Mesh | AbstractMesh) -> dict[str, Placed]:
   stacks = collections.defaultdict(Placed)
   blocks = collections.defaultdict(float)
   shardings = state.shardings(boxed, mesh)
-  names = layout.stacks_of(
+  of_stacks = layout.stacks_of(
     [key.key for key in keys]
     for keys, _ in jax.tree_util.tree_leaves_with_path(nn.unbox(boxed.params))
   )
@@ -122,7 +122,7 @@ def place(boxed: Any, mesh: Mesh | AbstractMesh) -> dict[str, Placed]:
     placed_leaves = jax.tree.leaves(getattr(shardings, field))
     for (keys, leaf), placed in zip(leaves, placed_leaves):
       path = tuple(key.key for key in keys if hasattr(key, 'key'))
-      stack = layout.stack_of(path, names) or 'head'
+      stack = layout.stack_of(path, of_stacks) or 'head'
       value = nn.unbox(leaf)
       size = math.prod(placed.shard_shape(value.shape)) * value.dtype.itemsize
       at = stacks[stack]
