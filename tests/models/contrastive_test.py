@@ -105,7 +105,7 @@ def oracle(kind, embeddings, weights):
       if kind == 'softmax':
         row = np.log(sum(np.exp(z[j]) for j in there)) - z[i]
       else:
-        row = sum(np.log1p(np.exp(-z[j] if i == j else z[j])) for j in there)
+        row = sum(np.logaddexp(0, -z[j] if i == j else z[j]) for j in there)
       loss += weights[i] * row / 2
       hits += weights[i] * (max(z, key=z.get) == i) / 2
   return loss / weights.sum(), hits / weights.sum()
@@ -329,8 +329,8 @@ def test_a_text_is_the_mean_over_its_tokens():
   batch = {'input': batch['left'], 'weight': batch['weight']}
   variables = nn.unbox(jax.jit(tower.init)(jax.random.key(0), batch))
   found, _ = jax.jit(tower.apply)(variables, batch)
-  text = jax.jit(lambda v, tokens: tower.bind(v).text(tokens)[0])
-  y_BxLxD = text(variables, batch['input'])
+  text = lambda tower, batch: tower.text(batch['input'])[0]
+  y_BxLxD = jax.jit(partial(tower.apply, method=text))(variables, batch)
   for b, tokens in enumerate(batch['input']):
     if WEIGHTS[b] == 0:
       assert not found[b].any()
