@@ -45,6 +45,14 @@ SMALL = {
     (*_WIDTHS, *_RUN, 'MLP_DIM=32', 'BASE_LEARNING_RATE=0.01'),
     ('v_moe.VMoE.noise=0.0', 'DROPOUT_RATE=0.0', 'optimizers.adam.eps=0.001'),
   ),
+  'contrastive': Small(
+    'gin/small/contrastive.gin',
+    (
+      *(*_WIDTHS, *_RUN, 'MLP_DIM=32', 'BASE_LEARNING_RATE=0.01'),
+      "TASK_FEATURE_LENGTHS={'inputs': 12, 'targets': 8}",
+    ),
+    ('optimizers.adam.eps=0.001',),
+  ),
 }
 
 

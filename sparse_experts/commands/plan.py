@@ -151,15 +151,17 @@ def _candidate(candidate) -> dict:
     'bound': candidate.time.bound,
   }
   # A decoder alone has both.
-  names = {'encoder': 'GROUP_SIZE', 'decoder': 'DECODER_GROUP_SIZE'}
+  macros = {'encoder': 'GROUP_SIZE', 'decoder': 'DECODER_GROUP_SIZE'}
+  sizes = {}
+  for stack, size in candidate.group_sizes.items():
+    sizes.setdefault(macros[stack.rpartition('/')[2]], set()).add(size)
   facts['gin'] = [
     f'MESH={candidate.mesh}',
     *(["RULES={'embed': 'data'}"] if candidate.fsdp else []),
     f"REMAT='{candidate.remat}'",
     f'MICROBATCHES={candidate.microbatches}',
-    *(
-      f'{names[stack]}={size}' for stack, size in candidate.group_sizes.items()
-    ),
+    # Towers that share a macro take no other size than their own sequence.
+    *(f'{name}={of.pop()}' for name, of in sizes.items() if len(of) == 1),
   ]
   return facts
 

@@ -12,7 +12,7 @@ apart, are told by their layer. `name_cost` tells of another method `name`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,17 +75,19 @@ class Cost:
 
 
 class Call(NamedTuple):
-  """A call of a module.
+  """The calls of a module, or one.
 
   Attributes:
     module: who was called.
-    shape: of the first argument.
+    shapes: of the first argument, in each call.
     told: its own cost; None: it has parameters and tells none.
+    within: the calls that it made.
   """
 
   module: nn.Module
-  shape: tuple[int, ...]
+  shapes: tuple[tuple[int, ...], ...]
   told: Cost | None
+  within: list[Call]
 
   @property
   def cost(self) -> Cost:
@@ -110,7 +112,8 @@ def calls(
   """What `init` returns, and the calls of modules in it by their path.
 
   Calls of one module, of `name_cost` too, are one. What is traced again, as the
-  body of a scan, counts once; so does a scan's body, whatever its repeats.
+  body of a scan, counts once; so does a scan's body, whatever its repeats. What
+  a module calls counts each time that the module is called.
   Modules that a module applies by itself, as experts, are left out.
 
   Args:
@@ -118,7 +121,8 @@ def calls(
     others: arguments to ask with in place of those that were given, where they
       were: `capacity_factor=1.25`.
   """
-  found: dict[tuple[str, ...], Call] = {}
+  made: list[Call] = []
+  under_way = [made]  # Calls made by each of those under way.
   roots: list[nn.Module | None] = [None]  # Of calls under way: who was applied.
 
   def record(call, args, kwargs, context):
@@ -126,27 +130,30 @@ def calls(
     if module.scope is None:
       return call(*args, **kwargs)
     roots.append(roots[-1] if module.path else module)
+    under_way.append([])
     try:
       result = call(*args, **kwargs)
       is_apart = roots[-1] is not roots[1]
     finally:
       roots.pop()
+      within = under_way.pop()
     if is_apart:
       return result
     asked = {name: others.get(name, value) for name, value in kwargs.items()}
     told = _told(module, context.method_name, args, asked)
-    if told is not _NOTHING:
-      path, before = module.path, found.get(module.path)
-      # Tracing anew makes the modules anew.
-      if before is not None and before.module is module and told is not None:
-        told += before.cost
-      shape = getattr(args[0], 'shape', ()) if args else ()
-      found[path] = Call(module, shape, told)
+    shape = getattr(args[0], 'shape', ()) if args else ()
+    # Tracing anew makes the modules anew.
+    under_way[-1][:] = [
+      before
+      for before in under_way[-1]
+      if before.module is module or before.module.path != module.path
+    ]
+    under_way[-1].append(Call(module, (shape,), told, within))
     return result
 
   with nn.intercept_methods(record):
     result = init()
-  return result, found
+  return result, _by_path(made)
 
 
 def cost_of(module: nn.Module, x: jax.ShapeDtypeStruct) -> Cost:
@@ -168,6 +175,28 @@ def cost_of(module: nn.Module, x: jax.ShapeDtypeStruct) -> Cost:
 
 
 _NOTHING = object()
+
+
+def _by_path(made: Sequence[Call]) -> dict[tuple[str, ...], Call]:
+  """Calls and those within them, put together."""
+  found: dict[tuple[str, ...], Call] = {}
+
+  def add(call: Call, caller: nn.Module | None) -> None:
+    path, is_traced = call.module.path, True
+    if caller is not None and caller.path == path:  # Lifted, as by a scan:
+      is_traced = caller is call.module  # it is told by who called it.
+    if call.told is not _NOTHING and is_traced:
+      before = found.get(path)
+      if before is not None:
+        told = None if call.told is None else before.cost + call.told
+        call = call._replace(told=told, shapes=before.shapes + call.shapes)
+      found[path] = call
+    for inner in call.within:
+      add(inner, call.module)
+
+  for call in made:
+    add(call, None)
+  return found
 
 
 def _told(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -100,6 +100,11 @@ class BlockPath(NamedTuple):
     return (*self.block, *self.rest)
 
   @property
+  def stack_name(self) -> str:
+    """The name of the stack, see `LayerId`."""
+    return '/'.join(map(str, self.stack))
+
+  @property
   def block(self) -> tuple[Hashable, ...]:
     """The path of the block."""
     scan = (PERIOD,) if self.scanned else ()
@@ -134,6 +139,29 @@ def block_of(path: Sequence[Hashable]) -> tuple[Hashable, ...]:
   """The part of a path up to its block; () outside all blocks."""
   at = split_path(path)
   return at.block if at else ()
+
+
+def stack_of(path: Sequence[Hashable], stacks: Iterable[str]) -> str | None:
+  """Which of these stacks a parameter is in, its norm too; None: in none.
+
+  Example:
+    >>> stack_of(('left', 'encoder', 'norm', 'scale'), ['left/encoder'])
+    'left/encoder'
+  """
+  name = '/'.join(map(str, path))
+  return next((s for s in stacks if name.startswith(f'{s}/')), None)
+
+
+def stacks_of(paths: Iterable[Sequence[Hashable]]) -> list[str]:
+  """The stacks that parameters of these paths are in, as they run.
+
+  Example:
+    >>> stacks_of([('decoder', 'layers_0', 'mlp'), ('encoder', 'layers_0'),
+    ...            ('embed', 'embedding')])
+    ['encoder', 'decoder']
+  """
+  found = {at.stack_name for path in paths if (at := split_path(path))}
+  return sorted(found, key=lambda stack: LayerId(stack, 0))
 
 
 def is_scanned(path: Sequence[Hashable]) -> bool:
@@ -189,7 +217,7 @@ def layers_at(params: Mapping[str, Any], path: Sequence[str]) -> list[LayerId]:
     repeats = jax.tree.leaves(stack[PERIOD])[0].shape[0]
     split = Split(prefix, len(stack[PERIOD]), repeats)
     indices = [split.index(turn, at.index) for turn in range(repeats)]
-  return [LayerId('/'.join(at.stack), index, kind) for index in indices]
+  return [LayerId(at.stack_name, index, kind) for index in indices]
 
 
 def kinds(

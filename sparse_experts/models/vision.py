@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from sparse_experts import sharding
 from sparse_experts.data.features.arrays import Labelled
+from sparse_experts.data.features.pairs import Side
 from sparse_experts.layers.cost import Cost
 from sparse_experts.layers.linear import Linear
 from sparse_experts.letters import Array
@@ -32,7 +33,8 @@ class VisionTransformer(nn.Module):
     image_shape: rows, columns, channels.
     patch_size: rows and columns of a patch; divides those of the image.
     width: D.
-    num_outputs: V of the head, such as classes.
+    num_outputs: V of the head, such as classes; None: there is no head, and
+      outputs are what it would read, [B, D].
     pooling: what the head reads: 'class_token', or the 'mean' of all patches.
     dtype: of the activations; outputs are float32.
     init_scale: of the two matrices here, see `linear.Linear`.
@@ -47,7 +49,7 @@ class VisionTransformer(nn.Module):
   image_shape: tuple[int, int, int]
   patch_size: int
   width: int
-  num_outputs: int
+  num_outputs: int | None
   pooling: str = 'class_token'
   dtype: jnp.dtype = jnp.float32
   init_scale: float = 1.0
@@ -90,14 +92,17 @@ class VisionTransformer(nn.Module):
     )
     by_token = self.pooling == 'class_token'
     y_BxD = y_BxLxD[:, 0] if by_token else y_BxLxD.mean(1)
+    y_BxD = y_BxD.astype(jnp.float32)
+    auxes = {f'encoder/{name}': aux for name, aux in auxes.items()}
+    if self.num_outputs is None:
+      return y_BxD, auxes
     outputs_BxV = Linear(
       (self.num_outputs,),
       ('embed', 'vocab'),
       init_scale=self.init_scale,
       name='head',
-    )(y_BxD.astype(jnp.float32))
-    outputs_BxV = constrain(outputs_BxV, 'batch', 'vocab')
-    return outputs_BxV, {f'encoder/{name}': aux for name, aux in auxes.items()}
+    )(y_BxD)
+    return constrain(outputs_BxV, 'batch', 'vocab'), auxes
 
   def cost(self, batch: Mapping[str, Array], **_) -> Cost:
     """Nothing beside its matrices, which tell their own part."""
@@ -115,6 +120,10 @@ class VisionTransformer(nn.Module):
   def inputs(self) -> Labelled:
     """The features of an image."""
     return Labelled(self.input, self.image_shape)
+
+  def side(self, feature: str) -> Side:
+    """An image of a pair, if the task calls it so."""
+    return Side(feature, self.image_shape)
 
   @property
   def stacks(self) -> dict[str, Stack]:

@@ -62,12 +62,8 @@ def ledger(
   if feature_lengths is None:
     feature_lengths = model.features.example_lengths()
   shapes = model.features.shapes(feature_lengths, _ROWS, task_ids=True)
-  boxed, slots, around = _trace(model, shapes)
+  boxed, slots, lengths, around = _trace(model, shapes)
   names = sharding.names_of(boxed)
-  lengths = {
-    stack: mask.shape[1]
-    for stack, mask in jax.eval_shape(model.module.masks, shapes).items()
-  }
 
   kinds = ('total_params', 'block_params', 'sparse_params', 'active_params')
   counts = dict.fromkeys(kinds, 0)
@@ -90,16 +86,17 @@ def ledger(
     if layout.block_of(parts):
       counts['block_params'] += size
     counts['active_params'] += size * share
-    component = _component(parts)
+    stack = layout.stack_of(parts, lengths)
+    component = _component(parts, stack)
     components[component] = components.get(component, 0) + size
-    if parts[0] not in lengths:
+    if stack is None:
       continue
-    tokens, context = _tokens(parts, lengths)
+    tokens, context = _tokens(parts, stack, lengths)
     if parts[-1] == 'kernel':
       flops += 2 * size * share * tokens
       padding += 2 * size * (executed_share - share) * tokens
       if 'router' not in parts:
-        kaplan += 2 * size * share * lengths[parts[0]]
+        kaplan += 2 * size * share * sum(lengths[stack])
     # Queries times keys and weights times values; or queries times distances.
     if parts[-2:] in (('out', 'kernel'), ('relative', 'kernel')):
       layers = leaf.shape[axes.index('layers')] if 'layers' in axes else 1
@@ -115,7 +112,7 @@ def ledger(
     'executed_forward_flops_per_sequence': round(flops + padding),
     'kaplan_forward_flops_per_sequence': round(kaplan),
     'train_flops_per_sequence': round(3 * flops),
-    'train_flops_per_token': round(3 * flops / sum(lengths.values())),
+    'train_flops_per_token': round(3 * flops / sum(map(sum, lengths.values()))),
     'parameter_bytes': _bytes(boxed),
     'optimizer_bytes': _optimizer_bytes(names, boxed),
     'feature_lengths': dict(feature_lengths),
@@ -167,27 +164,44 @@ def text(facts: Mapping[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def _trace(
-  model: Objective, shapes
-) -> tuple[Any, dict[tuple[str, ...], _Slots], float]:
-  """Abstract boxed parameters; the slots of sparse layers by path; and FLOPs of
-  an example around the stacks."""
+class _Traced(NamedTuple):
+  """What a model is made of and does with an example.
+
+  Attributes:
+    boxed: abstract parameters.
+    slots: of sparse layers, by path.
+    lengths: of the sequences that a stack reads, by its name; a stack that two
+      inputs share reads two.
+    around: FLOPs outside the stacks.
+  """
+
+  boxed: Any
+  slots: dict[tuple[str, ...], _Slots]
+  lengths: dict[str, tuple[int, ...]]
+  around: float
+
+
+def _trace(model: Objective, shapes) -> _Traced:
   boxed, calls = cost.calls(
     lambda: jax.eval_shape(
       lambda key: model.init(key, shapes), jax.random.key(0)
     ),
     capacity_factor=model.capacity_factor_train,
   )
+  lengths = {
+    stack: tuple(shape[1] for shape in calls[tuple(stack.split('/'))].shapes)
+    for stack in layout.stacks_of(calls)
+  }
   slots, around = {}, 0.0
   for path, call in calls.items():
     if call.told is None:
       continue
     if call.told.choices:
-      tokens = math.prod(call.shape[:2])
+      tokens = sum(math.prod(shape[:2]) for shape in call.shapes)
       slots[path] = _Slots(call.told.choices / tokens, call.told.rows / tokens)
-    if not path or path[0] not in model.module.stacks:
+    if layout.stack_of(path, lengths) is None:
       around += call.told.flops / _ROWS
-  return boxed, slots, around
+  return _Traced(boxed, slots, lengths, around)
 
 
 def _optimizer_bytes(names: Any, boxed: Any) -> dict[str, int]:
@@ -211,7 +225,7 @@ def _bytes(tree: Any) -> int:
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _component(parts: tuple[str, ...]) -> str:
+def _component(parts: tuple[str, ...], stack: str | None) -> str:
   """The part of the model a parameter belongs to, by its path."""
   kinds = {
     'expert': 'experts',
@@ -227,19 +241,20 @@ def _component(parts: tuple[str, ...]) -> str:
     'class_token': 'positions',
     'positions': 'positions',
     'head': 'head',
+    'left_projection': 'projections',
+    'right_projection': 'projections',
   }
-  stack = f'{parts[0]} ' if parts[0] in ('encoder', 'decoder') else ''
   found = [kinds[part] for part in parts if part in kinds]
-  return stack + (found[0] if found else 'norms and biases')
+  kind = found[0] if found else 'norms and biases'
+  return kind if stack is None else f'{stack} {kind}'
 
 
 def _tokens(
-  parts: tuple[str, ...], lengths: Mapping[str, int]
-) -> tuple[int, int]:
+  parts: tuple[str, ...], stack: str, lengths: Mapping[str, tuple[int, ...]]
+) -> tuple[int, float]:
   """Tokens that meet a parameter, and keys that each of them looks at."""
+  tokens = sum(lengths[stack])
   if 'cross_attention' in parts:
-    memory = lengths['encoder']
-    if parts[-2] in ('key', 'value'):
-      return memory, 0
-    return lengths[parts[0]], memory
-  return lengths[parts[0]], lengths[parts[0]]
+    (memory,) = lengths['encoder']
+    return (memory, 0) if parts[-2] in ('key', 'value') else (tokens, memory)
+  return tokens, sum(length**2 for length in lengths[stack]) / tokens

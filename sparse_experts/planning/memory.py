@@ -110,11 +110,10 @@ def place(boxed: Any, mesh: Mesh | AbstractMesh) -> dict[str, Placed]:
   stacks = collections.defaultdict(Placed)
   blocks = collections.defaultdict(float)
   shardings = state.shardings(boxed, mesh)
-  with_blocks = {
-    at.stack[0]
+  of_stacks = layout.stacks_of(
+    [key.key for key in keys]
     for keys, _ in jax.tree_util.tree_leaves_with_path(nn.unbox(boxed.params))
-    if (at := layout.split_path([key.key for key in keys])) is not None
-  }
+  )
   for field in ('params', 'opt_state'):
     tree = getattr(boxed, field)
     leaves = jax.tree_util.tree_leaves_with_path(
@@ -122,8 +121,8 @@ def place(boxed: Any, mesh: Mesh | AbstractMesh) -> dict[str, Placed]:
     )
     placed_leaves = jax.tree.leaves(getattr(shardings, field))
     for (keys, leaf), placed in zip(leaves, placed_leaves):
-      path = tuple(getattr(key, 'key', None) for key in keys)
-      stack = next((p for p in path if p in with_blocks), 'head')
+      path = tuple(key.key for key in keys if hasattr(key, 'key'))
+      stack = layout.stack_of(path, of_stacks) or 'head'
       value = nn.unbox(leaf)
       size = math.prod(placed.shard_shape(value.shape)) * value.dtype.itemsize
       at = stacks[stack]
@@ -170,8 +169,9 @@ def memory(
   working = dict.fromkeys(order, 0.0)
   for path, block in workload.blocks.items():
     kept, at_work = _block(workload, block, remat, model)
-    saved[path[0]] += block.layers * kept / shards
-    working[path[0]] = max(working[path[0]], at_work / shards)
+    stack = layout.split_path(path).stack_name
+    saved[stack] += block.layers * kept / shards
+    working[stack] = max(working[stack], at_work / shards)
   copies = 2 if microbatches > 1 else 1
   gradients = {name: copies * at.parameters for name, at in stacks.items()}
   casts = {name: stacks[name].parameters / 2 for name in order}
@@ -216,7 +216,8 @@ def activations_per_token(
       lambda key: model.init(key, shapes), jax.random.key(0)
     ),
   )
-  nothing = {path[0]: Placed() for path in (*workload.blocks, ('head',))}
+  stacks = (*layout.stacks_of(workload.blocks), 'head')
+  nothing = {stack: Placed() for stack in stacks}
   one = dict.fromkeys(sharding.MESH_AXES, 1)
   tokens = model.positions(shapes)
   return {

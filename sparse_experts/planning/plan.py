@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from sparse_experts import sharding
+from sparse_experts.models import layout
 from sparse_experts.models.transformer import REMAT_POLICIES
 from sparse_experts.planning import workload as workload_module
 from sparse_experts.planning.chips import Chip
@@ -242,7 +243,7 @@ def _group_size(wanted: int, legal: Sequence[int]) -> int:
 def _group_sizes(workload: Workload) -> dict[str, int]:
   """The model's own, by stack."""
   return {
-    path[0]: block.group[0]
+    layout.split_path(path).stack_name: block.group[0]
     for path, block in workload.blocks.items()
     if block.group is not None
   }
@@ -253,7 +254,7 @@ def legal_group_sizes(
 ) -> dict[str, tuple[int, ...]]:
   """Groups of whole sequences, `rows` of which a device has at once."""
   return {
-    path[0]: tuple(
+    layout.split_path(path).stack_name: tuple(
       block.group[1] * i for i in range(1, rows + 1) if rows % i == 0
     )
     for path, block in workload.blocks.items()

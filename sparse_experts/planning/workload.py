@@ -85,7 +85,9 @@ def trace(model: Objective, init: Callable[[], Any]) -> tuple[Any, Workload]:
       continue
     block = blocks.get(at, Block()) + call.cost
     if path == at:
-      block = dataclasses.replace(block, stream=math.prod(call.shape))
+      block = dataclasses.replace(
+        block, stream=sum(map(math.prod, call.shapes))
+      )
     blocks[at] = block
   num_experts = 1
   for path, axes, shape in _leaves(boxed):

@@ -261,9 +261,12 @@ def _decays(params: Any) -> Any:
   """Whether weight decay is for a parameter: not for biases of routers.
 
   They have no gradient either: no optimizer moves them, `update_biases` does.
+  Nor for single numbers, such as a temperature, for which 0 is not simpler.
   """
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: BIAS not in [getattr(key, 'key', None) for key in path],
+    lambda path, leaf: (
+      leaf.ndim > 0 and BIAS not in [getattr(key, 'key', None) for key in path]
+    ),
     params,
   )
 
