@@ -101,7 +101,7 @@ def _print(results: Mapping, model_dir: str) -> None:
   before, after = results['eval_before'], results['eval']
   if after is not None:
     print(
-      f'held-out loss: {before["loss"]:.3f} nats at the start of this run, '
+      f'held-out loss: {before["loss"]:.3f} at the start of this run, '
       f'{after["loss"]:.3f} at step {results["eval_step"]}'
     )
     if after['layers']:

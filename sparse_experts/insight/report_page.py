@@ -22,7 +22,7 @@ from sparse_experts.insight.records import Records
 from sparse_experts.planning import ledger
 
 _CURVES = {
-  'loss': 'loss, nats',
+  'loss': 'loss',
   'accuracy': 'accuracy',
   'learning_rate': 'learning rate',
   'gradient_norm': 'gradient norm',
@@ -84,7 +84,7 @@ def _lead(history: Mapping[str, Mapping[str, Curve]]) -> str:
     if 'loss' in history.get(name, {}):
       steps, values = history[name]['loss']
       said.append(
-        f'{kind} loss {values[0]:.3f} nats at step {steps[0]:,}, '
+        f'{kind} loss {values[0]:.3f} at step {steps[0]:,}, '
         f'{values[-1]:.3f} at step {steps[-1]:,}'
       )
   return html.paragraph('; '.join(said) + '.') if said else ''

@@ -96,14 +96,19 @@ class Evaluate:
 
   Attributes:
     evaluation: parameters -> metrics with 'loss', see `train.LossEvaluation`.
+    headline: another of them to show, see `Objective.headline`; or None.
   """
 
   evaluation: Callable[[Any], dict[str, Any]]
+  headline: str | None = None
 
   def __call__(self, run: Run) -> None:
     metrics = self.evaluation(run.state.params)
     run.write('eval', metrics)
-    run.say(f'step {run.step}  held-out loss {metrics["loss"]:.4f} nats')
+    text = f'step {run.step}  held-out loss {metrics["loss"]:.4f}'
+    if self.headline is not None:
+      text += f'  {self.headline} {metrics[self.headline]:.4f}'
+    run.say(text)
     if run.step == run.start:
       run.results['eval_before'] = metrics
     run.results |= {'eval': metrics, 'eval_step': run.step}

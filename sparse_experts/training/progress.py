@@ -45,10 +45,11 @@ class Progress:
     if metrics['skipped']:
       text += f'  {metrics["skipped"]} skipped'
     if speed:
-      text += (
-        f'  {speed["tokens_per_second_without_padding"]:,.0f} tokens/s'
-        f' ({speed["tokens_per_second_with_padding"]:,.0f} with padding)'
-      )
+      tokens = f'{speed["tokens_per_second_without_padding"]:,.0f}'
+      positions = f'{speed["tokens_per_second_with_padding"]:,.0f}'
+      text += f'  {tokens} tokens/s'
+      if positions != tokens:
+        text += f' ({positions} with padding)'
     if self._bar is not None:
       self._bar.set_postfix_str(text)
     elif self._shown:

@@ -147,7 +147,8 @@ def train(
     evaluation = []
     if eval_dataset is not None:
       loss = LossEvaluation(model, eval_dataset, built_mesh)
-      evaluation = [Every(eval_period, Evaluate(loss), at_start=True)]
+      evaluate = Evaluate(loss, model.headline)
+      evaluation = [Every(eval_period, evaluate, at_start=True)]
     preemption = Preemption()
     closing.callback(preemption.close)
     save = Save(saver, run.batches.to_save, guard.check)

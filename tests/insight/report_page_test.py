@@ -124,7 +124,7 @@ def test_the_page_says_what_the_run_wrote(report, model_dir):
     for line in (model_dir / 'metrics.jsonl').read_text().splitlines()
   ]
   losses = [x['loss'] for x in lines if x['name'] == 'train']
-  assert f'training loss {losses[0]:.3f} nats at step 1' in report
+  assert f'training loss {losses[0]:.3f} at step 1' in report
   assert f'{losses[-1]:.3f} at step 2' in report
   assert 'Load of experts, decoder/layers_1' in report
   assert '&lt;b&gt;8+1' in report and '<b>8+1' not in report
