@@ -245,3 +245,32 @@ def test_a_layer_that_does_not_tell_is_named():
     cost_of(Outer(), X)
   with pytest.raises(ValueError, match='Scaled at the root has parameters and'):
     asked(make_moe(expert=Scaled, exact_dispatch=moe.all_experts), 1.0)
+
+
+def test_what_a_module_calls_counts_each_time_that_it_is_called():
+  """Two calls of one tower, of a module made anew in each, and lifted."""
+
+  class Tower(nn.Module):
+    lift: bool
+
+    @nn.compact
+    def __call__(self, x):
+      make = nn.remat(Mlp) if self.lift else Mlp
+      return make(F, name='mlp')(x)
+
+  class Both(nn.Module):
+    lift: bool
+
+    def setup(self):
+      self.tower = Tower(self.lift)
+
+    def __call__(self, x, y):
+      return self.tower(x), self.tower(y)
+
+  y = shape(B, M, D)
+  for lift in (False, True):
+    _, found = calls(init(Both(lift), X, y))
+    flops = sum(call.cost.flops for call in found.values())
+    assert flops == 4 * B * (L + M) * D * F
+    assert found['tower',].shapes == ((B, L, D), (B, M, D))
+    assert found['tower', 'mlp', 'wi'].shapes == ((B, L, D), (B, M, D))
