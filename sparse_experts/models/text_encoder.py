@@ -17,8 +17,8 @@ from sparse_experts.sharding import constrain
 class TextEncoder(nn.Module):
   """A token table and a stack whose tokens all see one another.
 
-  It is part of a module that reads what it returns, by heads or as a tower. That
-  module prefixes names of layers by where the stack lies in its parameters:
+  It is part of a module that reads what it returns, by heads or as a tower,
+  and that prefixes names of layers by where the stack lies in its parameters:
   'text/encoder/layers_3', if it calls this `text`.
 
   Attributes:
@@ -27,8 +27,8 @@ class TextEncoder(nn.Module):
     special_tokens: which ids are padding.
 
   References:
-    Devlin et al. 2018, https://arxiv.org/abs/1810.04805, section 3, but with the
-    positions that the stack has.
+    Devlin et al. 2018, https://arxiv.org/abs/1810.04805, section 3, but with
+    the positions that the stack has, and no embedding of a sentence's place.
   """
 
   embed: TokenEmbed
