@@ -53,20 +53,20 @@ def mask_tokens(
   @seqio.map_over_dataset(num_seeds=3)
   def mask(example, seeds):
     tokens = example['tokens']
-    L = tf.shape(tokens)
+    shape = tf.shape(tokens)
     is_text = (tokens >= text_ids.start) & (tokens < text_ids.stop)
     is_text |= tokens == vocabulary.unk_id
     count = tf.reduce_sum(tf.cast(is_text, tf.int32))
     # 64 bits, to round as Python does.
     wanted = tf.cast(tf.round(tf.cast(count, tf.float64) * rate), tf.int32)
     wanted = tf.minimum(tf.maximum(wanted, 1), count)
-    order = tf.random.stateless_uniform(L, seeds[0])
+    order = tf.random.stateless_uniform(shape, seeds[0])
     rank = tf.argsort(tf.argsort(tf.where(is_text, order, 2.0)))
     is_chosen = rank < wanted
     other = tf.random.stateless_uniform(
-      L, seeds[1], text_ids.start, text_ids.stop, tf.int32
+      shape, seeds[1], text_ids.start, text_ids.stop, tf.int32
     )
-    draw = tf.random.stateless_uniform(L, seeds[2])
+    draw = tf.random.stateless_uniform(shape, seeds[2])
     shown = tf.where(draw < masked + random, other, tokens)
     shown = tf.where(draw < masked, mask_id, shown)
     return {
@@ -108,8 +108,8 @@ def sentence_pairs(
   """C first EOS second EOS, and whether the second follows, 'next_sentence'.
 
   A run of each document is cut in the middle. Of two documents, one after the
-  other in the dataset, both second halves are exchanged, or none is, by a coin. (BERT's sentences
-  are such runs, too.)
+  other in the dataset, both second halves are exchanged, or none is, by a coin.
+  BERT's sentences are such runs, too.
 
   Args:
     dataset: examples of 'tokens', int32 [I], two at least. Other features are

@@ -45,7 +45,6 @@ class MaskedLanguage(Objective):
     >>> from sparse_experts.layers.attention import Attention
     >>> from sparse_experts.layers.embed import TokenEmbed
     >>> from sparse_experts.layers.mlp import Mlp
-    >>> from sparse_experts.models.text_encoder import TextEncoder
     >>> from sparse_experts.models.text_heads import TextHeads
     >>> from sparse_experts.models.transformer import Block, Stack
     >>> partial = functools.partial
@@ -54,11 +53,13 @@ class MaskedLanguage(Objective):
     ...   make_attention=partial(Attention, num_heads=2, head_width=4),
     ...   make_mlp=partial(Mlp, hidden_width=16),
     ... )
-    >>> text = TextEncoder(
-    ...   TokenEmbed(20, 8), Stack(num_layers=1, make_block=block))
-    >>> model = MaskedLanguage(TextHeads(text, {
+    >>> heads = {
     ...   'masked': Head('masked'),
-    ...   'next_sentence': Head('softmax', 2, reads='first')}))
+    ...   'next_sentence': Head('softmax', 2, reads='first'),
+    ... }
+    >>> stack = Stack(num_layers=1, make_block=block)
+    >>> model = MaskedLanguage(
+    ...   TextHeads(TokenEmbed(20, 8), stack, heads=heads))
     >>> batch = {
     ...   'tokens': jnp.array([[19, 7, 9, 1, 0]]),
     ...   'targets': jnp.array([[8, 7, 9, 1, 0]]),
@@ -95,7 +96,7 @@ class MaskedLanguage(Objective):
   @property
   def special_tokens(self) -> SpecialTokens:
     """Which token ids are padding, or an end."""
-    return self.module.text.special_tokens
+    return self.module.special_tokens
 
   def weight(self, batch: Batch) -> Array:
     """What counts for the first head, float32."""
@@ -153,9 +154,7 @@ class MaskedLanguage(Objective):
 
   def check_data(self, dataset: Dataset) -> None:
     """Raises ValueError where the task's ids or classes are not the model's."""
-    dataset.check_vocabulary(
-      self.module.text.embed.vocab_size, self.special_tokens
-    )
+    dataset.check_vocabulary(self.module.embed.vocab_size, self.special_tokens)
     for name, head in self._heads.items():
       if head.kind not in ('softmax', 'sigmoid'):
         continue

@@ -84,9 +84,9 @@ class TextEncoder(nn.Module):
       ),
     )
 
-  def cost(self, tokens_BxL: Array, **options) -> Cost:
+  def cost(self, *given, **options) -> Cost:
     """Of itself, beside its parts: nothing."""
-    del tokens_BxL, options
+    del given, options
     return Cost()
 
   def mask(self, tokens_BxL: Array) -> Array:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_experts.layers.cost import Cost
 from sparse_experts.layers.linear import Linear
 from sparse_experts.letters import Array
 from sparse_experts.models.classification import KINDS
@@ -69,24 +68,19 @@ class Head:
     return self.reads == 'tokens'
 
 
-class TextHeads(nn.Module):
-  """A text encoder and its heads: tokens -> outputs by head.
-
-  The encoder's parameters are the module's own: 'embed', 'encoder'.
+class TextHeads(TextEncoder):
+  """A text encoder with heads: tokens -> outputs by head.
 
   Attributes:
-    text: the encoder.
     heads: by name. Wrappers, and routers that learn by reward, look at the
       first.
     init_scale: of the heads' matrices, see `linear.Linear`.
   """
 
-  text: TextEncoder
-  heads: Mapping[str, Head]
+  heads: Mapping[str, Head] = dataclasses.field(kw_only=True)
   init_scale: float = 1.0
 
   def setup(self):
-    nn.share_scope(self, self.text)
     self.head = _Heads(self.heads, self.init_scale)
 
   def __call__(
@@ -107,7 +101,7 @@ class TextHeads(nn.Module):
       deterministic: no dropout, jitter or noise.
       record: sparse layers return `Aux.record`.
     """
-    y_BxLxD, auxes = self.text(
+    y_BxLxD, auxes = super().__call__(
       batch['tokens'],
       task_ids_BxL=batch.get('task_ids'),
       step=step,
@@ -116,31 +110,21 @@ class TextHeads(nn.Module):
       record=record,
     )
     y_BxLxD = y_BxLxD.astype(jnp.float32)
-    outputs = self.head(y_BxLxD, self.text.mask(batch['tokens']))
+    outputs = self.head(y_BxLxD, self.mask(batch['tokens']))
     for name, head in self.heads.items():
       if head.kind == MASKED:
-        logits_BxLxV = self.text.embed.attend(y_BxLxD)
+        logits_BxLxV = self.embed.attend(y_BxLxD)
         outputs[name] = constrain(logits_BxLxV, 'batch', 'length', 'vocab')
     return outputs, {f'encoder/{name}': aux for name, aux in auxes.items()}
 
-  def cost(self, batch: Mapping[str, Array], **options) -> Cost:
-    """Of itself, beside its parts: nothing."""
-    del batch, options
-    return Cost()
-
   def masks(self, batch: Mapping[str, Array]) -> dict[str, Array]:
     """The tokens that the encoder's layers route, boolean [B, L]."""
-    return {'encoder': self.text.mask(batch['tokens'])}
+    return {'encoder': self.mask(batch['tokens'])}
 
   @property
   def stacks(self) -> dict[str, Stack]:
     """By name, in the order that they run in."""
-    return {'encoder': self.text.encoder}
-
-  @property
-  def dtype(self) -> jnp.dtype:
-    """Of the activations."""
-    return self.text.dtype
+    return {'encoder': self.encoder}
 
 
 class _Heads(nn.Module):
