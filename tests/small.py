@@ -45,6 +45,11 @@ SMALL = {
     (*_WIDTHS, *_RUN, 'MLP_DIM=32', 'PATCH_SIZE=4', 'BASE_LEARNING_RATE=0.01'),
     ('v_moe.VMoE.noise=0.0', 'optimizers.adam.eps=0.001'),
   ),
+  'masked_language': Small(
+    'gin/small/masked_language.gin',
+    (*_WIDTHS, *_RUN, 'MLP_DIM=32', "TASK_FEATURE_LENGTHS={'tokens': 16}"),
+    ('optimizers.adam.eps=0.001',),
+  ),
 }
 
 

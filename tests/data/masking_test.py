@@ -12,6 +12,9 @@ from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.features.masked_text import Label, MaskedText
 from sparse_experts.data.special_tokens import NO_TOKEN, SpecialTokens
 from sparse_experts.data.tasks import arrays
+from sparse_experts.layers.embed import TokenEmbed
+from sparse_experts.models.masked_language import MaskedLanguage
+from sparse_experts.models.text_heads import Head, TextHeads
 
 # Ids 0, 1, 2 are controls, 3 to 258 text, 259 to 358 sentinels.
 VOCABULARY = seqio.ByteVocabulary(100)
@@ -211,6 +214,26 @@ def test_padding_and_labels_of_any_kind():
     'scores': [0.5, -1],
   }
   assert long['tags'].tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+  'embeddings,classes,said',
+  [
+    (8099, 24, '8100 token ids, but the model embeds only 8099'),
+    (8100, 23, "24 classes of 'domain', but that head has 23"),
+  ],
+)
+def test_the_model_must_know_the_tokens_and_the_classes(
+  embeddings, classes, said
+):
+  def model(embeddings, classes):
+    heads = {'masked': Head('masked'), 'domain': Head('softmax', classes)}
+    embed = TokenEmbed(embeddings, 8)
+    return MaskedLanguage(TextHeads(embed, encoder=None, heads=heads))
+
+  with pytest.raises(ValueError, match=said):
+    model(embeddings, classes).check_data(DOCS)
+  model(8100, 24).check_data(DOCS)
 
 
 def test_errors_are_one_line():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 
-from sparse_experts.data.features.base import Features
+from sparse_experts.data.features.base import Features, TokenIds
 from sparse_experts.data.special_tokens import T5, SpecialTokens
 
 if typing.TYPE_CHECKING:
@@ -65,6 +65,7 @@ class MaskedText(Features):
   special_tokens: SpecialTokens = T5
 
   name = 'masked_text'
+  token_ids: ClassVar = {'encoder': TokenIds(TOKENS, 'task_ids', TOKENS)}
 
   def shapes(
     self,
