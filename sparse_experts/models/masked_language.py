@@ -32,6 +32,9 @@ class MaskedLanguage(Objective):
   every row that has a token. Each is divided by its own weight, so that
   microbatches with different numbers of each give the whole batch's gradient.
 
+  Wrappers, and routers that learn by reward, look at one head alone: the masked
+  one, or where there is none the first by name.
+
   Means are 'loss', the sum over heads, and by head '<name>/loss' and
   '<name>/accuracy', of numbers '<name>/absolute_error'.
 
@@ -99,8 +102,8 @@ class MaskedLanguage(Objective):
     return self.module.special_tokens
 
   def weight(self, batch: Batch) -> Array:
-    """What counts for the first head, float32."""
-    return self._weights(self._first, batch).sum()
+    """What counts for the main head, float32."""
+    return self._weights(self._main, batch).sum()
 
   def totals(self, batch: Batch) -> Totals:
     """As `Objective.totals`, and the weight of each head."""
@@ -130,16 +133,16 @@ class MaskedLanguage(Objective):
   def rewards(
     self, outputs: Outputs, batch: Batch
   ) -> dict[str, tuple[Array, Array]]:
-    """Minus the first head's loss, a constant, and its weight.
+    """Minus the main head's loss, a constant, and its weight.
 
     A masked token has the log-probability of what it was; other tokens earn
     nothing. Of a head of rows, the tokens of a row share its weight.
     """
-    losses, _ = self._judge(self._first, outputs, batch)
+    losses, _ = self._judge(self._main, outputs, batch)
     # The reward is no function of the parameters: it is what the world answers.
     reward = -jax.lax.stop_gradient(losses)
-    weights = self._weights(self._first, batch)
-    if not self._heads[self._first].of_tokens:
+    weights = self._weights(self._main, batch)
+    if not self._heads[self._main].of_tokens:
       mask_BxL = self.module.masks(batch)['encoder']
       tokens_Bx1 = jnp.maximum(mask_BxL.sum(-1, keepdims=True), 1)
       reward = jnp.broadcast_to(reward[:, None], mask_BxL.shape)
@@ -147,9 +150,9 @@ class MaskedLanguage(Objective):
     return {'encoder': (reward, weights)}
 
   def predictions(self, outputs: Outputs, batch: Batch) -> tuple[Array, Array]:
-    """Logits of the first head, [B, L, V] or [B, V], and weights."""
-    if self._heads[self._first].kind in (MASKED, 'softmax'):
-      return outputs[self._first], self._weights(self._first, batch)
+    """Logits of the main head, [B, L, V] or [B, V], and weights."""
+    if self._heads[self._main].kind in (MASKED, 'softmax'):
+      return outputs[self._main], self._weights(self._main, batch)
     return super().predictions(outputs, batch)
 
   def check_data(self, dataset: Dataset) -> None:
@@ -168,11 +171,14 @@ class MaskedLanguage(Objective):
 
   @property
   def _heads(self) -> dict[str, Head]:
-    return self.module.heads
+    # Sorted as in config.gin, so that a run goes on with the same sums.
+    return dict(sorted(self.module.heads.items()))
 
   @property
-  def _first(self) -> str:
-    return next(iter(self._heads))
+  def _main(self) -> str:
+    return min(
+      self._heads, key=lambda name: (self._heads[name].kind != MASKED, name)
+    )
 
   def _judge(
     self, name: str, outputs: Outputs, batch: Batch

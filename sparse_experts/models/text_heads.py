@@ -72,8 +72,7 @@ class TextHeads(TextEncoder):
   """A text encoder with heads: tokens -> outputs by head.
 
   Attributes:
-    heads: by name. Wrappers, and routers that learn by reward, look at the
-      first.
+    heads: by name, in any order.
     init_scale: of the heads' matrices, see `linear.Linear`.
   """
 
@@ -136,7 +135,7 @@ class _Heads(nn.Module):
   @nn.compact
   def __call__(self, y_BxLxD: Array, mask_BxL: Array) -> dict[str, Array]:
     outputs = {}
-    for name, head in self.heads.items():
+    for name, head in sorted(self.heads.items()):
       if head.kind == MASKED:
         continue
       read = {

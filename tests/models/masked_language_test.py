@@ -299,11 +299,18 @@ def test_a_router_learns_from_it():
   assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(router))
 
 
-def test_predictions_are_those_of_the_first_head():
+def test_predictions_are_those_of_the_main_head():
+  """The masked one, in whatever order a file has the table."""
   batch, outputs = make_batch(), make_outputs()
-  logits, weights = make_model(HEADS).predictions(outputs, batch)
-  assert logits is outputs['masked']
-  np.testing.assert_array_equal(weights, batch['weights'])
+  for heads in (HEADS, dict(reversed(HEADS.items()))):
+    model = make_model(heads)
+    logits, weights = model.predictions(outputs, batch)
+    assert logits is outputs['masked']
+    np.testing.assert_array_equal(weights, batch['weights'])
+    assert model.weight(batch) == 4
+  model = make_model({name: HEADS[name] for name in ('tags', 'next')})
+  logits, _ = model.predictions(outputs, batch)
+  assert logits is outputs['next'] and model.weight(batch) == 3
   model = make_model({'grade': HEADS['grade']})
   with pytest.raises(ValueError, match='predicts no distribution'):
     model.predictions(outputs, batch)
