@@ -53,6 +53,11 @@ SMALL = {
     ),
     ('optimizers.adam.eps=0.001',),
   ),
+  'masked_language': Small(
+    'gin/small/masked_language.gin',
+    (*_WIDTHS, *_RUN, 'MLP_DIM=32', "TASK_FEATURE_LENGTHS={'tokens': 16}"),
+    ('optimizers.adam.eps=0.001',),
+  ),
 }
 
 

@@ -70,10 +70,13 @@ def _replay(args: argparse.Namespace, results: Mapping) -> None:
   spike.write(paths['metrics'], {'step': step, 'metrics': metrics})
   if results['record']:
     paths['record'] = folder / f'{step}.npz'
+    model = config.argument(train.train, 'model')
+    dataset = config.argument(train.train, 'dataset')
+    pair = results['batch'], results['record']
     found = records.explained(
-      records.collect([(results['batch'], results['record'])]),
-      config.argument(train.train, 'model'),
-      config.argument(train.train, 'dataset'),
+      records.collect([pair], model.features.token_ids),
+      model,
+      dataset,
       step=step,
       capacity_factor=results['capacity_factor'],
     )

@@ -16,13 +16,14 @@ from etils import epath
 
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
+from sparse_experts.data.features.base import TokenIds
+from sparse_experts.data.features.text import TextToText
 from sparse_experts.models.layout import LayerId
 from sparse_experts.models.objective import Batch, Objective
 from sparse_experts.moe import Record
 from sparse_experts.training import checkpoints, global_batch, step
 from sparse_experts.training.checkpoints import restore_params
 
-_FEATURES = {'encoder': 'inputs', 'decoder': 'targets'}
 _STATIC = ('num_experts', 'group_size', 'capacity')
 
 
@@ -133,13 +134,20 @@ def load(path: epath.PathLike) -> Records:
   )
 
 
-def collect(pairs: Iterable[tuple[Batch, Mapping[str, Record]]]) -> Records:
+def collect(
+  pairs: Iterable[tuple[Batch, Mapping[str, Record]]],
+  token_ids: Mapping[str, TokenIds] = TextToText.token_ids,
+) -> Records:
   """Batches and what `Objective.record` said of each, as one.
 
   In a notebook:
 
       take = jax.jit(model.record)
       records = collect((batch, take(params, batch)) for batch in batches)
+
+  Args:
+    pairs: what is put together.
+    token_ids: `Features.token_ids` of the batches.
   """
   batches, layers, digest = [], [], hashlib.sha256()
   for batch, of_layers in pairs:
@@ -151,10 +159,11 @@ def collect(pairs: Iterable[tuple[Batch, Mapping[str, Record]]]) -> Records:
     raise ValueError('there is no batch to record; choose another split.')
 
   def column(kind):
+    names = {stack: getattr(ids, kind) for stack, ids in token_ids.items()}
     return {
-      stack: np.concatenate([batch[f'{stack}_{kind}'] for batch in batches])
-      for stack in _FEATURES
-      if f'{stack}_{kind}' in batches[0]
+      stack: np.concatenate([batch[name] for batch in batches])
+      for stack, name in names.items()
+      if name in batches[0]
     }
 
   # Not through jax.tree.map, which sorts the layers by name.
@@ -170,7 +179,7 @@ def collect(pairs: Iterable[tuple[Batch, Mapping[str, Record]]]) -> Records:
   }
   return Records(
     layers=whole,
-    tokens={**positions, **column('input_tokens')},
+    tokens={**positions, **column('tokens')},
     domains=column('task_ids'),
     facts={'inputs': digest.hexdigest()[:16]},
   )
@@ -227,7 +236,7 @@ def record(
         placed = global_batch.place(batch, mesh, dataset.batch_size, 0)
         yield batch, take(params, placed)
 
-    found = collect(pairs())
+    found = collect(pairs(), model.features.token_ids)
   found = explained(
     found,
     model,
@@ -256,9 +265,9 @@ def explained(
   return dataclasses.replace(
     found,
     pieces={
-      stack: dataset.pieces(_FEATURES[stack], np.unique(ids_BxL))
-      for stack, ids_BxL in found.tokens.items()
-      if f'{stack}_input_tokens' in dataset.shapes(model.features)
+      stack: dataset.pieces(ids.feature, np.unique(found.tokens[stack]))
+      for stack, ids in model.features.token_ids.items()
+      if ids.tokens in dataset.shapes(model.features)
     },
     domain_names=dataset.task_names(),
     facts={

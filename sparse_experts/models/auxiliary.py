@@ -31,6 +31,8 @@ class Totals:
     weight: float32, `Objective.weight` of a microbatch, the mean over them.
     tokens: stack ('encoder', 'decoder') -> float32, tokens that its layers
       route in a microbatch, likewise.
+    weights: of an objective that is a sum of several losses, what each is
+      divided by, by name; likewise.
     balance: layer ('decoder/layers_1') -> `Balance` of one group, of whose
       counts f is: see `Objective.balance_over`. None: of a microbatch's own.
     rows: what `Objective.statistics` found in every microbatch, [n, b, ...];
@@ -40,6 +42,7 @@ class Totals:
 
   weight: Array
   tokens: dict[str, Array]
+  weights: dict[str, Array] | None = None
   balance: dict[str, Balance] | None = None
   rows: Any = None
   part: Array | None = None

@@ -110,7 +110,7 @@ class Classification(Objective):
   def measure(self, outputs_BxV: Array, batch: Batch, totals: Totals) -> Judged:
     """The rows' losses, and how many are right."""
     weights_B = row_weights(batch)
-    loss_B, right_B = self._rows(outputs_BxV, batch)
+    loss_B, right_B = judge_labels(self.kind, outputs_BxV, batch[LABEL])
     rows = weights_B.sum()
     objective_B = loss_B
     if self.label_smoothing:
@@ -135,7 +135,7 @@ class Classification(Objective):
     Of classes that is the log-probability of the label. The tokens of a row
     share its weight, so that rows count alike in every stack.
     """
-    loss_B, _ = self._rows(outputs_BxV, batch)
+    loss_B, _ = judge_labels(self.kind, outputs_BxV, batch[LABEL])
     # The reward is no function of the parameters: it is what the world answers.
     reward_Bx1 = -jax.lax.stop_gradient(loss_B)[:, None]
     weights_Bx1 = row_weights(batch)[:, None]
@@ -178,21 +178,31 @@ class Classification(Objective):
         f'head has {V} outputs: give it at least {classes}.'
       )
 
-  def _rows(self, outputs_BxV: Array, batch: Batch) -> tuple[Array, Array]:
-    """Each row's loss, and whether it is right or its absolute error; [B]."""
-    outputs_BxV, label = outputs_BxV.astype(jnp.float32), batch[LABEL]
-    if self.kind == 'softmax':
-      log_prob_B, _, correct_B = likelihood(outputs_BxV, label)
-      return -log_prob_B, correct_B
-    if self.kind == 'sigmoid':
-      log_prob_BxV = jax.nn.log_sigmoid(
-        jnp.where(label > 0, outputs_BxV, -outputs_BxV)
-      )
-      best_Bx1 = outputs_BxV.argmax(-1)[:, None]
-      hit_B = jnp.take_along_axis(label, best_Bx1, axis=-1)[:, 0] > 0
-      return -log_prob_BxV.sum(-1), hit_B
-    error_BxV = outputs_BxV - label.reshape(outputs_BxV.shape)
-    return jnp.square(error_BxV).mean(-1), jnp.abs(error_BxV).mean(-1)
+
+def judge_labels(
+  kind: str, outputs: Array, label: Array
+) -> tuple[Array, Array]:
+  """The loss of each label, and whether it is right or its absolute error.
+
+  Args:
+    kind: of `KINDS`, see `Classification`.
+    outputs: [..., V], of rows or of their tokens.
+    label: [...] or [..., V], as `kind` has it.
+
+  Returns:
+    Two arrays [...].
+  """
+  outputs = outputs.astype(jnp.float32)
+  if kind == 'softmax':
+    log_prob, _, correct = likelihood(outputs, label)
+    return -log_prob, correct
+  if kind == 'sigmoid':
+    log_prob = jax.nn.log_sigmoid(jnp.where(label > 0, outputs, -outputs))
+    best = outputs.argmax(-1, keepdims=True)
+    hit = jnp.take_along_axis(label, best, axis=-1)[..., 0] > 0
+    return -log_prob.sum(-1), hit
+  error = outputs - label.reshape(outputs.shape)
+  return jnp.square(error).mean(-1), jnp.abs(error).mean(-1)
 
 
 def row_weights(batch: Batch) -> Array:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from sparse_experts import moe
@@ -26,7 +27,10 @@ Sums = dict[str, Any]
 
 @flax.struct.dataclass
 class Mean:
-  """A mean of what many batches hold: sums that add; float32 scalars."""
+  """A mean of what many batches hold: sums that add; float32 scalars.
+
+  Or arrays [I], whose means add up: a sum of several losses.
+  """
 
   total: Array
   weight: Array
@@ -332,7 +336,7 @@ def summary(sums: Sums) -> dict[str, Any]:
   """
   return {
     **{
-      name: float(mean.total) / max(float(mean.weight), 1.0)
+      name: float(np.sum(mean.total / np.maximum(mean.weight, 1)))
       for name, mean in sums['means'].items()
     },
     **{name: float(count) for name, count in sums['counts'].items()},

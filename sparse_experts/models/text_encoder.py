@@ -18,8 +18,8 @@ class TextEncoder(nn.Module):
   """A token table and a stack whose tokens all see one another.
 
   It is part of a module that reads what it returns, by heads or as a tower,
-  and that prefixes names of layers by where the stack lies in its parameters:
-  'text/encoder/layers_3', if it calls this `text`.
+  and that prefixes names of layers by where the stack lies in its parameters,
+  such as 'encoder/layers_3'.
 
   Attributes:
     embed: the token table.
@@ -84,9 +84,9 @@ class TextEncoder(nn.Module):
       ),
     )
 
-  def cost(self, tokens_BxL: Array, **options) -> Cost:
+  def cost(self, *given, **options) -> Cost:
     """Of itself, beside its parts: nothing."""
-    del tokens_BxL, options
+    del given, options
     return Cost()
 
   def mask(self, tokens_BxL: Array) -> Array:

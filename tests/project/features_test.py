@@ -10,7 +10,6 @@ from sparse_experts.data.features.text import Text, TextToText
 ROOMS = ('models', 'data/features', 'inference', 'evaluation', 't5x_adapter')
 BESIDES = {
   'bench/decode.py',  # Questions of its own, to time a decoder by.
-  'insight/records.py',  # Which tokens a stack routed.
 }
 
 

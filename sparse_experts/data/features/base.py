@@ -5,12 +5,25 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
 if typing.TYPE_CHECKING:
   import tensorflow as tf
+
+
+class TokenIds(NamedTuple):
+  """What the token ids are called that a stack reads.
+
+  Attributes:
+    tokens, task_ids: in a batch, where they are in it.
+    feature: of the task, whose vocabulary they are of.
+  """
+
+  tokens: str
+  task_ids: str
+  feature: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +35,11 @@ class Features:
 
   Attributes:
     name: what saved positions in data call it.
+    token_ids: by stack; none where tokens have no ids.
   """
 
   name: ClassVar[str]
+  token_ids: ClassVar[Mapping[str, TokenIds]] = {}
 
   def shapes(
     self,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from sparse_experts.data.features.base import Features
+from sparse_experts.data.features.base import Features, TokenIds
 from sparse_experts.data.special_tokens import T5, SpecialTokens
 
 if typing.TYPE_CHECKING:
@@ -29,6 +29,10 @@ class _TokenFeatures(Features):
   special_tokens: SpecialTokens = T5
 
   takes: ClassVar[tuple[frozenset[str], ...]]
+  token_ids: ClassVar = {
+    stack: TokenIds(f'{stack}_input_tokens', f'{stack}_task_ids', feature)
+    for stack, feature in (('encoder', 'inputs'), ('decoder', 'targets'))
+  }
 
   def rows(
     self,

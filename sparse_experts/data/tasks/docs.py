@@ -14,7 +14,7 @@ the index of its package in `corpus.PACKAGES`.
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import seqio
 import tensorflow as tf
@@ -84,7 +84,7 @@ def add_docs_task(
   preprocessors: Sequence[Callable],
   vocabulary: seqio.Vocabulary,
   *,
-  features: Sequence[str] = ('inputs', 'targets'),
+  features: Sequence[str] | Mapping[str, seqio.Feature] = ('inputs', 'targets'),
   metric_fns: Sequence[Callable] = (),
 ) -> seqio.Task:
   """Registers a task on the documents of the corpus.
@@ -94,14 +94,17 @@ def add_docs_task(
     preprocessors: seqio preprocessors, from examples of `DocumentSource` to
       examples of tokens.
     vocabulary: of all features.
-    features: what the preprocessors yield.
+    features: what the preprocessors yield; with what they are, where that is
+      not tokens which end with EOS.
     metric_fns: seqio metrics, functions of (targets, predictions).
   """
   return seqio.TaskRegistry.add(
     name,
     source=_SOURCE,
     preprocessors=preprocessors,
-    output_features={f: seqio.Feature(vocabulary) for f in features},
+    output_features=dict(features)
+    if isinstance(features, Mapping)
+    else {f: seqio.Feature(vocabulary) for f in features},
     metric_fns=metric_fns,
     shuffle_buffer_size=SHUFFLE_BUFFER,
   )
