@@ -120,6 +120,7 @@ class Batches(Iterator[Batch]):
     start, stop, _ = rows.indices(batch_size)
     first = self.streams.start * size
     self._rows = slice(start - first, stop - first)
+    self._features = features
     self._drawn = 0
     self._iterators = {}
     for i in self.streams:
@@ -138,10 +139,12 @@ class Batches(Iterator[Batch]):
     """The rows of the next batch, arrays [rows, ...]."""
     parts = [next(iterator) for iterator in self._iterators.values()]
     self._drawn += 1
-    return {
+    rows = {
       name: np.concatenate([part[name].numpy() for part in parts])[self._rows]
       for name in parts[0]
     }
+    self._features.check_rows(rows)
+    return rows
 
   def save(
     self, directory: epath.PathLike, streams: Sequence[int] | None = None
@@ -249,6 +252,7 @@ def eval_batches(
     return np.pad(rows, missing, constant_values=features.fill(name))
 
   for batch in itertools.islice(batches, num_batches):
+    features.check_rows(batch)
     yield {name: fill_up(name, rows) for name, rows in batch.items()}
 
 
@@ -313,7 +317,7 @@ def _dataset(
         f'{files} for {split!r}, but num_shards is {num_shards}: lower it'
       )
   dataset = task.get_dataset(
-    feature_lengths,
+    features.cut_to(feature_lengths),
     split=split,
     shuffle=shuffle,
     seed=seed,

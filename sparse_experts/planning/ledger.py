@@ -224,6 +224,7 @@ def _component(parts: tuple[str, ...]) -> str:
     'embed': 'token embedding',
     'logits': 'output logits',
     'patches': 'patch embedding',
+    'frames': 'frame embedding',
     'class_token': 'positions',
     'positions': 'positions',
     'head': 'head',
