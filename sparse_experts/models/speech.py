@@ -21,7 +21,8 @@ class SpeechEncoder(nn.Module):
 
   Each token is a run of frames, laid side by side and multiplied by one matrix;
   the last may be filled up with zeros. Positions are sines and cosines, so that
-  there may be any number of frames. Values of frames beyond a row's
+  there may be any number of frames; their mean square is 1/2, and frames that
+  are to be seen beside them have a variance of about 1. Values of frames beyond a row's
   `frame_lengths` are not read, and tokens of such frames alone are neither
   attended to nor routed.
 
@@ -67,10 +68,10 @@ class SpeechEncoder(nn.Module):
       deterministic: no dropout, jitter or noise.
       record: sparse layers return `Aux.record`.
     """
-    x_BxLxD = self._embed(batch)
-    B, L, _ = x_BxLxD.shape
-    positions_1xL = jnp.arange(L)[None]
     is_token_BxL = self.is_token(batch)
+    B, L = is_token_BxL.shape
+    x_BxLxD = self._embed(batch)
+    positions_1xL = jnp.arange(L)[None]
     y_BxLxD, auxes = self.encoder(
       x_BxLxD,
       Context(
@@ -95,6 +96,10 @@ class SpeechEncoder(nn.Module):
 
   def is_token(self, batch: Mapping[str, Array]) -> Array:
     """Tokens that have a frame, boolean [B, L]."""
+    if self.frames_per_token < 1:
+      raise ValueError(
+        f'frames_per_token={self.frames_per_token}: a token has at least 1.'
+      )
     L = -(-batch['frames'].shape[1] // self.frames_per_token)
     starts_1xL = self.frames_per_token * jnp.arange(L)[None]
     return starts_1xL < jnp.asarray(batch['frame_lengths'])[:, None]
@@ -116,6 +121,11 @@ class SpeechEncoder(nn.Module):
 
   def _embed(self, batch: Mapping[str, Array]) -> Array:
     """Tokens [B, L, D] of frames."""
+    if self.width % 2:
+      raise ValueError(
+        f'width={self.width}: half of it are sines of positions, half cosines, '
+        'so make it even.'
+      )
     x_BxLxZ = side_by_side(
       batch['frames'], batch['frame_lengths'], self.frames_per_token
     )

@@ -30,7 +30,8 @@ PAUSES = (2, 6)
 SHIFT = 1.5  # Bands, up or down.
 LOWER, UPPER = (2.0, 6.0), (9.0, 13.0)  # Bands that lines run between.
 WIDTH = 0.8  # Standard deviation of a line, in bands.
-NOISE = 0.3
+BRIGHTNESS = 4.0  # Of the middle of a line.
+NOISE = 1.0  # Standard deviation.
 SPLITS = {'train': 16384, 'validation': 512, 'test': 512}
 
 
@@ -83,7 +84,9 @@ def render(
     way = tf.broadcast_to(way[None], tf.shape(at))
     place = tf.gather(ways, way, batch_dims=2)
     line = bottom + (top - bottom) * place + drawn['shift']
-    bright = tf.exp(-0.5 * ((bands - line[..., None]) / WIDTH) ** 2)
+    bright = BRIGHTNESS * tf.exp(
+      -0.5 * ((bands - line[..., None]) / WIDTH) ** 2
+    )
     frames += tf.reduce_sum(bright * is_inside, axis=1)
   return {'frames': tf.ensure_shape(frames, [None, BANDS]), 'labels': digits}
 
