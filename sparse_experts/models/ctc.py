@@ -82,8 +82,9 @@ def best_path(logits_BxLxV: Array, mask_BxL: Array) -> tuple[Array, Array]:
   """
   path_BxL = logits_BxLxV.argmax(-1).astype(jnp.int32)
   blank = logits_BxLxV.shape[-1] - 1
-  is_new_BxL = path_BxL != jnp.roll(path_BxL, 1, axis=1)
-  is_new_BxL = is_new_BxL.at[:, 0].set(True)
+  is_new_BxL = jnp.pad(
+    path_BxL[:, 1:] != path_BxL[:, :-1], ((0, 0), (1, 0)), constant_values=True
+  )
   return path_BxL, is_new_BxL & (path_BxL != blank) & mask_BxL
 
 
@@ -114,9 +115,9 @@ def edit_distance(
   def read(distance_BxI, token):
     id_B, is_read_B = token
     is_other_BxT = labels_BxT != id_B[:, None]
-    deleted_BxI = distance_BxI + 1
-    written_BxT = distance_BxI[:, :-1] + is_other_BxT
-    best_BxI = deleted_BxI.at[:, 1:].min(written_BxT)
+    swapped_BxT = distance_BxI[:, :-1] + is_other_BxT
+    best_BxI = distance_BxI + 1  # A deletion.
+    best_BxI = jnp.minimum(best_BxI, jnp.c_[best_BxI[:, :1], swapped_BxT])
     # Insertions: the least over all before, one for each label from there.
     best_BxI = jax.lax.cummin(best_BxI - ahead_1xI, axis=1) + ahead_1xI
     return jnp.where(is_read_B[:, None], best_BxI, distance_BxI), None

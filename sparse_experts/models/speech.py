@@ -22,9 +22,9 @@ class SpeechEncoder(nn.Module):
   Each token is a run of frames, laid side by side and multiplied by one matrix;
   the last may be filled up with zeros. Positions are sines and cosines, so that
   there may be any number of frames; their mean square is 1/2, and frames that
-  are to be seen beside them have a variance of about 1. Values of frames beyond a row's
-  `frame_lengths` are not read, and tokens of such frames alone are neither
-  attended to nor routed.
+  are to be seen beside them have a variance of about 1. Values of frames beyond
+  a row's `frame_lengths` are not read, and tokens of such frames alone are
+  neither attended to nor routed.
 
   Attributes:
     encoder: a `transformer.Stack` that is not causal.

@@ -127,11 +127,11 @@ class Transcription(Objective):
 
   def check_data(self, dataset: Dataset) -> None:
     """Raises ValueError where the task has more labels than the head."""
-    V, labels = self.module.num_labels, dataset.vocabulary_size('labels')
-    if labels > V:
+    most, labels = self.module.num_labels, dataset.vocabulary_size('labels')
+    if labels > most:
       raise ValueError(
         f'task {dataset.mixture_or_task_name!r} has {labels} labels, but the '
-        f'head writes {V} and the blank: set num_labels to at least {labels}.'
+        f'head writes {most} and the blank: set num_labels to at least {labels}.'
       )
 
   def _fits(self, batch: Batch) -> Array:

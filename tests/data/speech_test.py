@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_one_line():
     dataset = dataclasses.replace(DATASET, **settings)
     return dataset.training(features, slice(None))
 
-  with pytest.raises(ValueError, match=r"'frames' as float32 \[None, 80\]"):
+  with pytest.raises(ValueError, match=r"'frames' as float32 \(None, 80\)"):
     rows(Speech(80))
   with pytest.raises(ValueError, match='lengths of frames and labels'):
     rows(feature_lengths={'frames': 184})

@@ -94,15 +94,19 @@ class Speech(Features):
       raise ValueError(
         'Speech has no tokens that a task could be of: set TASK_IDS = False.'
       )
-    wanted = {'frames': ('float32', self.bands), 'labels': ('int32',)}
-    for name, (dtype, *inner) in wanted.items():
+    wanted = {
+      'frames': ((None, self.bands), 'float32'),
+      'labels': ((None,), 'int32'),
+    }
+    for name, (shape, dtype) in wanted.items():
       spec = dataset.element_spec[name]
-      given = spec.shape.rank and spec.shape[1:].as_list()
-      if (spec.dtype.name, given) != (dtype, inner):
+      if spec.shape.rank != len(shape) or (
+        (tuple(spec.shape.as_list()[1:]), spec.dtype.name) != (shape[1:], dtype)
+      ):
         raise ValueError(
-          f'the model takes {name!r} as {dtype} {[None, *inner]}, but examples '
-          f'of the task have {spec.dtype.name} {spec.shape}: take another '
-          'task, or give the model its bands.'
+          f'the model takes {name!r} as {dtype} {shape}, but examples of the '
+          f'task have {spec.dtype.name} {spec.shape}: take another task, or '
+          'give the model its bands.'
         )
 
     def row(example):
@@ -122,6 +126,10 @@ class Speech(Features):
       }
 
     return dataset.map(row)
+
+  def of_task(self, feature_lengths: Mapping[str, int]) -> set[str]:
+    del feature_lengths
+    return set(_TAKES)
 
   def cut_to(self, feature_lengths: Mapping[str, int]) -> dict[str, int]:
     """Nothing is cut off."""
