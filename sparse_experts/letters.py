@@ -15,7 +15,7 @@ means one thing everywhere, and einsum strings use the same letters:
   V  vocabulary, classes               Y  tasks
   T  tokens of an answer, steps        R  rows: sorted by expert, of a table
   W  answers to an example: options, beams (their width)
-  Z  values of one input vector: of a patch
+  Z  values of one input vector: of a patch, a frame
   I  entries of any other list         O  entries taken from it, or made of it
 
 `GxSK` is a merged axis, S-major; `1` is an axis of size one; `Bx___` has axes

@@ -58,6 +58,14 @@ SMALL = {
     (*_WIDTHS, *_RUN, 'MLP_DIM=32', "TASK_FEATURE_LENGTHS={'tokens': 16}"),
     ('optimizers.adam.eps=0.001',),
   ),
+  'transcription': Small(
+    'gin/small/transcription.gin',
+    (
+      *(*_WIDTHS, *_RUN, 'MLP_DIM=32', 'FRAMES_PER_TOKEN=8'),
+      'BASE_LEARNING_RATE=0.01',
+    ),
+    ('v_moe.VMoE.noise=0.0', 'optimizers.adam.eps=0.001'),
+  ),
 }
 
 

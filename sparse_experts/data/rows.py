@@ -62,7 +62,7 @@ class Rows:
     found = examples.read(
       tasks.find(self.task_name, self.modules),
       self.split,
-      self.feature_lengths,
+      self.features.cut_to(self.feature_lengths),
       features=self.features.of_task(self.feature_lengths),
       task_ids=self.task_ids,
       shuffle=shuffle,

@@ -121,6 +121,7 @@ class Batches(Iterator[Batch]):
     start, stop, _ = rows.indices(batch_size)
     first = self.streams.start * (batch_size // num_shards)
     self._rows = slice(start - first, stop - first)
+    self._features = features
     self._drawn = 0
     self._iterators = {i: self._open(source, i) for i in self.streams}
 
@@ -144,10 +145,12 @@ class Batches(Iterator[Batch]):
     """The rows of the next batch, arrays [rows, ...]."""
     parts = [next(iterator) for iterator in self._iterators.values()]
     self._drawn += 1
-    return {
+    rows = {
       name: np.concatenate([part[name].numpy() for part in parts])[self._rows]
       for name in parts[0]
     }
+    self._features.check_rows(rows)
+    return rows
 
   def save(
     self, directory: epath.PathLike, streams: Sequence[int] | None = None
@@ -263,4 +266,5 @@ def eval_batches(
     return np.pad(x, missing, constant_values=features.fill(name))
 
   for batch in itertools.islice(batches, num_batches):
+    features.check_rows(batch)
     yield {name: fill_up(name, x) for name, x in batch.items()}

@@ -104,7 +104,9 @@ def score(
 
   if metrics:
     return average(metrics)
-  return -own['loss'] if headline is None else own[headline]
+  headline = headline or '-loss'
+  value = own[headline.removeprefix('-')]
+  return -value if headline.startswith('-') else value
 
 
 class _Written:

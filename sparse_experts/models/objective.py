@@ -127,7 +127,10 @@ class Objective:
 
   @property
   def headline(self) -> str | None:
-    """The mean that checkpoints are compared by; None: minus the loss."""
+    """The mean that checkpoints are compared by; None: minus the loss.
+
+    A minus before the name of one of which less is better, as of errors.
+    """
     return None
 
   def rewards(

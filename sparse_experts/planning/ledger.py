@@ -238,6 +238,7 @@ def _component(parts: tuple[str, ...], stack: str | None) -> str:
     'embed': 'token embedding',
     'logits': 'output logits',
     'patches': 'patch embedding',
+    'frames': 'frame embedding',
     'class_token': 'positions',
     'positions': 'positions',
     'head': 'head',

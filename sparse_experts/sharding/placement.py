@@ -38,7 +38,7 @@ RULES: Mapping[str, MeshAxes] = {
   'router_width': None,  # What else a router has: tasks, groups, bits.
   'slots': None,  # Slots of an expert, where a router has parameters of them.
   'relpos_buckets': None,
-  'patch': None,  # Values of a patch.
+  'patch': None,  # Values of a patch, or of frames side by side.
   'position': None,  # Of a learned table.
 }
 

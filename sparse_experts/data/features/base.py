@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import numpy as np
 
 if typing.TYPE_CHECKING:
   import tensorflow as tf
@@ -72,6 +73,13 @@ class Features:
   ) -> tf.data.Dataset:
     """Rows of a batch from the examples of a seqio task; arguments as above."""
     raise NotImplementedError
+
+  def cut_to(self, feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
+    """Lengths that features of an example are cut to, by default all."""
+    return feature_lengths
+
+  def check_rows(self, rows: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError where rows of a batch are none of these features."""
 
   def of_task(self, feature_lengths: Mapping[str, int]) -> set[str]:
     """The features of the task: by default those that have lengths."""
