@@ -5,8 +5,8 @@ that are left when what repeats is written once and blanks are left out:
 a a _ a b b reads a a b.
 
 References:
-  Graves et al. 2006, Connectionist temporal classification, ICML, section 3
-  (losses) and 3.2 (the best path).
+  Graves et al. 2006, Connectionist temporal classification, ICML, sections 3.1
+  (what paths read as) and 3.2 (the best path).
 """
 
 from __future__ import annotations

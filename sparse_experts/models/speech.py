@@ -36,8 +36,8 @@ class SpeechEncoder(nn.Module):
     init_scale: of the two matrices here, see `linear.Linear`.
 
   References:
-    Sak et al. 2015, https://arxiv.org/abs/1507.06947, section 2.2 (frames side
-    by side); Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.5
+    Sak et al. 2015, https://arxiv.org/abs/1507.06947 (frames side by side);
+    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.5
     (positions).
   """
 

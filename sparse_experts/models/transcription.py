@@ -131,7 +131,8 @@ class Transcription(Objective):
     if labels > most:
       raise ValueError(
         f'task {dataset.mixture_or_task_name!r} has {labels} labels, but the '
-        f'head writes {most} and the blank: set num_labels to at least {labels}.'
+        f'head writes {most} and the blank: give it num_labels={labels}, or '
+        'more.'
       )
 
   def _fits(self, batch: Batch) -> Array:
