@@ -106,8 +106,9 @@ class Evaluate:
     metrics = self.evaluation(run.state.params)
     run.write('eval', metrics)
     text = f'step {run.step}  held-out loss {metrics["loss"]:.4f}'
-    if self.headline is not None:
-      text += f'  {self.headline} {metrics[self.headline]:.4f}'
+    if self.headline is not None:  # '-name' where less is better.
+      name = self.headline.removeprefix('-')
+      text += f'  {name} {metrics[name]:.4f}'
     run.say(text)
     if run.step == run.start:
       run.results['eval_before'] = metrics
