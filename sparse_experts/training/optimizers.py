@@ -266,7 +266,7 @@ def _decays(names: Any, roles: Mapping[str, str] = ROLES) -> Any:
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, axes: (
-      any(roles[axis] != 'batch' for axis in axes)
+      any(roles.get(axis) != 'batch' for axis in axes)
       and BIAS not in [getattr(key, 'key', None) for key in path]
     ),
     names,
