@@ -38,7 +38,7 @@ class Cost:
     rows: slots of all experts.
     slots, hidden: elements of outputs of experts' products, D wide or other.
     group: (S, L): tokens of a group, and of a sequence, where tokens are
-      routed; a sum has the last.
+      routed; a sum has that of its parts, None where they differ.
   """
 
   flops: float = 0
@@ -71,7 +71,9 @@ class Cost:
       field.name for field in dataclasses.fields(Cost) if field.name != 'group'
     ]
     sums = {name: getattr(self, name) + getattr(other, name) for name in counts}
-    return dataclasses.replace(self, **sums, group=other.group or self.group)
+    groups = {cost.group for cost in (self, other)} - {None}
+    group = groups.pop() if len(groups) == 1 else None
+    return dataclasses.replace(self, **sums, group=group)
 
 
 class Call(NamedTuple):

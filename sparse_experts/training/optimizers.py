@@ -55,22 +55,22 @@ def adam(
 ) -> optax.GradientTransformation:
   """Adam (Kingma & Ba 2015), or AdamW where `weight_decay` is not 0.
 
-  Adam works element by element: `names` is unused, and taken because every
-  optimizer takes it. `weight_decay` is multiplied by the learning rate
-  (Loshchilov & Hutter 2019). Gradients of a global norm above `max_grad_norm`
-  are scaled down to it. Raises ValueError for arguments out of range.
+  Adam works element by element: `names` only say what decays. `weight_decay`
+  is multiplied by the learning rate (Loshchilov & Hutter 2019). Gradients of a
+  global norm above `max_grad_norm` are scaled down to it. Raises ValueError for
+  arguments out of range.
 
   Example:
     >>> tx = adam({'scale': ('embed',)}, learning_rate=0.1)
     >>> state = tx.init({'scale': jnp.ones(4)})
   """
-  del names
   _check(0, 1, b1=b1, b2=b2)
   _check(0, math.inf, weight_decay=weight_decay)
   _check(_TINY, math.inf, eps=eps)
   rate = schedules.as_schedule(learning_rate)
   if weight_decay:
-    tx = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=_decays)
+    mask = _decays(names)
+    tx = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
   else:
     tx = optax.adam(rate, b1, b2, eps)
   return _in_float32(max_grad_norm, tx)
@@ -169,7 +169,8 @@ def adafactor(
   if beta1 is not None:
     transforms.append(optax.ema(beta1, debias=False))
   if weight_decay_rate:
-    transforms.append(optax.add_decayed_weights(-weight_decay_rate, _decays))
+    mask = _decays(names, roles)
+    transforms.append(optax.add_decayed_weights(-weight_decay_rate, mask))
   return _in_float32(max_grad_norm, *transforms)
 
 
@@ -257,17 +258,19 @@ def _in_float32(
   )
 
 
-def _decays(params: Any) -> Any:
+def _decays(names: Any, roles: Mapping[str, str] = ROLES) -> Any:
   """Whether weight decay is for a parameter: not for biases of routers.
 
   They have no gradient either: no optimizer moves them, `update_biases` does.
   Nor for single numbers, such as a temperature, for which 0 is not simpler.
   """
   return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: (
-      leaf.ndim > 0 and BIAS not in [getattr(key, 'key', None) for key in path]
+    lambda path, axes: (
+      any(roles.get(axis) != 'batch' for axis in axes)
+      and BIAS not in [getattr(key, 'key', None) for key in path]
     ),
-    params,
+    names,
+    is_leaf=lambda axes: isinstance(axes, tuple),
   )
 
 

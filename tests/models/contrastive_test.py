@@ -385,6 +385,8 @@ def test_what_it_costs_by_hand(right):
     ),
   )
   assert found.forward_flops == B * by_hand
+  groups = {block.group for block in found.blocks.values() if block.choices}
+  assert groups == ({None} if right is None else {(L, L), (M, M)})
   streams = [block.stream for block in found.blocks.values()]
   of_sides = [B * (L + M) * D] if right is None else [B * L * D, B * M * D]
   assert sorted(streams) == sorted(of_sides * 2)

@@ -136,8 +136,12 @@ def test_adafactor_equals_the_oracle(options):
   params, grads = arrays(0, scale=0.5), gradients()
   actual = train(optimizers.adafactor(NAMES, **options), params, grads)[-1]
   for key, names in NAMES.items():
+    is_number = not set(names) - set(BATCH)  # Which does not decay.
     expected = oracle_of_stack(
-      names, params[key], [grad[key] for grad in grads], **options
+      names,
+      params[key],
+      [grad[key] for grad in grads],
+      **{**options, **({'weight_decay_rate': 0} if is_number else {})},
     )
     assert_close(actual[key], expected)
 
@@ -288,13 +292,14 @@ def test_adam_equals_its_equations():
     NAMES, learning_rate=0.1, b1=0.8, b2=0.9, eps=0.5, weight_decay=0.3
   )
   actual = train(tx, params, grads)[-1]
-  for key in NAMES:
+  for key, names in NAMES.items():
+    decay = 0.3 if set(names) - set(BATCH) else 0.0  # Not of single numbers.
     p, m, v = params[key].astype(np.float64), 0.0, 0.0
     for t, grad in enumerate(grads, start=1):
       g = grad[key].astype(np.float64)
       m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
       m_hat, v_hat = m / (1 - 0.8**t), v / (1 - 0.9**t)
-      p = p - 0.1 * (m_hat / (np.sqrt(v_hat) + 0.5) + 0.3 * p)
+      p = p - 0.1 * (m_hat / (np.sqrt(v_hat) + 0.5) + decay * p)
     assert_close(actual[key], p)
 
 
