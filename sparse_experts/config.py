@@ -179,6 +179,20 @@ def bound(function, given: Sequence[str] = ()):
   return gin.get_configurable(function)
 
 
+def argument(function, name: str) -> Any:
+  """The value that the files bind to an argument of `function`.
+
+  Raises:
+    ValueError: they bind none.
+  """
+  bindings = gin.get_bindings(function)
+  if name not in bindings:
+    raise ValueError(
+      f'the gin files give {function.__name__} no {name}; add a file that does.'
+    )
+  return bindings[name]
+
+
 def operative() -> str:
   """Every value in use, as a gin file; of functions called so far."""
   return gin.operative_config_str()

@@ -12,6 +12,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--profile', metavar='START:STOP', help='trace these steps'
   )
+  parser.add_argument(
+    '--replay',
+    type=int,
+    metavar='STEP',
+    help='take this step once more, from the checkpoint before it, and write '
+    'its metrics and routing; nothing else changes',
+  )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,6 +32,9 @@ def run(args: argparse.Namespace) -> None:
   if args.dry_run:
     with expert_check.checking():
       return printing.ledger(args)
+
+  if args.replay is not None:
+    return _replay(args, run(replay=args.replay))
 
   def write_config(model_dir):
     (model_dir / 'config.gin').write_text(config.operative())
@@ -43,6 +53,46 @@ def _profile(text: str | None) -> dict[str, tuple[int, int]]:
   if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
     raise ValueError(f'--profile takes START:STOP in steps, not {text!r}.')
   return {'profile': (int(start), int(stop))}
+
+
+def _replay(args: argparse.Namespace, results: Mapping) -> None:
+  """Writes and shows what `training.replaying.replay` found."""
+  import jax
+  from etils import epath
+
+  from sparse_experts import config, console
+  from sparse_experts.insight import records
+  from sparse_experts.training import spike, train
+
+  step, metrics = results['step'], results['metrics']
+  folder = epath.Path(config.value('MODEL_DIR')) / 'replays'
+  paths = {'metrics': folder / f'{step}.json'}
+  spike.write(paths['metrics'], {'step': step, 'metrics': metrics})
+  if results['record']:
+    paths['record'] = folder / f'{step}.npz'
+    found = records.explained(
+      records.collect([(results['batch'], results['record'])]),
+      config.argument(train.train, 'dataset'),
+      config.value('MODEL').features,
+      step=step,
+      capacity_factor=results['capacity_factor'],
+    )
+    if jax.process_index() == 0:
+      found.save(paths['record'])
+  if args.json:
+    return printing.as_json(
+      {
+        'step': step,
+        'from': results['from'],
+        'metrics': metrics,
+        **{f'{name}_path': str(path) for name, path in paths.items()},
+      }
+    )
+  rows = [(k, f'{v:.5g}') for k, v in console.scalars(metrics).items()]
+  print(f'step {step}, from the checkpoint of step {results["from"]}')
+  print(console.table(('metric', ''), rows))
+  for name, path in paths.items():
+    print(f'{name + ":":9}{path}')
 
 
 def _print(results: Mapping, model_dir: str) -> None:

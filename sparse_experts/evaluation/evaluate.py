@@ -53,6 +53,7 @@ class Evaluation:
     max_tokens: int | None = None,
     rank_options: bool = False,
     strategy: Sampling | BeamSearch = GREEDY,
+    parameters: str = 'trained',
   ):
     """Reads the split, not yet a checkpoint.
 
@@ -64,6 +65,7 @@ class Evaluation:
       rank_options: where examples list options, the answer is the most probable
         of them, and results say how well calibrated the model is.
       strategy: how the tokens of other answers are chosen; greedy by default.
+      parameters: see `checkpoints.restore_params`; files of 'ema' end so.
     """
     self._model, self._dataset, self._placement = model, dataset, placement
     self._model_dir = model_dir
@@ -71,6 +73,9 @@ class Evaluation:
     self._name = f'{dataset.mixture_or_task_name}-{dataset.split}'
     if rank_options:
       self._name += '-ranked'
+    if parameters != 'trained':
+      self._name += f'-{parameters}'
+    self._parameters = parameters
     self._loss = LossEvaluation(model, dataset, placement.mesh)
     self._tasks = task_evaluators.TaskMetrics(
       model, dataset, placement.mesh, max_tokens, rank_options, strategy
@@ -164,7 +169,9 @@ class Evaluation:
   def _evaluate(self, path) -> dict[str, Any]:
     """Evaluates the checkpoint at `path` and writes its results."""
     with self._placement.use() as mesh:
-      params, step = restore_params(self._model, path, self._dataset, mesh)
+      params, step = restore_params(
+        self._model, path, self._dataset, mesh, self._parameters
+      )
       metrics = self._loss(params)
       of_tasks, rankings, calibration = self._tasks(params)
     results = {

@@ -48,6 +48,7 @@ def infer(
   seed: int = 0,
   score: bool = False,
   routing: bool = False,
+  parameters: str = 'trained',
   placement: sharding.Placement = sharding.DATA_PARALLEL,
 ) -> list[dict[str, Any]]:
   """Answers examples without any capacity, each as if it were alone.
@@ -67,6 +68,7 @@ def infer(
     score: also find the log-probability of the targets.
     routing: also count the choices of each expert in every sparse layer, by the
       tokens of the inputs and of the (best) prediction.
+    parameters: see `checkpoints.restore_params`; a file of 'ema' ends so.
     placement: as in `train.train`.
 
   Returns:
@@ -94,7 +96,7 @@ def infer(
     num_examples = TO_LOOK_AT
   max_tokens = max_tokens or dataset.feature_lengths['targets']
   with placement.use() as mesh:
-    params, step = restore_params(model, model_dir, dataset, mesh)
+    params, step = restore_params(model, model_dir, dataset, mesh, parameters)
     if questions is None:
       examples = prompts.of_task(dataset, model.features)
       source, total = {'split': dataset.split}, num_examples
@@ -117,8 +119,12 @@ def infer(
       'score': score,
       'routing': routing,
     }
+    version = f'{step}'
+    if parameters != 'trained':  # Files of before do not say.
+      settings['parameters'] = parameters
+      version += f'-{parameters}'
     if output is None:
-      name = f'{dataset.mixture_or_task_name}-{dataset.split}-{step}.jsonl'
+      name = f'{dataset.mixture_or_task_name}-{dataset.split}-{version}.jsonl'
       output = checkpoints.root_of(model_dir) / 'inferences' / name
       lines = ResumableLines(output, settings, anew=True)
     else:

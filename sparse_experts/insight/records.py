@@ -16,6 +16,7 @@ from etils import epath
 
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
+from sparse_experts.data.features.base import Features
 from sparse_experts.models.layout import LayerId
 from sparse_experts.models.objective import Batch, Objective
 from sparse_experts.moe import Record
@@ -188,6 +189,7 @@ def record(
   dataset: Dataset,
   *,
   microbatches: int = 1,
+  parameters: str = 'trained',
   placement: sharding.Placement = sharding.DATA_PARALLEL,
 ) -> tuple[Records, epath.Path]:
   """Records the latest checkpoint in `model_dir` on a dataset's split.
@@ -199,6 +201,7 @@ def record(
     model, dataset: who routes what.
     model_dir: a run's directory, or one checkpoints/<step> of it.
     microbatches: parts a batch is run in, to save memory.
+    parameters: see `checkpoints.restore_params`; a file of 'ema' ends so.
     placement: as in `train.train`; any reads any checkpoint.
 
   Returns:
@@ -209,7 +212,7 @@ def record(
   if domain_names:
     dataset = dataclasses.replace(dataset, task_ids=True)
   with placement.use() as mesh:
-    params, at = restore_params(model, model_dir, dataset, mesh)
+    params, at = restore_params(model, model_dir, dataset, mesh, parameters)
     take = jax.jit(
       functools.partial(
         step.record_step,
@@ -226,26 +229,43 @@ def record(
         yield batch, take(params, placed)
 
     found = collect(pairs())
-  if not found.layers:
-    raise ValueError('the model has no sparse layer: no routing to record.')
-  found = dataclasses.replace(
+  found = explained(
     found,
-    pieces={
-      stack: dataset.pieces(_FEATURES[stack], np.unique(ids_BxL))
-      for stack, ids_BxL in found.tokens.items()
-      if f'{stack}_input_tokens' in dataset.shapes(model.features)
-    },
-    domain_names=domain_names,
-    facts={
-      **found.facts,
-      'task': dataset.mixture_or_task_name,
-      'split': dataset.split,
-      'step': at,
-      'capacity_factor': model.capacity_factor_eval,
-    },
+    dataset,
+    model.features,
+    step=at,
+    capacity_factor=model.capacity_factor_eval,
   )
-  name = f'{dataset.mixture_or_task_name}-{dataset.split}-{at}.npz'
+  suffix = '' if parameters == 'trained' else f'-{parameters}'
+  name = f'{dataset.mixture_or_task_name}-{dataset.split}-{at}{suffix}.npz'
   path = checkpoints.root_of(model_dir) / 'records' / name
   if jax.process_index() == 0:
     found.save(path)
   return found, path
+
+
+def explained(
+  found: Records, dataset: Dataset, features: Features, **facts: Any
+) -> Records:
+  """Records of a dataset, with the text of its tokens and further facts.
+
+  Raises:
+    ValueError: there is no sparse layer among them.
+  """
+  if not found.layers:
+    raise ValueError('the model has no sparse layer: no routing to record.')
+  return dataclasses.replace(
+    found,
+    pieces={
+      stack: dataset.pieces(_FEATURES[stack], np.unique(ids_BxL))
+      for stack, ids_BxL in found.tokens.items()
+      if f'{stack}_input_tokens' in dataset.shapes(features)
+    },
+    domain_names=dataset.task_names(),
+    facts={
+      **found.facts,
+      'task': dataset.mixture_or_task_name,
+      'split': dataset.split,
+      **facts,
+    },
+  )

@@ -70,6 +70,19 @@ class Consistency(Wrapper):
     ]
     return tuple(Two(*both) for both in zip(*passes))
 
+  def record(self, params, batch: Batch, *args, train: bool = False, **kwargs):
+    """As `Objective.record`, of evaluation.
+
+    Raises:
+      ValueError: in training there are two passes.
+    """
+    if train:
+      raise ValueError(
+        'consistency passes twice over a batch in training, with two routings; '
+        'a record is of one: replay a run without it.'
+      )
+    return self.objective.record(params, batch, *args, **kwargs)
+
   def judge(
     self, outputs: Any, auxes: Any, batch: Batch, totals: Totals
   ) -> tuple[Array, Sums]:

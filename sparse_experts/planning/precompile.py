@@ -35,7 +35,7 @@ class Run:
   Attributes:
     model: the model.
     feature_lengths, batch_size, pack, task_ids: as of `data.dataset.Dataset`.
-    optimizer, learning_rate, placement, microbatches, seed: as of
+    optimizer, learning_rate, placement, microbatches: as of
       `training.train.train`.
     max_tokens: as of `training.infer.infer`.
   """
@@ -47,7 +47,6 @@ class Run:
   learning_rate: optax.Schedule
   placement: sharding.Placement = sharding.DATA_PARALLEL
   microbatches: int = 1
-  seed: int = 0
   pack: bool = True
   task_ids: bool = False
   max_tokens: int | None = None
@@ -266,7 +265,6 @@ def _step(run: Run, mesh: Mesh | AbstractMesh, what: str):
       mesh,
       placed,
       batch_size=run.batch_size,
-      seed=run.seed,
       microbatches=run.microbatches,
     )
   if what == 'gradients':
@@ -274,7 +272,6 @@ def _step(run: Run, mesh: Mesh | AbstractMesh, what: str):
       functools.partial(
         step.gradients,
         model=run.model,
-        seed=run.seed,
         microbatches=run.microbatches,
         data_shards=sharding.data_shards(mesh),
       ),
@@ -284,7 +281,11 @@ def _step(run: Run, mesh: Mesh | AbstractMesh, what: str):
     name: _at(leaf, sharding.batch_sharding(mesh, leaf.shape))
     for name, leaf in shapes.items()
   }
-  return jitted, (jax.tree.map(_at, nn.unbox(boxed), placed), batch)
+  arguments = (jax.tree.map(_at, nn.unbox(boxed), placed), batch)
+  if what != 'decode':
+    key = jax.eval_shape(jax.random.key, 0)
+    arguments += (_at(key, sharding.replicated(mesh)),)
+  return jitted, arguments
 
 
 def _at(leaf, placed) -> jax.ShapeDtypeStruct:

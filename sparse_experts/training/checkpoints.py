@@ -1,20 +1,15 @@
-"""Checkpoints: parameters, optimizer and data iterator, committed together.
+"""Checkpoints: parameters, optimizer and data iterator of a step, read.
 
     MODEL_DIR/checkpoints/<step>/{params,optimizer,data}/
 
-Orbax writes a step beside its final name and renames it when it is complete,
-so a kill at any instant leaves the last complete step usable. The position in
-the data lies inside the step and is committed with it.
+`saver.Saver` writes them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import hashlib
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,139 +22,9 @@ from jax.sharding import Mesh
 
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
+from sparse_experts.data.streams import Batches
 from sparse_experts.models.objective import Objective
 from sparse_experts.training.state import TrainState
-
-
-@dataclasses.dataclass
-class DataArgs(ocp.args.CheckpointArgs):
-  """The batches to save or restore; see `data.streams.Batches`.
-
-  Attributes:
-    batches: this process's stream of batches.
-    streams: those that this process writes.
-  """
-
-  batches: Any
-  streams: tuple[int, ...] = ()
-
-
-class DataHandler(ocp.CheckpointHandler):
-  """Writes the position in the data before the step is committed."""
-
-  def save(self, directory: epath.Path, args: DataArgs) -> None:
-    args.batches.save(directory, args.streams)
-
-  def restore(self, directory: epath.Path, args: DataArgs) -> None:
-    args.batches.restore(directory)
-
-
-class Checkpoints:
-  """The checkpoints of one run.
-
-  Saving is asynchronous: arrays are copied to the host, and written while
-  training goes on. `saved step N` on stderr means that step N is complete.
-  """
-
-  def __init__(self, model_dir: epath.PathLike, keep: int | None = 3):
-    """Opens MODEL_DIR/checkpoints, keeping the last `keep` steps (None: all).
-
-    Raises:
-      ValueError: the directory cannot be written.
-    """
-    self._announcer: threading.Thread | None = None
-    directory = directory_of(model_dir)
-    try:
-      directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise ValueError(
-        f'MODEL_DIR {model_dir} cannot be written ({error.strerror}); choose '
-        'a directory that can, by --gin.MODEL_DIR.'
-      ) from error
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
-      for item in ('params', 'optimizer'):
-        registry.add(item, args, ocp.StandardCheckpointHandler)
-    registry.add('data', DataArgs, DataHandler)
-    self._manager = ocp.CheckpointManager(
-      directory,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        cleanup_tmp_directories=True,  # What a kill left half-written.
-      ),
-      handler_registry=registry,
-    )
-
-  def latest(self) -> int | None:
-    """The latest complete step, if any."""
-    return self._manager.latest_step()
-
-  def save(self, state: TrainState, data: DataArgs) -> None:
-    """Saves `state` and where its data stands."""
-    self._wait()
-    step = int(state.step)
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
-        optimizer=ocp.args.StandardSave(_optimizer_item(state)),
-        data=data,
-      ),
-    )
-    # Not orbax's post_finalization_callback, which comes before the rename.
-    self._announcer = threading.Thread(target=self._announce, args=(step,))
-    self._announcer.start()
-
-  def restore(
-    self, step: int, boxed: TrainState, placed: TrainState, data: DataArgs
-  ) -> TrainState:
-    """The state at `step`, every array where `placed` says, and its data.
-
-    Any mesh and any number of processes will do.
-
-    Raises:
-      ValueError: the checkpoint is of another architecture or other data, or
-        damaged.
-    """
-    target = jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=sharding
-      ),
-      nn.unbox(boxed),
-      placed,
-    )
-    path = self._manager.directory / str(step)
-    _check_same(path, 'params', target.params)
-    _check_same(path, 'optimizer', _optimizer_item(target))
-    with _reading(path):
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardRestore(target.params),
-          optimizer=ocp.args.StandardRestore(_optimizer_item(target)),
-        ),
-      )
-    with _reading(path, checked=True):
-      self._manager.restore(step, args=ocp.args.Composite(data=data))
-    return TrainState(params=restored.params, **restored.optimizer)
-
-  def close(self) -> None:
-    """Waits until what was saved is complete."""
-    self._wait()
-    self._manager.close()
-
-  def _wait(self) -> None:
-    self._manager.wait_until_finished()
-    if self._announcer is not None:
-      self._announcer.join()
-
-  def _announce(self, step: int) -> None:
-    try:
-      self._manager.wait_until_finished()
-    except Exception:  # It reaches the main thread too, in `_wait`.
-      return
-    if jax.process_index() == 0:
-      print(f'saved step {step}', file=sys.stderr, flush=True)
 
 
 def directory_of(model_dir: epath.PathLike) -> epath.Path:
@@ -230,35 +95,87 @@ def load_params(
       _saved_tree(path, 'params'),
     )
     args = ocp.args.PyTreeRestore(restore_args=restore_args)
-  else:
-    target = nn.unbox(boxed)
-    _check_same(path, 'params', target)
-    args = ocp.args.PyTreeRestore(
-      target,
-      restore_args=jax.tree.map(
-        lambda leaf, sharding: ocp.ArrayRestoreArgs(
-          sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
-        ),
-        target,
-        placed,
-      ),
+    return _read(path, 'params', args), step
+  return _read_to(path, 'params', nn.unbox(boxed), placed), step
+
+
+def load_average(
+  path: epath.PathLike, boxed: Any, placed: Any
+) -> tuple[Any, int]:
+  """The average of the parameters (`ema.averaged`), as `load_params`."""
+  path, step = find(path)
+  saved = _saved_tree(path, 'optimizer')['opt_state']
+  if not isinstance(saved, Mapping) or 'average' not in saved:
+    raise ValueError(
+      f'checkpoint {path} has no average of the parameters; train with '
+      "--gin_file=gin/ema.gin, or take those trained: PARAMETERS='trained'."
     )
-  checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-  with _reading(path):
-    return checkpointer.restore(path / 'params', args=args), step
+
+  def inside(tree):
+    return {'opt_state': {'average': tree}}
+
+  target, placed = inside(nn.unbox(boxed)), inside(placed)
+  optimizer = _read_to(path, 'optimizer', target, placed, partial=True)
+  return optimizer['opt_state']['average'], step
+
+
+def restore(
+  model_dir: epath.PathLike,
+  step: int,
+  boxed: TrainState,
+  placed: TrainState,
+  batches: Batches,
+) -> TrainState:
+  """The state of a run at `step`, each array where `placed` says.
+
+  Any mesh and any number of processes will do. Nothing there changes; `batches`
+  continue where the run's did.
+
+  Raises:
+    ValueError: the checkpoint is of another architecture or other data, or
+      damaged.
+  """
+  path = directory_of(model_dir) / str(step)
+  target = nn.unbox(boxed)
+  params, optimizer = (
+    _read_to(path, item, of(target), of(placed))
+    for item, of in (
+      ('params', lambda state: state.params),
+      ('optimizer', optimizer_item),
+    )
+  )
+  with _reading(path, checked=True):
+    batches.restore(path / 'data')
+  return TrainState(params=params, **optimizer)
+
+
+PARAMETERS = {'trained': load_params, 'ema': load_average}
 
 
 def restore_params(
-  model: Objective, model_dir: epath.PathLike, dataset: Dataset, mesh: Mesh
+  model: Objective,
+  model_dir: epath.PathLike,
+  dataset: Dataset,
+  mesh: Mesh,
+  parameters: str = 'trained',
 ) -> tuple[Any, int]:
   """Unboxed parameters of a checkpoint on a mesh, and its step; see `find`.
 
+  Args:
+    parameters: those 'trained', or 'ema', the average that `ema.averaged` kept.
+
   Raises:
-    FileNotFoundError: no checkpoint. ValueError: of another architecture.
+    FileNotFoundError: no checkpoint. ValueError: of another architecture, or
+      without such parameters.
   """
+  if parameters not in PARAMETERS:
+    raise ValueError(
+      f'parameters are {" or ".join(PARAMETERS)}, not {parameters!r}.'
+    )
   shapes = dataset.shapes(model.features)
   boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), shapes))
-  return load_params(model_dir, boxed, sharding.shardings(boxed, mesh))
+  load = PARAMETERS[parameters]
+  return load(model_dir, boxed, sharding.shardings(boxed, mesh))
 
 
 def digest(params: Mapping[str, Any]) -> str:
@@ -280,11 +197,8 @@ def flatten(tree: Any) -> dict[str, Any]:
   }
 
 
-def _names_step(path: epath.Path) -> bool:
-  return path.name.isdigit() and path.parent.name == 'checkpoints'
-
-
-def _optimizer_item(state: TrainState) -> dict[str, Any]:
+def optimizer_item(state: TrainState) -> dict[str, Any]:
+  """What lies under `optimizer`: all of the state but its parameters."""
   item = {
     'step': state.step,
     'opt_state': state.opt_state,
@@ -293,14 +207,44 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
   return item | ({'balance': state.balance} if state.balance else {})
 
 
-def _check_same(path: epath.Path, item: str, target: Any) -> None:
+def _names_step(path: epath.Path) -> bool:
+  return path.name.isdigit() and path.parent.name == 'checkpoints'
+
+
+def _read_to(
+  path: epath.Path, item: str, target: Any, placed: Any, partial: bool = False
+) -> Any:
+  """A saved item (`partial`: a part of it), of these shapes in these places."""
+  _check_same(path, item, target, partial)
+  restore_args = jax.tree.map(
+    lambda leaf, sharding: ocp.ArrayRestoreArgs(
+      sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
+    ),
+    target,
+    placed,
+  )
+  args = ocp.args.PyTreeRestore(
+    target, restore_args=restore_args, partial_restore=partial
+  )
+  return _read(path, item, args)
+
+
+def _read(path: epath.Path, item: str, args: ocp.args.PyTreeRestore) -> Any:
+  checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+  with _reading(path):
+    return checkpointer.restore(path / item, args=args)
+
+
+def _check_same(
+  path: epath.Path, item: str, target: Any, partial: bool
+) -> None:
   """Raises where the saved item's names or shapes are not the target's."""
   saved = {
     name: tuple(leaf.shape)
     for name, leaf in flatten(_saved_tree(path, item)).items()
   }
   ours = {name: tuple(leaf.shape) for name, leaf in flatten(target).items()}
-  for name in sorted(saved.keys() | ours.keys()):
+  for name in sorted(ours if partial else saved.keys() | ours.keys()):
     if saved.get(name) != ours.get(name):
       raise ValueError(
         f'checkpoint {path} is of another architecture: {item}/{name} is '

@@ -8,6 +8,8 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
+from sparse_experts.training.loop import Run
+
 
 class Preemption:
   """Whether the run was asked to stop."""
@@ -23,6 +25,11 @@ class Preemption:
     if jax.process_count() == 1:
       return self._asked
     return multihost_utils.reached_preemption_sync_point(step)
+
+  def __call__(self, run: Run) -> None:
+    """A hook: the run is to stop after a step at which it was asked to."""
+    if run.step > run.start:
+      run.preempted = self.reached(run.step)
 
   def close(self) -> None:
     """Hands SIGTERM back to whoever had it."""

@@ -25,23 +25,26 @@ from sparse_experts.training.state import TrainState
 def train_step(
   state: TrainState,
   batch: Batch,
+  key: Array,
   *,
   model: Objective,
   optimizer: optax.GradientTransformation,
-  seed: int,
   microbatches: int = 1,
   data_shards: int = 1,
 ) -> tuple[TrainState, Sums]:
   """Gradients of a batch, and the optimizer's update unless not finite.
 
-  The rng of step n is a function of seed and n alone. Biases of routers move by
-  `model.bias_rate` after the optimizer, which leaves them alone. What
+  The rng of step n is a function of key and n alone. Biases of routers move by
+  `model.bias_rate` before the optimizer, which leaves them alone, so that the
+  parameters it is given and moves are those after the step. What
   `subsets.only` does not train stays, and has no part in the gradient's norm.
 
   Args:
     state: before the step.
     batch: global batch.
-    model: the model. optimizer: its optimizer. seed: of dropout and jitter.
+    key: `jax.random.key(seed)` of dropout and jitter. An argument, not a
+      constant: another seed is the same program.
+    model: the model. optimizer: its optimizer.
     microbatches: parts the batch is run in, one after the other, to save
       memory; each takes an equal share of every data shard's rows, so no row
       changes device and groups stay whole.
@@ -56,18 +59,19 @@ def train_step(
   grads, sums = gradients(
     state,
     batch,
+    key,
     model=model,
-    seed=seed,
     microbatches=microbatches,
     data_shards=data_shards,
   )
   balance = sums.pop('balance')
   masks = subsets.masks(optimizer, state.params)
   norm = optax.tree.norm(subsets.keep(masks, grads))
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  params = state.params
   if model.bias_rate:
     params = update_biases(params, sums['layers'], model.bias_rate, masks)
+  updates, opt_state = optimizer.update(grads, state.opt_state, params)
+  params = optax.apply_updates(params, updates)
   finite = (
     jnp.isfinite(sums['objective'])
     & jnp.isfinite(norm)
@@ -94,14 +98,14 @@ def train_step(
 def gradients(
   state: TrainState,
   batch: Batch,
+  key: Array,
   *,
   model: Objective,
-  seed: int,
   microbatches: int = 1,
   data_shards: int = 1,
 ) -> tuple[Any, Sums]:
   """Gradients of a batch and the model's sums; see `train_step`."""
-  rng = jax.random.fold_in(jax.random.key(seed), state.step)
+  rng = jax.random.fold_in(key, state.step)
   totals = jax.tree.map(lambda x: x / microbatches, model.totals(batch))
   if state.balance:
     totals = totals.replace(balance=state.balance)
@@ -176,10 +180,9 @@ def jit_train_step(
   placed: TrainState,
   *,
   batch_size: int,
-  seed: int,
   microbatches: int = 1,
 ):
-  """`train_step` on a mesh: (state, batch) -> (state, sums).
+  """`train_step` on a mesh: (state, batch, key) -> (state, sums).
 
   The state's memory becomes that of the state after.
 
@@ -202,7 +205,6 @@ def jit_train_step(
       train_step,
       model=model,
       optimizer=optimizer,
-      seed=seed,
       microbatches=microbatches,
       data_shards=shards,
     ),
@@ -227,10 +229,45 @@ def record_step(
   data_shards: int = 1,
 ) -> dict[str, moe.Record]:
   """Records of a batch, in parts to save memory; see `train_step`."""
+  return _record_parts(
+    lambda _, part: model.record(params, part),
+    batch,
+    microbatches,
+    data_shards,
+  )
+
+
+def record_train_step(
+  state: TrainState,
+  batch: Batch,
+  key: Array,
+  *,
+  model: Objective,
+  microbatches: int = 1,
+  data_shards: int = 1,
+) -> dict[str, moe.Record]:
+  """What `train_step` of the same does with every token, with its draws."""
+  rng = jax.random.fold_in(key, state.step)
+
+  def of_part(i: Array, part: Batch) -> dict[str, moe.Record]:
+    rng_i = jax.random.fold_in(rng, i)
+    return model.record(state.params, part, rng_i, train=True, step=state.step)
+
+  return _record_parts(of_part, batch, microbatches, data_shards)
+
+
+def _record_parts(
+  of_part: Callable[[Array, Batch], dict[str, moe.Record]],
+  batch: Batch,
+  microbatches: int,
+  data_shards: int,
+) -> dict[str, moe.Record]:
+  """Records of microbatches (number, part), in the order of the batch."""
   if microbatches == 1:
-    return model.record(params, batch)
+    return of_part(jnp.int32(0), batch)
   parts = split_microbatches(batch, microbatches, data_shards)
-  records = jax.lax.map(lambda part: model.record(params, part), parts)
+  items = (jnp.arange(microbatches), parts)
+  records = jax.lax.map(lambda item: of_part(*item), items)
   return jax.tree.map(lambda x: join_microbatches(x, data_shards), records)
 
 

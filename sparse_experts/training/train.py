@@ -1,10 +1,10 @@
-"""Training: the loop, and nothing that has a meaning of its own."""
+"""Training: what a run is made of, put together."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,13 +19,17 @@ from sparse_experts.moe import expert_check
 from sparse_experts.training import (
   checkpoints,
   global_batch,
+  replaying,
   schedules,
   state,
   step,
 )
 from sparse_experts.training.hardware import write_hardware
+from sparse_experts.training.hooks import Evaluate, Every, Log, Save, Trace
+from sparse_experts.training.loop import Guard, Hook, Run, loop
 from sparse_experts.training.preemption import Preemption
 from sparse_experts.training.progress import Progress
+from sparse_experts.training.saver import DataArgs, Saver
 from sparse_experts.training.total import Total
 from sparse_experts.training.writers import Writers
 
@@ -48,7 +52,9 @@ def train(
   eval_period: int = 1000,
   log_period: int = 100,
   max_skipped_in_a_row: int = 10,
+  hooks: Sequence[Hook] = (),
   profile: tuple[int, int] | None = None,
+  replay: int | None = None,
   on_start: Callable[[epath.Path], None] | None = None,
 ) -> dict[str, Any]:
   """Trains to `train_steps`, from the latest checkpoint in `model_dir` if any.
@@ -75,14 +81,19 @@ def train(
     eval_period, log_period: steps.
     max_skipped_in_a_row: a step with a loss, gradient or update that is not
       finite is skipped and counted; so many in a row stop the run.
+    hooks: functions of the `loop.Run`, called in order before the first step
+      and after each, when it is logged and evaluated and not yet saved;
+      `hooks.Every` calls one from time to time.
     profile: (start, stop), steps to trace into MODEL_DIR/profile: those of
       them that this call takes.
+    replay: a step that was taken: from the newest checkpoint before it, the run
+      goes there once more and stops. It writes nothing, and calls no hook.
     on_start: called with MODEL_DIR in process 0, once the state is there.
 
   Returns:
     'step', 'train' metrics up to it, 'eval' and 'eval_step', the latest and
     where it was taken, 'eval_before' at the first step of this call,
-    'preempted'.
+    'preempted', and what hooks add. Of a replay what `replaying.replay` does.
 
   Raises:
     ValueError: an argument, the data or the checkpoint does not fit the rest,
@@ -108,11 +119,12 @@ def train(
       dataset.shapes(model.features),
       functools.partial(optimizer, learning_rate=learning_rate),
     )
-  with placement.use():
-    run = _begin(
+  with placement.use(), contextlib.ExitStack() as closing:
+    run, saver = _begin(
       model,
       model_dir,
       dataset,
+      train_steps,
       built_mesh,
       boxed,
       built_optimizer,
@@ -120,105 +132,54 @@ def train(
       microbatches,
       seed,
       keep_checkpoints,
+      replay,
     )
+    if replay is not None:
+      return replaying.replay(run, model, built_mesh, microbatches, seed)
+    closing.callback(saver.close)
     if on_start is not None and jax.process_index() == 0:
       on_start(epath.Path(model_dir))
     write_hardware(model_dir, built_mesh)
-    now, start, feed = run.state, run.start, run.feed
-    writers, preemption = Writers(model_dir), Preemption()
-    positions = model.positions(dataset.shapes(model.features))
-    progress = Progress(start, train_steps, positions)
-    if start:
-      progress.say(f'resumed at step {start}')
-    if start >= train_steps:
-      progress.say(f'TRAIN_STEPS={train_steps} are done; nothing left to train')
-    if profile and not (start < profile[1] and profile[0] < train_steps):
-      progress.say(f'no step to trace from {start} to {train_steps}')
-    evaluate = None
+    _open(run, model.positions(dataset.shapes(model.features)), closing)
+    trace = Trace(run.model_dir / 'profile', profile)
+    closing.callback(trace.close)
+    if profile and not (run.start < profile[1] and profile[0] < train_steps):
+      run.say(f'no step to trace from {run.start} to {train_steps}')
+    guard = Guard(max_skipped_in_a_row)
+    log = Log(run.progress, schedules.as_schedule(learning_rate))
+    evaluation = []
     if eval_dataset is not None:
-      evaluate = LossEvaluation(model, eval_dataset, built_mesh)
-
-    def held_out(at):
-      if evaluate is None:
-        return None
-      metrics = evaluate(now.params)
-      writers.write('eval', at, metrics)
-      progress.say(f'step {at}  held-out loss {metrics["loss"]:.4f} nats')
-      return metrics
-
-    eval_before = eval_now = held_out(start)
-    eval_step = start
-    train_metrics, preempted, tracing = None, False, False
-    rate = schedules.as_schedule(learning_rate)
-    total, skipped, guard = Total(), None, _Guard(max_skipped_in_a_row)
-    try:
-      for i in range(start, train_steps):
-        if profile and profile[0] <= i < profile[1] and not tracing:
-          jax.profiler.start_trace(str(epath.Path(model_dir) / 'profile'))
-          tracing = True
-        now, sums = run.take_step(now, feed.next())
-        # Both look at the step before, which keeps this one in flight.
-        total.add(sums)
-        guard.check(i, skipped)
-        skipped = sums['skipped']
-        done, last = i + 1, i + 1 == train_steps
-        progress.step(done)
-        if tracing and (last or done == profile[1]):
-          jax.block_until_ready(now)
-          jax.profiler.stop_trace()
-          tracing = False
-        if last or done % log_period == 0:
-          sums = total.sums()
-          train_metrics = step.summary(sums, microbatches)
-          # Of the last update: the optimizer has not counted the steps that
-          # were skipped. Before any update, of the first.
-          update = max(i - int(now.skipped), 0)
-          train_metrics['learning_rate'] = float(rate(update))
-          train_metrics |= progress.report(done, train_metrics, sums['tokens'])
-          writers.write('train', done, train_metrics)
-          total = Total()
-        if last or done % eval_period == 0:
-          eval_now, eval_step = held_out(done), done
-        preempted = preemption.reached(done)
-        if last or preempted or done % checkpoint_period == 0:
-          guard.check(done, skipped)
-          skipped = None
-          run.checkpoints.save(now, feed.data_args)
-        if preempted and not last:
-          progress.say(f'SIGTERM: stopping after step {done}')
-          break
-    finally:
-      if tracing:
-        jax.profiler.stop_trace()
-      run.checkpoints.close()
-      writers.close()
-      progress.close()
-      preemption.close()
+      evaluate = Evaluate(LossEvaluation(model, eval_dataset, built_mesh))
+      evaluation = [Every(eval_period, evaluate, at_start=True)]
+    preemption = Preemption()
+    closing.callback(preemption.close)
+    save = Save(saver, run.batches.to_save, guard.check)
+    loop(
+      run,
+      [
+        guard,
+        trace.stop,
+        log.add,
+        Every(log_period, log),
+        *evaluation,
+        *hooks,
+        preemption,
+        Every(checkpoint_period, save),
+        trace.start,
+      ],
+    )
     return {
-      'step': int(now.step),
-      'train': train_metrics,
-      'eval': eval_now,
-      'eval_step': eval_step,
-      'eval_before': eval_before,
-      'preempted': preempted,
+      'step': int(run.state.step),
+      **run.results,
+      'preempted': run.preempted,
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-  """What the loop turns on: the state at step `start`, and what moves it."""
-
-  start: int
-  state: state.TrainState
-  take_step: Callable[..., Any]
-  feed: _Feed
-  checkpoints: checkpoints.Checkpoints
 
 
 def _begin(
   model: Objective,
   model_dir: str,
   dataset: Dataset,
+  train_steps: int,
   mesh: jax.sharding.Mesh,
   boxed: state.TrainState,
   optimizer: optax.GradientTransformation,
@@ -226,8 +187,15 @@ def _begin(
   microbatches: int,
   seed: int,
   keep_checkpoints: int | None,
-) -> _Run:
-  """Creates or restores the state on the mesh, with its step and data."""
+  replay: int | None,
+) -> tuple[Run, Saver | None]:
+  """The state, created or restored, with its step and data.
+
+  And what saves it, unless it is a replay, which leaves all as it is.
+  """
+  start, saver = None, None
+  if replay is not None:
+    start, train_steps = replaying.checkpoint_before(model_dir, replay), replay
   shapes = dataset.shapes(model.features)
   placed = state.shardings(boxed, mesh)
   take_step = step.jit_train_step(
@@ -236,16 +204,18 @@ def _begin(
     mesh,
     placed,
     batch_size=dataset.batch_size,
-    seed=seed,
     microbatches=microbatches,
   )
-  take_step.eval_shape(nn.unbox(boxed), shapes)  # Mistakes show in tracing.
+  key = jax.random.key(seed)
+  # Mistakes show in tracing.
+  take_step.eval_shape(nn.unbox(boxed), shapes, key)
   model.check_data(dataset)
   feed = _Feed(model, dataset, mesh)
-  saver = checkpoints.Checkpoints(model_dir, keep_checkpoints)
-  start = saver.latest()
+  if replay is None:
+    saver = Saver(model_dir, keep_checkpoints)
+    start = saver.latest()
   if start is not None:
-    now = saver.restore(start, boxed, placed, feed.data_args)
+    now = checkpoints.restore(model_dir, start, boxed, placed, feed.batches)
   elif initial_checkpoint is not None:
     params, _ = checkpoints.load_params(
       initial_checkpoint, boxed.params, placed.params
@@ -253,7 +223,29 @@ def _begin(
     now = state.begin(params, optimizer, placed, boxed)
   else:
     now = state.create(model, shapes, optimizer, placed, seed)
-  return _Run(start or 0, now, take_step, feed, saver)
+  run = Run(
+    model_dir=epath.Path(model_dir),
+    start=start or 0,
+    stop=train_steps,
+    state=now,
+    batches=feed,
+    take=lambda now, batch: take_step(now, batch, key),
+    summary=functools.partial(step.summary, microbatches=microbatches),
+  )
+  return run, saver
+
+
+def _open(run: Run, positions: int, closing: contextlib.ExitStack) -> None:
+  """Gives a run, of so many positions a step, its writers; says where it is."""
+  run.progress = Progress(run.start, run.stop, positions)
+  closing.callback(run.progress.close)
+  run.writers = Writers(run.model_dir)
+  closing.callback(run.writers.close)
+  if run.start:
+    run.say(f'resumed at step {run.start}')
+  if run.ending:
+    run.say(f'TRAIN_STEPS={run.stop} are done; nothing left to train')
+  run.results = dict.fromkeys(('train', 'eval', 'eval_step', 'eval_before'))
 
 
 class LossEvaluation:
@@ -288,7 +280,7 @@ class LossEvaluation:
     return summary(sums)
 
 
-class _Feed:
+class _Feed(Iterator):
   """Global batches of a dataset on a mesh."""
 
   def __init__(
@@ -300,17 +292,17 @@ class _Feed:
     self._first_row = rows.start
     batches = dataset.training(model.features, rows)
     global_batch.check_same_on_all_processes(batches.identity)
-    self._batches = batches
-    self.data_args = checkpoints.DataArgs(
+    self.batches = batches
+    self.to_save = DataArgs(
       batches,
       global_batch.streams_written(
         mesh, dataset.batch_size, dataset.num_shards, process
       ),
     )
 
-  def next(self):
+  def __next__(self):
     return global_batch.place(
-      next(self._batches), self._mesh, self._batch_size, self._first_row
+      next(self.batches), self._mesh, self._batch_size, self._first_row
     )
 
 
@@ -319,24 +311,4 @@ def _check_counts(**counts: int) -> None:
     if not isinstance(value, int) or value < 1:
       raise ValueError(
         f'{name} must be a whole number, at least 1, got {value!r}.'
-      )
-
-
-class _Guard:
-  """Stops a run that skips too many steps in a row."""
-
-  def __init__(self, limit: int):
-    self._limit, self._in_a_row = limit, 0
-
-  def check(self, step: int, skipped) -> None:
-    """Counts whether `step` was skipped (None: counted already)."""
-    if skipped is None:
-      return
-    self._in_a_row = self._in_a_row + 1 if int(skipped) else 0
-    if self._in_a_row >= self._limit:
-      raise FloatingPointError(
-        f'{self._limit} steps in a row up to step {step} had a loss, gradient '
-        'or update that is not finite; lower the learning rate, or continue '
-        'from an earlier checkpoint with other dropout and jitter, by another '
-        '--gin.train.train.seed.'
       )

@@ -56,7 +56,9 @@ def all_of_it(model, params, batch, questions, options_BxWxT):
   beams, scores = model.decode(
     params, questions, max_tokens=5, strategy=BeamSearch(2)
   )
-  _, gradients_sums = step.gradients(state, batch, model=model, seed=0)
+  _, gradients_sums = step.gradients(
+    state, batch, jax.random.key(0), model=model
+  )
   without = {k: x for k, x in batch.items() if k != 'decoder_target_tokens'}
   numbers = {
     'loss': loss,

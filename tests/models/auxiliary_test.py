@@ -171,7 +171,7 @@ def take_step(model, inputs, microbatches=1, devices=1, balance=()):
         step.train_step,
         model=model,
         optimizer=identity,
-        seed=0,
+        key=jax.random.key(0),
         microbatches=microbatches,
         data_shards=devices,
       ),
@@ -407,7 +407,7 @@ def test_counting_a_batch_first_costs_a_forward_pass(inputs):
       step.train_step,
       model=model,
       optimizer=optax.identity(),
-      seed=0,
+      key=jax.random.key(0),
       microbatches=4,
     )
     before = state.TrainState(zero, params, optax.EmptyState(), zero, balance)

@@ -13,7 +13,7 @@ from sparse_experts import sharding
 from sparse_experts.models import layout
 from sparse_experts.models.balance_bias import update_biases
 from sparse_experts.moe.routers.deepseek import BIAS, DeepSeek
-from sparse_experts.training import optimizers, step, subsets
+from sparse_experts.training import ema, optimizers, step, subsets
 from sparse_experts.training.state import TrainState
 
 E = 4
@@ -50,7 +50,7 @@ def trainer(model, optimizer, microbatches=1):
       step.train_step,
       model=model,
       optimizer=optimizer,
-      seed=0,
+      key=KEY,
       microbatches=microbatches,
     )
   )
@@ -106,6 +106,21 @@ def test_biases_of_a_scanned_stack_meet_the_loads_of_their_layers():
   expected = update_biases({'decoder': plain}, sums, 0.5)
   unrolled = {'decoder': layout.unroll(moved['decoder'], kinds)}
   jax.tree.map(np.testing.assert_array_equal, unrolled, expected)
+
+
+def test_an_average_is_of_the_biases_after_the_step():
+  """Of decay 0 it is the parameters as the step leaves them."""
+  model = make_model(bias_rate=0.02)
+  batch = tiny_models.make_batch(encoder=False, rows=16)
+  optimizer = ema.averaged(
+    None, learning_rate=0.1, optimizer=lambda *_, **__: SGD, decay=0.0
+  )
+  start = make_state(params_of(model, batch), optimizer)
+  after, _ = trainer(model, optimizer)(start, batch)
+  assert all(bias.any() for bias in biases(after.params).values())
+  jax.tree.map(
+    np.testing.assert_array_equal, after.opt_state.average, after.params
+  )
 
 
 def test_training_moves_biases_against_the_load_and_imbalance_falls():
@@ -210,7 +225,9 @@ def test_a_rate_without_a_bias_is_refused():
   state = jax.eval_shape(partial(make_state, optimizer=SGD), params)
   with pytest.raises(ValueError, match='bias_rate=0.1 moves .* none has one'):
     jax.eval_shape(
-      partial(step.train_step, model=model, optimizer=SGD, seed=0), state, batch
+      partial(step.train_step, model=model, optimizer=SGD, key=KEY),
+      state,
+      batch,
     )
 
 

@@ -138,7 +138,7 @@ def test_microbatches_change_nothing(group_size):
         step.train_step,
         model=model,
         optimizer=identity,
-        seed=0,
+        key=jax.random.key(0),
         microbatches=microbatches,
       )
     )(before, batch)

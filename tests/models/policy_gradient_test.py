@@ -211,12 +211,12 @@ def test_training_draws_and_learns():
   )
   train_step = jax.jit(
     functools.partial(
-      step.train_step, model=model, optimizer=optimizer, seed=0, microbatches=2
+      step.train_step, model=model, optimizer=optimizer, microbatches=2
     )
   )
   values = []
   for _ in range(30):
-    now, sums = train_step(now, batch)
+    now, sums = train_step(now, batch, jax.random.key(0))
     values.append(float(sums['aux_losses']['value']))
   assert np.isfinite(values).all() and now.skipped == 0
   # Rewards of about -log 64 are learned to be expected.

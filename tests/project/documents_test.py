@@ -1,6 +1,7 @@
 """What README.md and docs/ show really runs, and what they name is there."""
 
 import re
+import types
 
 import documents
 import jax
@@ -38,6 +39,24 @@ def test_architecture():
     names = documents.run(ROOT / 'docs/architecture.md')
   assert names['answers_BxT'].shape == (4, 5)
   assert np.isfinite(names['loss'])
+
+
+def test_training():
+  """Its hook is due after 100 steps and after the last, here 250."""
+  written = []
+  run = types.SimpleNamespace(
+    start=0,
+    state=types.SimpleNamespace(params={'w': np.array([3.0, 4.0])}),
+    write=lambda name, metrics: written.append((run.step, name, metrics)),
+  )
+  hook = documents.run(ROOT / 'docs/training.md')['hook']
+  for run.step in (0, 99, 100, 250):
+    run.ending = run.step == 250
+    hook(run)
+  assert written == [
+    (100, 'parameters', {'norm': 5.0}),
+    (250, 'parameters', {'norm': 5.0}),
+  ]
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)

@@ -401,7 +401,7 @@ def test_loss_free_balancing(microbatches):
       step_module.train_step,
       model=model,
       optimizer=optimizer,
-      seed=0,
+      key=jax.random.key(0),
       microbatches=microbatches,
     )
   )
@@ -512,7 +512,9 @@ def test_balance_over_a_batch(microbatches):
   state = TrainState(zero, params, (), zero)
 
   def in_halves(model):
-    step = partial(step_module.gradients, model=model, seed=0, microbatches=2)
+    step = partial(
+      step_module.gradients, model=model, key=jax.random.key(0), microbatches=2
+    )
     gradients, sums = jax.jit(step)(state, batch)
     return sums['objective'] / 2, gradients
 

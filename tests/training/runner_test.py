@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import types
 
 import command
 import jax
@@ -15,9 +16,12 @@ import pytest
 
 from sparse_experts import config, sharding
 from sparse_experts.data.dataset import Dataset
+from sparse_experts.data.features.text import Text
 from sparse_experts.models.language import Language
 from sparse_experts.training import (
   checkpoints,
+  ema,
+  loop,
   optimizers,
   progress,
   state,
@@ -29,6 +33,7 @@ from sparse_experts.training import (
 DATASET = Dataset(
   'tiny_sums', {'inputs': 16, 'targets': 16}, 8, modules=('tiny_tasks',)
 )
+FEATURES = Text()
 
 
 @pytest.fixture(scope='module')
@@ -37,9 +42,16 @@ def model() -> Language:
   return config.value('MODEL')
 
 
-def _abstract(model: Language, learning_rate: float = 0.1):
+def _abstract(model: Language, learning_rate: float = 0.1, average=False):
   make = functools.partial(optimizers.adafactor, learning_rate=learning_rate)
-  return state.abstract(model, DATASET.shapes('decoder'), make)
+  if average:
+    make = functools.partial(
+      ema.averaged,
+      learning_rate=learning_rate,
+      optimizer=optimizers.adafactor,
+      decay=0.5,
+    )
+  return state.abstract(model, DATASET.shapes(FEATURES), make)
 
 
 # Checkpoints on other meshes.
@@ -70,10 +82,8 @@ def test_any_mesh_reads_a_checkpoint(mesh, rules, on_eight, model):
   with sharding.use_mesh(built, rules):
     boxed, _ = _abstract(model)
     placed = state.shardings(boxed, built)
-    data = checkpoints.DataArgs(DATASET.training('decoder', slice(None)))
-    saver = checkpoints.Checkpoints(on_eight)
-    restored = saver.restore(2, boxed, placed, data)
-    saver.close()
+    batches = DATASET.training(FEATURES, slice(None))
+    restored = checkpoints.restore(on_eight, 2, boxed, placed, batches)
 
   assert jax.tree.all(
     jax.tree.map(
@@ -105,30 +115,28 @@ def test_any_mesh_reads_a_checkpoint(mesh, rules, on_eight, model):
 @pytest.fixture(scope='module')
 def start(model) -> state.TrainState:
   """The state at step 0, on one device."""
-  boxed, optimizer = _abstract(model)
+  boxed, optimizer = _abstract(model, average=True)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   placed = state.shardings(boxed, mesh)
-  shapes = DATASET.shapes('decoder')
+  shapes = DATASET.shapes(FEATURES)
   return state.create(model, shapes, optimizer, placed, seed=0)
 
 
 def _step(model, learning_rate=0.1, microbatches=1):
-  _, optimizer = _abstract(model, learning_rate)
-  return jax.jit(
-    functools.partial(
-      step.train_step,
-      model=model,
-      optimizer=optimizer,
-      seed=0,
-      microbatches=microbatches,
-    )
+  _, optimizer = _abstract(model, learning_rate, average=True)
+  take = functools.partial(
+    step.train_step,
+    model=model,
+    optimizer=optimizer,
+    microbatches=microbatches,
   )
+  return functools.partial(jax.jit(take), key=jax.random.key(0))
 
 
 @pytest.fixture
 def batch():
   """Eight rows of random tokens; targets have a weight of 1."""
-  shapes = DATASET.shapes('decoder')
+  shapes = DATASET.shapes(FEATURES)
   random = np.random.default_rng(0)
   tokens = random.integers(2, 300, shapes['decoder_target_tokens'].shape)
   batch = {name: np.ones(leaf.shape, np.int32) for name, leaf in shapes.items()}
@@ -175,7 +183,7 @@ def test_a_bad_batch_is_skipped_and_counted(microbatches, model, start, batch):
 
 def test_an_update_that_is_not_finite_is_skipped(model, start, batch):
   """Loss and gradient are, the rate times the update overflows."""
-  grads, sums = step.gradients(start, batch, model=model, seed=0)
+  grads, sums = step.gradients(start, batch, jax.random.key(0), model=model)
   assert np.isfinite(sums['objective'])
   assert np.isfinite(optax.tree.norm(grads))
   after, sums = _step(model, learning_rate=3e38)(start, batch)
@@ -208,12 +216,20 @@ def test_skipped_steps_in_a_row_stop_the_run(tmp_path):
 
 
 def test_only_skipped_steps_in_a_row_count():
-  guard = train._Guard(2)
-  for i, skipped in enumerate([1, 0, 1, None, 0, 1]):
-    guard.check(i, skipped)
-  guard.check(6, None)
-  with pytest.raises(FloatingPointError, match='2 steps in a row up to step 7'):
-    guard.check(7, 1)
+  guard = loop.Guard(2)
+
+  def take(step, skipped):
+    sums = None if skipped is None else {'skipped': jnp.int32(skipped)}
+    guard(types.SimpleNamespace(step=step, sums=sums))
+
+  for i, skipped in enumerate([None, 1, 0, 1]):  # None: before the first.
+    take(i, skipped)
+  guard.check()  # Step 3, which is not counted twice.
+  for i, skipped in enumerate([0, 1, 1], start=4):
+    take(i, skipped)
+  # Each looks at the one before.
+  with pytest.raises(FloatingPointError, match='2 steps in a row up to step 6'):
+    guard.check()
 
 
 # What a run says.
@@ -263,7 +279,7 @@ def test_the_learning_rate_is_that_of_the_last_update(six_steps):
 
 def test_tokens_per_second_with_padding_and_without(six_steps):
   assert 'tokens_per_second_with_padding' not in six_steps[0]  # Of no time.
-  batches = DATASET.training('decoder', slice(None))
+  batches = DATASET.training(FEATURES, slice(None))
   tokens = [
     (next(batches)['decoder_target_tokens'] > 0).sum() for _ in range(6)
   ]
@@ -337,7 +353,16 @@ def test_sigterm_leaves_the_latest_evaluation_with_its_step(tmp_path):
       os.kill(os.getpid(), signal.SIGTERM)
     return 0.1
 
-  results = _run(tmp_path, learning_rate=rate, log_period=1, eval_period=2)
+  seen = []
+
+  def hook(run):
+    seen.append((run.step, run.results['eval_step'], run.preempted))
+
+  results = _run(
+    tmp_path, learning_rate=rate, log_period=1, eval_period=2, hooks=[hook]
+  )
+  # After evaluation, before what asks for a stop and saves.
+  assert seen == [(0, 0, False), (1, 0, False), (2, 2, False), (3, 2, False)]
   assert results['preempted'] and results['step'] == 3
   assert results['eval_step'] == 2
   evaluated = _logged(tmp_path, 'eval')
