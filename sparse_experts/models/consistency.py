@@ -70,6 +70,15 @@ class Consistency(Wrapper):
     ]
     return tuple(Two(*both) for both in zip(*passes))
 
+  def predictions(self, outputs: Any, batch: Batch) -> tuple[Array, Array]:
+    """As `Objective.predictions`, of one pass."""
+    if isinstance(outputs, Two):
+      raise ValueError(
+        'consistency predicts twice in training, and what wraps it needs one '
+        'prediction: put it around the other wrapper.'
+      )
+    return self.objective.predictions(outputs, batch)
+
   def record(self, params, batch: Batch, *args, train: bool = False, **kwargs):
     """As `Objective.record`, of evaluation.
 
@@ -97,6 +106,7 @@ class Consistency(Wrapper):
     divergence = (_symmetric_kl(logits_1, logits_2) * weights).sum()
     divergence /= auxiliary.or_one(totals.weight)
     sums = jax.tree.map(lambda a, b: (a + b) / 2, sums_1, sums_2)
+    sums['own_loss'] *= 2  # Of both.
     sums['aux_losses']['consistency'] = divergence
     return loss_1 + loss_2 + self.alpha * divergence, sums
 
