@@ -6,6 +6,7 @@ package by dynamic registration, so modules carry no decorators.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import functools
@@ -14,7 +15,7 @@ import io
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import gin
@@ -111,6 +112,64 @@ def model_of(gin_text: str, bindings: Sequence[str] = ()) -> Any:
     file.flush()
     parse([file.name], bindings, [])
   return model()
+
+
+def model_of_run(model_dir: str, student_dir: str | None = None) -> Any:
+  """`model` of the config.gin of a run, such as a teacher.
+
+  A gin file may name it; what was parsed stays what is parsed.
+
+  Args:
+    model_dir: a MODEL_DIR, or one checkpoints/<step> of it.
+    student_dir: the MODEL_DIR of what learns from it. Once that has a copy of
+      the teacher, see `training.frozen`, this is read instead.
+
+  Raises:
+    FileNotFoundError: there is no config.gin.
+  """
+  from sparse_experts.models import distillation
+  from sparse_experts.training import checkpoints, frozen
+
+  root = checkpoints.root_of(model_dir)
+  if student_dir is not None:
+    kept = frozen.copy_of(student_dir, distillation.TEACHER)
+    root = kept if kept.exists() else root
+  file = root / 'config.gin'
+  if not file.exists():
+    raise FileNotFoundError(
+      f'{root} has no config.gin, which says of what its parameters are: give '
+      'a MODEL_DIR that `train` has made.'
+    )
+  with _aside():
+    return model_of(file.read_text())
+
+
+# All that gin keeps of what was parsed and called. Not its registry: what
+# files name is registered once, whoever names it.
+_STATE = (
+  '_CONFIG',
+  '_OPERATIVE_CONFIG',
+  '_IMPORTS',
+  '_SINGLETONS',
+  '_CONSTANTS',
+  '_LOCATION_PREFIXES',
+  '_FILE_READERS',
+  '_CONFIG_IS_LOCKED',
+)
+
+
+@contextlib.contextmanager
+def _aside() -> Iterator[None]:
+  """Other files may be parsed; after it, gin is as it was before."""
+  before = {name: getattr(gin.config, name) for name in _STATE}
+  for name, held in before.items():
+    setattr(gin.config, name, copy.copy(held))
+  try:
+    with gin.config_scope(None):
+      yield
+  finally:
+    for name, held in before.items():
+      setattr(gin.config, name, held)
 
 
 def text() -> str:

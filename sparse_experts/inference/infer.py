@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -208,10 +207,11 @@ class _Statistics:
     self._params, self._mesh, self._dataset = params, mesh, dataset
     self._pad = model.special_tokens.pad
     answer = functools.partial(answered, special_tokens=model.special_tokens)
-    exact = dataclasses.replace(model, capacity_factor_eval=None)
 
     def counts(params, batch, answers_BxT):
-      records = exact.record(params, answer(batch, answers_BxT))
+      batch = answer(batch, answers_BxT)
+      _, auxes = model.apply(params, batch, record=True)  # Exactly.
+      records = {layer: aux.record for layer, aux in auxes.items()}
       return {
         layer: jax.nn.one_hot(r.expert_BxLxK, r.num_experts).sum((1, 2))
         for layer, r in records.items()

@@ -71,22 +71,27 @@ class Consistency(Wrapper):
     ]
     return tuple(Two(*both) for both in zip(*passes))
 
-  def record(
-    self,
-    params,
-    batch: Batch,
-    rng: Array | None = None,
-    *,
-    train: bool = False,
-    step: Array | None = None,
-  ) -> dict[str, Any]:
-    """As `Objective.record`, of evaluation."""
+  def predictions(self, outputs: Any, batch: Batch) -> tuple[Array, Array]:
+    """As `Objective.predictions`, of one pass."""
+    if isinstance(outputs, Two):
+      raise ValueError(
+        'consistency predicts twice in training, and what wraps it needs one '
+        'prediction: put it around the other wrapper.'
+      )
+    return self.objective.predictions(outputs, batch)
+
+  def record(self, params, batch: Batch, *args, train: bool = False, **kwargs):
+    """As `Objective.record`, of evaluation.
+
+    Raises:
+      ValueError: in training there are two passes.
+    """
     if train:
       raise ValueError(
-        'training passes twice over a batch, with two routings, and a record '
-        'is of one: record an evaluation, or train without Consistency.'
+        'consistency passes twice over a batch in training, with two routings; '
+        'a record is of one: replay a run without it.'
       )
-    return self.objective.record(params, batch, step=step)
+    return self.objective.record(params, batch, *args, **kwargs)
 
   def judge(
     self, outputs: Any, auxes: Any, batch: Batch, totals: Totals
@@ -102,6 +107,7 @@ class Consistency(Wrapper):
     divergence = (_symmetric_kl(logits_1, logits_2) * weights).sum()
     divergence /= auxiliary.or_one(totals.weight)
     sums = jax.tree.map(lambda a, b: (a + b) / 2, sums_1, sums_2)
+    sums['own_loss'] *= 2  # Of both.
     sums['aux_losses']['consistency'] = divergence
     return loss_1 + loss_2 + self.alpha * divergence, sums
 

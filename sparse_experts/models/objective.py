@@ -50,6 +50,18 @@ class Judged(NamedTuple):
   counts: dict[str, Array]
 
 
+class Frozen(NamedTuple):
+  """A model beside the one that is trained, whose parameters never move.
+
+  Attributes:
+    objective: what the parameters are of.
+    directory: the MODEL_DIR that they come from, or one checkpoints/<step>.
+  """
+
+  objective: Objective
+  directory: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
   """A module, and what its outputs are worth.
@@ -149,6 +161,15 @@ class Objective:
       'distilled nor be consistent with itself.'
     )
 
+  @property
+  def frozen(self) -> Mapping[str, Frozen]:
+    """Models that the loss of training needs beside the module, by name.
+
+    `params` of training has their parameters under these names; those of
+    checkpoints and of evaluation have not, see `training.frozen`.
+    """
+    return {}
+
   def check_data(self, dataset: Dataset) -> None:
     """Raises ValueError where the data is none of the module's."""
 
@@ -186,8 +207,9 @@ class Objective:
         is the whole batch's loss.
 
     Returns:
-      Scalar loss; sums (see `summary`), which add over batches. 'balance',
-      among the sums, is what `statistics` has of it.
+      Scalar loss; sums (see `summary`), which add over batches. 'own_loss',
+      among the sums, is the loss without auxiliary ones; 'balance' is what
+      `statistics` has of it.
     """
     if totals is None:
       totals = self.totals(batch)
@@ -229,6 +251,7 @@ class Objective:
       loss += self.loss_weights.get(name, 0.0) * value
     sums = {
       'batches': jnp.float32(1),
+      'own_loss': judged.loss,
       'means': judged.means,
       'counts': judged.counts,
       'aux_losses': aux_losses,

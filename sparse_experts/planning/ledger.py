@@ -54,8 +54,10 @@ def ledger(
     https://arxiv.org/abs/2001.08361, section 2.1, and the logits): half of
     attention, no routers, and keys and values of the memory as if it were as
     long as the targets;
-    train_flops_per_sequence: three times the former; train_flops_per_token: per
-    input and target token; parameter_bytes and optimizer_bytes (by optimizer):
+    train_flops_per_sequence: three times forward_flops_per_sequence, and the
+    forward pass of what stands frozen beside the model, a teacher, whose
+    frozen_params are none of the others; train_flops_per_token: per input and
+    target token; parameter_bytes and optimizer_bytes (by optimizer):
     all float32; feature_lengths, and the size of an 'example' for people;
     writes_text: it can be asked.
   """
@@ -104,15 +106,24 @@ def ledger(
       product = 2 * layers * width * tokens * context
       flops += 2 * product if parts[-2] == 'out' else product
       kaplan += product if parts[-2] == 'out' else 0
+  frozen = [
+    ledger(of.objective, feature_lengths) for of in model.frozen.values()
+  ]
+  train_flops = 3 * flops + sum(
+    facts['forward_flops_per_sequence'] for facts in frozen
+  )
   return {
     **counts,
+    'frozen_params': sum(facts['total_params'] for facts in frozen),
     'active_params': round(counts['active_params']),
     'components': dict(sorted(components.items())),
     'forward_flops_per_sequence': round(flops),
     'executed_forward_flops_per_sequence': round(flops + padding),
     'kaplan_forward_flops_per_sequence': round(kaplan),
-    'train_flops_per_sequence': round(3 * flops),
-    'train_flops_per_token': round(3 * flops / sum(map(sum, lengths.values()))),
+    'train_flops_per_sequence': round(train_flops),
+    'train_flops_per_token': round(
+      train_flops / sum(map(sum, lengths.values()))
+    ),
     'parameter_bytes': _bytes(boxed),
     'optimizer_bytes': _optimizer_bytes(names, boxed),
     'feature_lengths': dict(feature_lengths),
@@ -143,6 +154,9 @@ def text(facts: Mapping[str, Any]) -> str:
     lines.append(f'{"  " + name.split("_")[0]:36}{facts[name]:>20,}')
   for name, count in facts['components'].items():
     lines.append(f'{"  in " + name:36}{count:>20,}')
+  if facts['frozen_params']:
+    title = 'frozen beside them (a teacher)'
+    lines.append(f'{title:36}{facts["frozen_params"]:>20,}')
   for kind in ('forward', 'executed_forward', 'train'):
     title = f'{kind.replace("_", " ")} FLOPs per sequence'
     lines.append(f'{title:36}{facts[f"{kind}_flops_per_sequence"]:>20,}')

@@ -25,7 +25,7 @@ from sparse_experts import sharding
 from sparse_experts.models.decoding import check_decodable
 from sparse_experts.models.objective import Objective
 from sparse_experts.planning import chips, hlo, ledger, topology
-from sparse_experts.training import state, step
+from sparse_experts.training import frozen, state, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +283,11 @@ def _step(run: Run, mesh: Mesh | AbstractMesh, what: str):
   arguments = (jax.tree.map(_at, nn.unbox(boxed), placed), batch)
   if what != 'decode':
     key = jax.eval_shape(jax.random.key, 0)
-    arguments += (_at(key, sharding.replicated(mesh)),)
+    beside = frozen.abstract(run.model, shapes)
+    arguments += (
+      _at(key, sharding.replicated(mesh)),
+      jax.tree.map(_at, nn.unbox(beside), sharding.shardings(beside, mesh)),
+    )
   return jitted, arguments
 
 

@@ -11,14 +11,6 @@ import jax.numpy as jnp
 import optax
 
 
-class Averaged(NamedTuple):
-  """An optax transformation; `trained` as of `subsets.Subset`, or None."""
-
-  init: Callable[..., Any]
-  update: Callable[..., Any]
-  trained: frozenset[str] | None
-
-
 class AveragedState(NamedTuple):
   """The optimizer's own state, updates counted, and a tree of averages."""
 
@@ -33,7 +25,7 @@ def averaged(
   learning_rate: float | optax.Schedule,
   optimizer: Callable[..., optax.GradientTransformation],
   decay: float,
-) -> Averaged:
+) -> optax.GradientTransformation:
   """An optimizer that also averages the parameters exponentially.
 
   With p_i the parameters after update i, after n updates
@@ -95,7 +87,8 @@ def averaged(
     )
     return updates, AveragedState(optimizer_state, n, average)
 
-  return Averaged(init, update, getattr(inner, 'trained', None))
+  # What else it says of itself stays, see `subsets.Subset`.
+  return inner._replace(init=init, update=update)
 
 
 def _share(decay: float, n: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ def train_step(
   state: TrainState,
   batch: Batch,
   key: Array,
+  frozen: Mapping[str, Any] | None = None,
   *,
   model: Objective,
   optimizer: optax.GradientTransformation,
@@ -44,6 +45,7 @@ def train_step(
     batch: global batch.
     key: `jax.random.key(seed)` of dropout and jitter. An argument, not a
       constant: another seed is the same program.
+    frozen: parameters beside those of the state, see `training.frozen`.
     model: the model. optimizer: its optimizer.
     microbatches: parts the batch is run in, one after the other, to save
       memory; each takes an equal share of every data shard's rows, so no row
@@ -60,6 +62,7 @@ def train_step(
     state,
     batch,
     key,
+    frozen,
     model=model,
     microbatches=microbatches,
     data_shards=data_shards,
@@ -99,12 +102,14 @@ def gradients(
   state: TrainState,
   batch: Batch,
   key: Array,
+  frozen: Mapping[str, Any] | None = None,
   *,
   model: Objective,
   microbatches: int = 1,
   data_shards: int = 1,
 ) -> tuple[Any, Sums]:
   """Gradients of a batch and the model's sums; see `train_step`."""
+  frozen = frozen or {}
   rng = jax.random.fold_in(key, state.step)
   totals = jax.tree.map(lambda x: x / microbatches, model.totals(batch))
   if state.balance:
@@ -113,7 +118,7 @@ def gradients(
   def of_part(i: Array, batch: Batch, totals: Totals) -> tuple[Any, Sums]:
     def loss(params):
       return model.loss(
-        params,
+        {**params, **frozen},
         batch,
         jax.random.fold_in(rng, i),
         train=True,
@@ -134,7 +139,8 @@ def gradients(
 
     def look(_, i: Array, batch: Batch):
       rng_i = jax.random.fold_in(rng, i)
-      found = model.statistics(state.params, batch, rng_i, step=state.step)
+      params = {**state.params, **frozen}
+      found = model.statistics(params, batch, rng_i, step=state.step)
       return found.balance, found.rows
 
     balance, rows = _add_up(look, items)
@@ -182,7 +188,7 @@ def jit_train_step(
   batch_size: int,
   microbatches: int = 1,
 ):
-  """`train_step` on a mesh: (state, batch, key) -> (state, sums).
+  """`train_step` on a mesh: (state, batch, key, frozen) -> (state, sums).
 
   The state's memory becomes that of the state after.
 

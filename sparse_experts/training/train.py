@@ -18,6 +18,7 @@ from sparse_experts.models.objective import Objective, summary
 from sparse_experts.moe import expert_check
 from sparse_experts.training import (
   checkpoints,
+  frozen,
   global_batch,
   replaying,
   schedules,
@@ -190,12 +191,20 @@ def _begin(
   )
   key = jax.random.key(seed)
   # Mistakes show in tracing.
-  take_step.eval_shape(nn.unbox(boxed), shapes, key)
+  beside = frozen.abstract(model, shapes)
+  take_step.eval_shape(nn.unbox(boxed), shapes, key, nn.unbox(beside))
   model.check_data(dataset)
   feed = _Feed(model, dataset, mesh)
   if replay is None:
     saver = Saver(model_dir, keep_checkpoints)
     start = saver.latest()
+  kept = frozen.load(
+    model,
+    model_dir,
+    beside,
+    sharding.shardings(beside, mesh),
+    begun=start is not None,
+  )
   if start is not None:
     now = checkpoints.restore(model_dir, start, boxed, placed, feed.batches)
   elif initial_checkpoint is not None:
@@ -211,7 +220,7 @@ def _begin(
     stop=train_steps,
     state=now,
     batches=feed,
-    take=lambda now, batch: take_step(now, batch, key),
+    take=lambda now, batch: take_step(now, batch, key, kept),
     summary=functools.partial(step.summary, microbatches=microbatches),
   )
   return run, saver

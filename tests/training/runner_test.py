@@ -33,6 +33,7 @@ from sparse_experts.training import (
 DATASET = Dataset(
   'tiny_sums', {'inputs': 16, 'targets': 16}, 8, modules=('tiny_tasks',)
 )
+FEATURES = Text()
 
 
 @pytest.fixture(scope='module')
@@ -81,7 +82,7 @@ def test_any_mesh_reads_a_checkpoint(mesh, rules, on_eight, model):
   with sharding.use_mesh(built, rules):
     boxed, _ = _abstract(model)
     placed = state.shardings(boxed, built)
-    batches = DATASET.training('decoder', slice(None))
+    batches = DATASET.training(FEATURES, slice(None))
     restored = checkpoints.restore(on_eight, 2, boxed, placed, batches)
 
   assert jax.tree.all(

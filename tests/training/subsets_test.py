@@ -118,11 +118,9 @@ def test_frozen_experts_keep_every_bit(name, scan, devices):
       if devices == 8 and '/expert/' in path:
         assert 'expert' in leaf.sharding.spec, path
     before = [flat(tree) for tree in (now.params, now.opt_state)]
-    take_step = step.jit_train_step(
-      model, tx, mesh, placed, batch_size=8, seed=0
-    )
+    take_step = step.jit_train_step(model, tx, mesh, placed, batch_size=8)
     for _ in range(STEPS):
-      now, sums = take_step(now, batch)
+      now, sums = take_step(now, batch, jax.random.key(0))
       assert sums['skipped'] == 0
   after = [flat(tree) for tree in (now.params, now.opt_state)]
   axes = [expert_axes(tree) for tree in (boxed.params, boxed.opt_state)]
@@ -171,7 +169,7 @@ def test_a_step_counts_and_moves_only_what_is_trained():
   params = tiny_models.make_params(model, batch)
   now = state.TrainState(jnp.int32(0), params, tx.init(params), jnp.int32(0))
   take_step = jax.jit(
-    partial(step.train_step, model=model, optimizer=tx, seed=0)
+    partial(step.train_step, model=model, optimizer=tx, key=jax.random.key(0))
   )
   new, sums = take_step(now, batch)
   way = jax.tree.map(jnp.subtract, new.params, params)
@@ -416,7 +414,9 @@ def test_gradients_of_what_is_frozen_are_not_computed(scan):
       trained=trained,
     )
     boxed, tx = state.abstract(model, batch, optimizer)
-    one = jax.jit(partial(step.train_step, model=model, optimizer=tx, seed=0))
+    one = jax.jit(
+      partial(step.train_step, model=model, optimizer=tx, key=jax.random.key(0))
+    )
     program = one.lower(nn.unbox(boxed), batch).compile()
     return program.cost_analysis()['flops']
 
