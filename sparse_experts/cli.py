@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       traceback.print_exc()
     from sparse_experts import config
 
-    print(f'error: {config.first_line(error)}', file=sys.stderr)
+    print(f'error: {overrides.first_line(error)}', file=sys.stderr)
     return 2
 
 

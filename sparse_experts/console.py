@@ -23,7 +23,7 @@ def expert_load(layers: Mapping[str, Mapping[str, Any]]) -> str:
   """Load of each expert in percent by layer, and how well it is spread.
 
   Args:
-    layers: from `models.objective.summary`.
+    layers: from `models.sums.summary`.
   """
   shown = 16  # Experts with a column of their own.
   num_experts = max(len(layer['load_E']) for layer in layers.values())

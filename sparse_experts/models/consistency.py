@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from sparse_experts.letters import Array
 from sparse_experts.models import auxiliary
 from sparse_experts.models.auxiliary import Totals
-from sparse_experts.models.objective import Batch, Objective, Sums
+from sparse_experts.models.objective import Batch, Objective
+from sparse_experts.models.sums import Sums
 from sparse_experts.models.wrapper import Wrapper
 
 

@@ -15,7 +15,8 @@ from sparse_experts.models import auxiliary
 from sparse_experts.models.auxiliary import Totals
 from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
 from sparse_experts.models.likelihood import likelihood
-from sparse_experts.models.objective import Batch, Judged, Mean, Objective
+from sparse_experts.models.objective import Batch, Judged, Objective
+from sparse_experts.models.sums import Mean
 from sparse_experts.models.transformer import map_rows
 
 

@@ -14,7 +14,8 @@ from sparse_experts.letters import Array
 from sparse_experts.models import auxiliary
 from sparse_experts.models.auxiliary import Totals
 from sparse_experts.models.classification import judge_labels
-from sparse_experts.models.objective import Batch, Judged, Mean, Objective
+from sparse_experts.models.objective import Batch, Judged, Objective
+from sparse_experts.models.sums import Mean
 from sparse_experts.models.text_heads import MASKED, Head
 
 Outputs = dict[str, Array]

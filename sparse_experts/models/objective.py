@@ -6,10 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from sparse_experts import moe
@@ -18,22 +16,10 @@ from sparse_experts.data.features.base import Features
 from sparse_experts.letters import Array
 from sparse_experts.models import auxiliary, policy_gradient
 from sparse_experts.models.auxiliary import Statistics, Totals
-from sparse_experts.models.layout import LayerId
+from sparse_experts.models.sums import Mean, Sums
 from sparse_experts.moe.outputs import Aux
 
 Batch = Mapping[str, Array]
-Sums = dict[str, Any]
-
-
-@flax.struct.dataclass
-class Mean:
-  """A mean of what many batches hold: sums that add; float32 scalars.
-
-  Or arrays [I], whose means add up: a sum of several losses.
-  """
-
-  total: Array
-  weight: Array
 
 
 class Judged(NamedTuple):
@@ -207,8 +193,8 @@ class Objective:
         is the whole batch's loss.
 
     Returns:
-      Scalar loss; sums (see `summary`), which add over batches. 'own_loss',
-      among the sums, is the loss without auxiliary ones; 'balance' is what
+      Scalar loss; sums (see `sums.summary`), which add over batches. Among them
+      'own_loss' is the loss without auxiliary ones, and 'balance' what
       `statistics` has of it.
     """
     if totals is None:
@@ -350,30 +336,3 @@ class Objective:
         f'loss_weights names {sorted(unknown)}, which no router returns; they '
         f'return {sorted(there)}.'
       )
-
-
-def summary(sums: Sums) -> dict[str, Any]:
-  """Metrics from the sums of `Objective.loss`, added over batches.
-
-  Returns:
-    The objective's means and counts ('loss', 'accuracy', 'targets' of language,
-    in nats per target); one mean per auxiliary loss; layers: name ->
-    `moe.summary` of that layer.
-  """
-  return {
-    **{
-      name: float(np.sum(mean.total / np.maximum(mean.weight, 1)))
-      for name, mean in sums['means'].items()
-    },
-    **{name: float(count) for name, count in sums['counts'].items()},
-    **{
-      name: float(value) / float(sums['batches'])
-      for name, value in sums['aux_losses'].items()
-    },
-    'layers': {
-      name: moe.summary(layer)
-      for name, layer in sorted(
-        sums['layers'].items(), key=lambda item: LayerId.parse(item[0])
-      )
-    },
-  }

@@ -12,7 +12,8 @@ from sparse_experts.data.features.speech import Speech
 from sparse_experts.letters import Array
 from sparse_experts.models import auxiliary, ctc
 from sparse_experts.models.auxiliary import Totals
-from sparse_experts.models.objective import Batch, Judged, Mean, Objective
+from sparse_experts.models.objective import Batch, Judged, Objective
+from sparse_experts.models.sums import Mean
 
 
 @dataclasses.dataclass(frozen=True)

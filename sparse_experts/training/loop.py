@@ -12,7 +12,8 @@ from typing import Any
 
 from etils import epath
 
-from sparse_experts.models.objective import Batch, Sums
+from sparse_experts.models.objective import Batch
+from sparse_experts.models.sums import Sums
 from sparse_experts.training.progress import Progress
 from sparse_experts.training.state import TrainState
 from sparse_experts.training.writers import Writers

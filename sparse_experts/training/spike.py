@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from sparse_experts.models.objective import Sums
+from sparse_experts.models.sums import Sums
 from sparse_experts.training.loop import Run
 
 

@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 
 from sparse_experts import moe, sharding
 from sparse_experts.letters import Array
-from sparse_experts.models import objective as objective_module
+from sparse_experts.models import sums as sums_module
 from sparse_experts.models.auxiliary import Totals
 from sparse_experts.models.balance_bias import update_biases
-from sparse_experts.models.objective import Batch, Objective, Sums
+from sparse_experts.models.objective import Batch, Objective
+from sparse_experts.models.sums import Sums
 from sparse_experts.sharding import constrain
 from sparse_experts.training import subsets
 from sparse_experts.training.state import TrainState
@@ -281,13 +282,13 @@ def summary(sums: Sums, microbatches: int) -> dict[str, Any]:
   """Metrics from the sums of `train_step`, added over any number of steps.
 
   Returns:
-    `skipped` (steps) and, of the others, what `objective.summary` has and
+    `skipped` (steps) and, of the others, what `sums.summary` has and
     `gradient_norm` (mean over steps).
   """
   metrics = {'skipped': int(sums['skipped'])}
   steps = float(sums['batches']) / microbatches
   if steps:
-    metrics |= objective_module.summary(sums)
+    metrics |= sums_module.summary(sums)
     metrics['gradient_norm'] = float(sums['gradient_norm']) / steps
   return metrics
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from sparse_experts.models.objective import Sums
+from sparse_experts.models.sums import Sums
 
 
 class Total:

@@ -14,7 +14,8 @@ from flax import linen as nn
 
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
-from sparse_experts.models.objective import Objective, summary
+from sparse_experts.models.objective import Objective
+from sparse_experts.models.sums import summary
 from sparse_experts.moe import expert_check
 from sparse_experts.training import (
   checkpoints,
@@ -264,7 +265,7 @@ class LossEvaluation:
     )
 
   def __call__(self, params) -> dict[str, Any]:
-    """Metrics over the dataset, see `models.objective.summary`.
+    """Metrics over the dataset, see `models.sums.summary`.
 
     Raises:
       ValueError: the dataset has no example.

@@ -17,7 +17,7 @@ from sparse_experts.layers.norm import LayerNorm
 from sparse_experts.models.classification import KINDS, Classification
 from sparse_experts.models.consistency import Consistency
 from sparse_experts.models.decoding import check_decodable
-from sparse_experts.models.objective import summary
+from sparse_experts.models.sums import summary
 from sparse_experts.models.transformer import Block, Stack
 from sparse_experts.models.vision import VisionTransformer
 from sparse_experts.moe.routers.rl_r import RLR

@@ -16,7 +16,7 @@ from sparse_experts.layers.embed import TokenEmbed
 from sparse_experts.layers.mlp import Mlp
 from sparse_experts.models.auxiliary import Totals
 from sparse_experts.models.contrastive import KINDS, Contrastive, Rows
-from sparse_experts.models.objective import summary
+from sparse_experts.models.sums import summary
 from sparse_experts.models.transformer import Block, Stack
 from sparse_experts.models.two_towers import Embeddings, TextTower, TwoTowers
 from sparse_experts.models.vision import VisionTransformer

@@ -14,7 +14,7 @@ from sparse_experts.models.classification import Classification
 from sparse_experts.models.consistency import Consistency
 from sparse_experts.models.decoding import check_decodable
 from sparse_experts.models.distillation import Distillation, Taught
-from sparse_experts.models.objective import summary
+from sparse_experts.models.sums import summary
 from sparse_experts.models.transformer import Block, Stack
 from sparse_experts.models.vision import VisionTransformer
 from sparse_experts.planning import ledger

@@ -11,7 +11,7 @@ import tiny_models
 from flax import linen as nn
 
 from sparse_experts.models import layout
-from sparse_experts.models.objective import summary
+from sparse_experts.models.sums import summary
 from sparse_experts.sharding import names_of
 from sparse_experts.training import optimizers, state, step
 

@@ -15,7 +15,7 @@ from sparse_experts.layers.mlp import Mlp
 from sparse_experts.models.consistency import Consistency
 from sparse_experts.models.decoding import check_decodable
 from sparse_experts.models.masked_language import MaskedLanguage
-from sparse_experts.models.objective import summary
+from sparse_experts.models.sums import summary
 from sparse_experts.models.text_encoder import TextEncoder
 from sparse_experts.models.text_heads import Head, TextHeads
 from sparse_experts.models.transformer import Block, Stack

@@ -17,8 +17,8 @@ from sparse_experts.layers.mlp import Mlp
 from sparse_experts.models import ctc
 from sparse_experts.models.consistency import Consistency
 from sparse_experts.models.decoding import check_decodable
-from sparse_experts.models.objective import summary
 from sparse_experts.models.speech import SpeechEncoder
+from sparse_experts.models.sums import summary
 from sparse_experts.models.transcription import Transcription
 from sparse_experts.models.transformer import Block, Stack
 from sparse_experts.planning import ledger

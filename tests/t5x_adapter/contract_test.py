@@ -15,7 +15,7 @@ from flax import traverse_util
 from flax.linen import partitioning
 
 from sparse_experts import sharding
-from sparse_experts.models import objective
+from sparse_experts.models import sums as sums_module
 from sparse_experts.models.balance_bias import update_biases
 from sparse_experts.moe.routers.deepseek import BIAS, DeepSeek
 from sparse_experts.t5x_adapter import metrics, variables
@@ -168,7 +168,7 @@ def test_metrics_are_summed_before_they_are_divided():
     _, of_batch = loss(params, tiny_models.make_batch(seed=seed))
     made.append(metrics.of_layers(of_batch['layers']))
     sums.append(of_batch)
-  expected = objective.summary(jax.tree.map(jnp.add, *sums))['layers']
+  expected = sums_module.summary(jax.tree.map(jnp.add, *sums))['layers']
   numbers = {
     f'{layer}/{name}': value
     for layer, summary in expected.items()

@@ -31,7 +31,8 @@ from sparse_experts import convert, sharding
 from sparse_experts.data import streams
 from sparse_experts.data.features.text import Text
 from sparse_experts.data.special_tokens import NO_TOKEN, SpecialTokens
-from sparse_experts.models import language, objective
+from sparse_experts.models import language
+from sparse_experts.models import sums as sums_module
 from sparse_experts.models.decoding import BeamSearch, Sampling
 from sparse_experts.moe.routers.deepseek import DeepSeek
 from sparse_experts.moe.routers.dense_to_sparse import DenseToSparse
@@ -150,7 +151,7 @@ def test_loss_gradients_and_metrics(name):
     )(params, batch, dropout_rng)
     assert_close(loss, our_loss)
     assert_close(gradients, our_gradients)
-  summary = objective.summary(sums)
+  summary = sums_module.summary(sums)
   values = {
     name: metric.compute_value().value
     for name, metric in jax.device_get(metrics).items()

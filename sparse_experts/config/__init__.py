@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import functools
 import inspect
 import io
@@ -20,8 +19,9 @@ from typing import Any
 
 import gin
 from sparse_experts import earlier
+from sparse_experts.config import overrides
 
-_PACKAGE = pathlib.Path(__file__).resolve().parent
+_PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 
 
 def root() -> pathlib.Path:
@@ -62,21 +62,21 @@ def parse(
         '`python -m sparse_experts list` names those that come with the '
         'package, --gin_search_paths adds folders.'
       )
-    _one_line(gin.parse_config_file, file)
+    overrides.one_line(gin.parse_config_file, file)
   for binding in bindings:
     name, _, text = binding.partition('=')
     if '.' in name:
-      _check_argument(name)
+      overrides.check_argument(name)
     else:
-      _check_macro(name)
-    _override(name, text)
-  missing = _required_macros() - _macros()
+      overrides.check_macro(name)
+    overrides.bind(name, text)
+  missing = overrides.required_macros() - overrides.macros()
   if missing:
     raise ValueError(
       f'the gin files require {", ".join(sorted(missing))}; give each by '
       '--gin.NAME=VALUE, or add a file that defines it.'
     )
-  _one_line(gin.finalize)
+  overrides.one_line(gin.finalize)
 
 
 def value(name: str) -> Any:
@@ -85,7 +85,7 @@ def value(name: str) -> Any:
   Raises:
     ValueError: no file defines it.
   """
-  if name not in _macros():
+  if name not in overrides.macros():
     raise ValueError(
       f'no gin file defines {name}; add one that does '
       '(`python -m sparse_experts list` names them), or --gin.'
@@ -212,7 +212,7 @@ def statements(path: str) -> dict[str, Any]:
 
 def defined(name: str) -> bool:
   """Whether a file or an override defines macro `name`."""
-  return name in _macros()
+  return name in overrides.macros()
 
 
 def bound(function, given: Sequence[str] = ()):
@@ -257,13 +257,6 @@ def operative() -> str:
   return gin.operative_config_str()
 
 
-def first_line(error: BaseException) -> str:
-  """An exception's own message, without what gin appends to it."""
-  text = str(error).split('\n  In call to configurable')[0]
-  text = text.split('\nNo values supplied')[0]
-  return ' '.join(text.split()) or type(error).__name__
-
-
 def _bind_now(value: Any, scopes: Sequence[str]) -> Any:
   """A parsed value with the bindings of all that it refers to.
 
@@ -296,105 +289,3 @@ def _bind_now(value: Any, scopes: Sequence[str]) -> Any:
 
 def _open(path: str) -> io.StringIO:
   return io.StringIO(earlier.translate(pathlib.Path(path).read_text()))
-
-
-def _one_line(function, *args):
-  try:
-    return function(*args)
-  except Exception as error:
-    line = first_line(error)
-    if "doesn't have a parameter named" in line:  # Maybe not any more.
-      line += (
-        '; if an earlier version wrote it, CHANGELOG.md says what came of that '
-        'argument: delete or rename it there.'
-      )
-    raise ValueError(line) from error
-
-
-def _macros() -> set[str]:
-  return {
-    scope for scope, selector in gin.config._CONFIG if selector == 'gin.macro'
-  }
-
-
-def _required_macros() -> set[str]:
-  return {
-    reference.scoped_selector.rpartition('/')[0]
-    for reference in gin.config.iterate_references(
-      gin.config._CONFIG, to=gin.get_configurable(gin.config.macro)
-    )
-  }
-
-
-def _check_macro(name: str) -> None:
-  """Raises where `name` is a macro that no file defines or requires."""
-  known = _macros() | _required_macros()
-  if name not in known:
-    raise ValueError(
-      f'--gin.{name}: no gin file defines or requires a macro {name}; '
-      f'{_nearest(name, known)}Known: {", ".join(sorted(known))}.'
-    )
-
-
-def _check_argument(name: str) -> None:
-  """Raises where no gin file has the scope, the function or the argument."""
-  scope, _, path = name.rpartition('/')
-  function, _, argument = path.rpartition('.')
-  registry = gin.config._REGISTRY
-  matches = registry.matching_selectors(function)
-  if not matches:
-    near = _nearest(
-      function, ('.'.join(s.split('.')[-2:]) for s, _ in registry.items())
-    )
-    raise ValueError(
-      f'--gin.{name}: No configurable matching {function!r}; {near}no '
-      'gin file names it.'
-    )
-  of_match = inspect.signature(
-    _one_line(registry.get_match, function).wrapped
-  ).parameters
-  takes_any = any(p.kind is p.VAR_KEYWORD for p in of_match.values())
-  if argument not in of_match and not takes_any:
-    raise ValueError(
-      f"--gin.{name}: {function!r} doesn't have a parameter named "
-      f'{argument!r}; {_nearest(argument, of_match)}It has: '
-      f'{", ".join(of_match)}.'
-    )
-  known = {
-    scope
-    for scope, selector in gin.config._CONFIG
-    if scope and selector != 'gin.macro'
-  } | {
-    '/'.join(reference.scopes)
-    for reference in gin.config.iterate_references(gin.config._CONFIG)
-    if reference.scopes and reference.configurable.selector != 'gin.macro'
-  }
-  if scope and scope not in known:
-    raise ValueError(
-      f'--gin.{name}: no gin file has the scope {scope}; '
-      f'{_nearest(scope, known)}Known: {", ".join(sorted(known))}.'
-    )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-  near = difflib.get_close_matches(name, list(known), n=1)
-  return f'did you mean {near[0]}? ' if near else ''
-
-
-def _override(name: str, text: str) -> None:
-  """Binds `name` to what gin reads in `text`, otherwise to the text itself.
-
-  A shell eats quotes, so --gin.MODEL_DIR=/tmp/run means '/tmp/run'.
-  """
-  try:
-    gin.parse_config(f'{name} = {text}')
-  except Exception as error:
-    if not text.startswith('@'):
-      now = gin.config._CONFIG.get((name, 'gin.macro'), {}).get('value')
-      if now is not None and not isinstance(now, str):
-        raise ValueError(
-          f'--gin.{name}={text} is text, but the gin files have {name} = '
-          f'{now!r}; give a value of that kind.'
-        ) from error
-      text = repr(text)
-    _one_line(gin.parse_config, f'{name} = {text}')
