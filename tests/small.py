@@ -55,7 +55,10 @@ SMALL = {
   ),
   'masked_language': Small(
     'gin/small/masked_language.gin',
-    (*_WIDTHS, *_RUN, 'MLP_DIM=32', "TASK_FEATURE_LENGTHS={'tokens': 16}"),
+    (
+      *(*_WIDTHS, *_RUN, 'MLP_DIM=32', "TASK_FEATURE_LENGTHS={'tokens': 16}"),
+      *('OPTIMIZER=@optimizers.adam', 'BASE_LEARNING_RATE=0.01'),
+    ),
     ('optimizers.adam.eps=0.001',),
   ),
   'transcription': Small(

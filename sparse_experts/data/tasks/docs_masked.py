@@ -2,7 +2,6 @@
 
   docs_masked         a run of a documentation text; 'domain' int32 [], the
                       index of its package in `corpus.PACKAGES`
-  docs_masked_bytes   the same in bytes, for models without a large vocabulary
   docs_next_sentence  two runs; 'next_sentence' int32 [], 1 where the second
                       follows the first, 0 where it is another text's
 
@@ -10,7 +9,6 @@ Both have 'tokens', 'targets' and 'weights', see `masking.mask_tokens`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
 
 import seqio
 import tensorflow as tf
@@ -26,13 +24,7 @@ def domain(example):
   return {**example, 'domain': example['task_id'], 'tokens_task_ids': ids}
 
 
-def add_masked_task(
-  name: str,
-  examples: Sequence[Callable],
-  label: str,
-  num_classes: int,
-  vocabulary: seqio.Vocabulary,
-) -> seqio.Task:
+def add_masked_task(name, examples, label: str, num_classes: int) -> seqio.Task:
   """Registers a task of masked text with one label.
 
   Args:
@@ -41,8 +33,8 @@ def add_masked_task(
       label.
     label: its feature.
     num_classes: that it has.
-    vocabulary: of the tokens; its first two sentinels are used.
   """
+  vocabulary = vocabularies.docs()
   ids = functools.partial(seqio.Feature, add_eos=False)
   return docs.add_docs_task(
     name,
@@ -65,21 +57,15 @@ def add_masked_task(
   )
 
 
-for _name, _vocabulary in (
-  ('docs_masked', vocabularies.docs()),
-  ('docs_masked_bytes', vocabularies.byte()),
-):
-  add_masked_task(
-    _name,
-    [masking.passages, domain],
-    'domain',
-    len(corpus.PACKAGES),
-    _vocabulary,
-  )
+add_masked_task(
+  'docs_masked',
+  [masking.passages, domain],
+  'domain',
+  len(corpus.PACKAGES),
+)
 add_masked_task(
   'docs_next_sentence',
   [masking.sentence_pairs],
   'next_sentence',
   2,
-  vocabularies.docs(),
 )
