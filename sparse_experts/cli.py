@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except EXPECTED_ERRORS as error:
     if args.verbose:
       traceback.print_exc()
-    from sparse_experts import config
+    from sparse_experts.config import overrides
 
     print(f'error: {overrides.first_line(error)}', file=sys.stderr)
     return 2
