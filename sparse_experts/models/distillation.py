@@ -13,14 +13,9 @@ from sparse_experts.data.dataset import Dataset
 from sparse_experts.letters import Array
 from sparse_experts.models import auxiliary
 from sparse_experts.models.auxiliary import Totals
-from sparse_experts.models.objective import (
-  Batch,
-  Frozen,
-  Mean,
-  Objective,
-  Sums,
-  Wrapper,
-)
+from sparse_experts.models.objective import Batch, Frozen, Objective
+from sparse_experts.models.sums import Mean, Sums
+from sparse_experts.models.wrapper import Wrapper
 
 TEACHER = 'teacher'
 
