@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+from command import TESTS
 
 from sparse_experts import config, sharding
 from sparse_experts.training import train as runner
@@ -17,7 +18,7 @@ class Small:
   """A file of gin/small/, and what makes it cheap.
 
   Attributes:
-    file: of gin/small/.
+    file: of gin/small/, or one that includes it.
     tiny: bindings of a model and batch that take seconds.
     exact: further ones, so that a step draws nothing and its optimizer does not
       blow up differences of rounding.
@@ -54,10 +55,10 @@ SMALL = {
     ('optimizers.adam.eps=0.001',),
   ),
   'masked_language': Small(
-    'gin/small/masked_language.gin',
+    str(TESTS / 'masked_language.gin'),
     (
       *(*_WIDTHS, *_RUN, 'MLP_DIM=32', "TASK_FEATURE_LENGTHS={'tokens': 16}"),
-      *('OPTIMIZER=@optimizers.adam', 'BASE_LEARNING_RATE=0.01'),
+      *('BASE_LEARNING_RATE=0.01', 'INIT_SCALE=1.0'),
     ),
     ('optimizers.adam.eps=0.001',),
   ),
