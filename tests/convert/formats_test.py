@@ -273,8 +273,8 @@ def test_what_training_says_that_config_json_cannot(tmp_path):
   )
   assert report['unsaid'] == [
     "layer_reduction 'sum', there 'joint'",
-    'z_loss 0.0001, there 0.0',
     'capacity_factor_train 2.0, there 1.25',
+    'z_loss 0.0001, there 0.0',
   ]
 
 
@@ -311,8 +311,8 @@ def test_special_tokens_of_our_own_decoders(tmp_path):
   assert found['max_position_embeddings'] == 4096 * 32
   assert found['router_aux_loss_coef'] == 0.02
   assert report['unsaid'] == [
-    'z_loss 0.0001, there 0.0',
     'capacity_factor_train 1.25, there None',
+    'z_loss 0.0001, there 0.0',
     'max_length None, there 131072',
   ]
   convert(tmp_path / 'hf', tmp_path / 'again')
@@ -780,7 +780,7 @@ def test_goes_on_after_an_interruption(tmp_path, monkeypatch):
     return read(*args)
 
   with monkeypatch.context() as patch:
-    patch.setattr(conversion.places, 'read', interrupted)
+    patch.setattr(conversion.tensor_map, 'read', interrupted)
     with pytest.raises(KeyboardInterrupt):
       convert(source, tmp_path / 'output')
   assert not (tmp_path / 'output').exists()
