@@ -172,11 +172,10 @@ def take_step(model, batch, params, sizes, *rules):
         step.train_step,
         model=model,
         optimizer=optimizer,
-        seed=0,
         data_shards=sharding.data_shards(mesh),
       ),
       out_shardings=(placed, sharding.replicated(mesh)),
-    )(before, batch)
+    )(before, batch, jax.random.key(0))
   return after, sums
 
 

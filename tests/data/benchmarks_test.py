@@ -371,7 +371,7 @@ def test_what_options_end_with_is_ranked(ends, accuracy, boolq):
   row = dataclasses.replace(ROWS['glam_boolq'], options=('a', 'bbb'), ends=ends)
   dataset = Dataset(in_bytes(row).name, LENGTHS, 2, split='validation')
   model = types.SimpleNamespace(
-    features=Text(), special_tokens=T5, score=score, decode=None
+    features=Text(), special_tokens=T5, score=score, decode=score
   )
   mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
   with sharding.use_mesh(mesh):

@@ -341,7 +341,7 @@ def test_options_begin_with_the_sentinel_that_targets_begin_with():
     return jnp.where((first_B == 358) & is_sum, -1.0, -2.0)
 
   model = types.SimpleNamespace(
-    features=TextToText(), special_tokens=T5, score=score, decode=None
+    features=TextToText(), special_tokens=T5, score=score, decode=score
   )
   mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
   with sharding.use_mesh(mesh):
