@@ -43,7 +43,9 @@ def _texts(name, split='test', batch_size=8):
 
 
 def test_every_docs_task_is_tested():
-  assert set(LENGTHS) == {n for n in tasks.names() if n.startswith('docs_')}
+  masked = {'docs_masked', 'docs_next_sentence'}  # masking_test.py has these.
+  found = {n for n in tasks.names() if n.startswith('docs_')}
+  assert set(LENGTHS) == found - masked
 
 
 @pytest.mark.parametrize('name', LENGTHS)

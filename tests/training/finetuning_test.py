@@ -283,9 +283,9 @@ def test_a_checkpoint_that_is_deleted_before_its_turn(
   (tmp_path / 'evaluation' / 'tiny_sums-validation-2.json').unlink()
   restore = evaluate.restore_params
 
-  def training_goes_on(model, path, dataset, mesh):
+  def training_goes_on(model, path, *arguments):
     shutil.rmtree(path)
-    return restore(model, path, dataset, mesh)
+    return restore(model, path, *arguments)
 
   monkeypatch.setattr(evaluate, 'restore_params', training_goes_on)
   text = run_evaluation(tmp_path, '--all_checkpoints', '--json')
