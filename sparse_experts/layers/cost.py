@@ -39,6 +39,7 @@ class Cost:
     slots, hidden: elements of outputs of experts' products, D wide or other.
     group: (S, L): tokens of a group, and of a sequence, where tokens are
       routed; a sum has that of its parts, None where they differ.
+    untold: why this is not all, where a part does not tell what it costs.
   """
 
   flops: float = 0
@@ -59,6 +60,7 @@ class Cost:
   slots: float = 0
   hidden: float = 0
   group: tuple[int, int] | None = None
+  untold: str | None = None
 
   def __add__(self, other: Cost) -> Cost:
     """The sum, of the class of the first.
@@ -68,12 +70,15 @@ class Cost:
       5
     """
     counts = [
-      field.name for field in dataclasses.fields(Cost) if field.name != 'group'
+      field.name
+      for field in dataclasses.fields(Cost)
+      if field.name not in ('group', 'untold')
     ]
     sums = {name: getattr(self, name) + getattr(other, name) for name in counts}
     groups = {cost.group for cost in (self, other)} - {None}
     group = groups.pop() if len(groups) == 1 else None
-    return dataclasses.replace(self, **sums, group=group)
+    untold = self.untold or other.untold
+    return dataclasses.replace(self, **sums, group=group, untold=untold)
 
 
 class Call(NamedTuple):
@@ -96,7 +101,7 @@ class Call(NamedTuple):
     """What it told.
 
     Raises:
-      ValueError: nothing.
+      ValueError: nothing, or not all.
     """
     if self.told is None:
       name = type(self.module).__name__
@@ -105,6 +110,8 @@ class Call(NamedTuple):
         'and does not tell what it costs, so nothing is planned with it: give '
         f'{name} a method `cost`, see sparse_experts/layers/cost.py.'
       )
+    if self.told.untold is not None:
+      raise ValueError(self.told.untold)
     return self.told
 
 

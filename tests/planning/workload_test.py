@@ -1,13 +1,17 @@
 """The workload against the ledger, which counts parameters and not calls."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 import tiny_models
 from flax import linen as nn
 
 from sparse_experts import sharding
+from sparse_experts.layers import cost
+from sparse_experts.moe import MoE, TopK
 from sparse_experts.planning import ledger, workload
 
 B = 6
@@ -56,7 +60,7 @@ def test_scan_and_remat_change_no_sum(remat):
   plain, _ = trace(make(encoder=False))
   other, _ = trace(make(encoder=False, scan=True, remat=remat))
   fields = [field.name for field in dataclasses.fields(workload.Block)]
-  for name in {*fields} - {'group', 'layers', 'logits'}:
+  for name in {*fields} - {'group', 'layers', 'logits', 'untold'}:
     assert other.total(name) == plain.total(name) > 0, name
   assert len(other.blocks) == 2 and len(plain.blocks) == 4
   assert (other.logits, other.num_experts) == (plain.logits, plain.num_experts)
@@ -79,3 +83,25 @@ def test_a_layer_that_does_not_tell_is_one_line():
   # The ledger needs no count of what a layer does.
   told = ledger.ledger(tiny_models.make_model(encoder=False), {'targets': 8})
   assert ledger.ledger(model, {'targets': 8}) == told
+
+
+def test_an_expert_that_does_not_tell_is_counted_and_not_planned():
+  """Its parameters are there to be counted; what it costs it alone knows."""
+
+  class Scale(nn.Module):
+    @nn.compact
+    def __call__(self, x_xD, deterministic=True):
+      ones = sharding.named(nn.initializers.ones, 'embed')
+      return x_xD * self.param('scale', ones, x_xD.shape[-1:])
+
+  make_router = functools.partial(TopK, num_experts=4)
+  layer = MoE(make_router=make_router, make_expert=Scale)
+  boxed, calls = cost.calls(
+    lambda: jax.eval_shape(
+      lambda key: layer.init(key, jnp.ones((2, 8, 16))), jax.random.key(0)
+    )
+  )
+  told = calls[()].told
+  assert (told.choices, told.group) == (2 * 8, (8, 8))
+  with pytest.raises(ValueError, match='Scale.*does not tell what it costs'):
+    _ = calls[()].cost
