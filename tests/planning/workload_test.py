@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from sparse_experts import sharding
 from sparse_experts.layers import cost
-from sparse_experts.moe import MoE, TopK
+from sparse_experts.moe import MoE, TopK, all_experts
 from sparse_experts.planning import ledger, workload
 
 B = 6
@@ -92,10 +92,12 @@ def test_an_expert_that_does_not_tell_is_counted_and_not_planned():
     @nn.compact
     def __call__(self, x_xD, deterministic=True):
       ones = sharding.named(nn.initializers.ones, 'embed')
-      return x_xD * self.param('scale', ones, x_xD.shape[-1:])
+      return x_xD * self.param('scale', ones, x_xD.shape[-1:])[None]
 
   make_router = functools.partial(TopK, num_experts=4)
-  layer = MoE(make_router=make_router, make_expert=Scale)
+  layer = MoE(
+    make_router=make_router, make_expert=Scale, exact_dispatch=all_experts
+  )
   boxed, calls = cost.calls(
     lambda: jax.eval_shape(
       lambda key: layer.init(key, jnp.ones((2, 8, 16))), jax.random.key(0)
