@@ -209,7 +209,7 @@ def _check(
     raise ValueError(
       f'task {task.name!r} has the features {sorted(task.output_features)}, '
       f'but lengths are given for {sorted(feature_lengths)}, and '
-      f'{sorted(asked)} are read'
+      f'the model reads {sorted(asked)}'
     )
   if split not in task.splits:
     raise ValueError(

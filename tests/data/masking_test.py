@@ -245,7 +245,7 @@ def test_errors_are_one_line():
   with pytest.raises(ValueError, match='as int32 of rank 1, but .* of rank 0'):
     next(DOCS.training(other, slice(None)))
   two = Dataset('docs_next_sentence', {'tokens': 8}, 2, pack=False)
-  with pytest.raises(ValueError, match="MaskedText reads .*'domain'"):
+  with pytest.raises(ValueError, match="the model reads .*'domain'"):
     next(two.training(FEATURES, slice(None)))
   pairs = MaskedText({'next_sentence': Label()})
   asked = Dataset(

@@ -92,7 +92,8 @@ def test_an_expert_that_does_not_tell_is_counted_and_not_planned():
     @nn.compact
     def __call__(self, x_xD, deterministic=True):
       ones = sharding.named(nn.initializers.ones, 'embed')
-      return x_xD * self.param('scale', ones, x_xD.shape[-1:])[None]
+      scale_D = self.param('scale', ones, x_xD.shape[-1:])
+      return x_xD * jnp.broadcast_to(scale_D, x_xD.shape)
 
   make_router = functools.partial(TopK, num_experts=4)
   layer = MoE(

@@ -290,10 +290,9 @@ def take_step(model, params, batch, number, microbatches=1):
     step.train_step,
     model=model,
     optimizer=identity,
-    seed=0,
     microbatches=microbatches,
   )
-  after, sums = jax.jit(take)(before, batch)
+  after, sums = jax.jit(take)(before, batch, jax.random.key(0))
   return jax.tree.map(jnp.subtract, after.params, params), sums
 
 
