@@ -122,6 +122,7 @@ def test_no_teacher_and_no_vocabulary_of_it_are_one_line(teacher, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_students_own_recipe_reads_its_checkpoint(whole):
   """Through the wrapper, of a teacher that is gone, and without any."""
   results = []

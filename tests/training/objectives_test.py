@@ -40,6 +40,17 @@ def test_six_and_six_steps_are_twelve(name, whole, tmp_path):
   )
 
 
+# Three programs each: by default of one objective whose rows are apart, and of
+# one whose loss is over all of them.
+@pytest.mark.parametrize(
+  'name',
+  [
+    name
+    if name in ('classification', 'contrastive')
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in small.SMALL
+  ],
+)
 def test_a_step_is_the_same_on_devices_and_in_microbatches(name, tmp_path):
   """Adam's first moment after one step is a tenth of the gradient."""
   once = ('TRAIN_STEPS=1', *small.SMALL[name].exact)
