@@ -92,7 +92,7 @@ def test_an_expert_that_does_not_tell_is_counted_and_not_planned():
     @nn.compact
     def __call__(self, x_xD, deterministic=True):
       ones = sharding.named(nn.initializers.ones, 'embed')
-      return x_xD * self.param('scale', ones, x_xD.shape[-1:])
+      return x_xD * self.param('scale', ones, x_xD.shape[-1:])[None]
 
   make_router = functools.partial(TopK, num_experts=4)
   layer = MoE(make_router=make_router, make_expert=Scale)
