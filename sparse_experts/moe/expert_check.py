@@ -143,10 +143,10 @@ def _one_by_one(
 def _by_group(expert: nn.Module, params: Any, x_ExGxCxD: Array) -> Array:
   """The same without dropout, as `grouped` runs them."""
   E, G, C, D = x_ExGxCxD.shape
-  y_TxD = Experts(params, None, expert).grouped(
+  y_RxD = Experts(params, None, expert).grouped(
     x_ExGxCxD.reshape(-1, D), jnp.full(E, G * C, jnp.int32), grouped_matmul
   )
-  return y_TxD.reshape(x_ExGxCxD.shape)
+  return y_RxD.reshape(x_ExGxCxD.shape)
 
 
 def _narrow(expert: nn.Module, width: int) -> int:

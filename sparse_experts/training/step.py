@@ -57,7 +57,7 @@ def train_step(
     The state after, and the model's sums plus `objective` (sum over
     microbatches) and `gradient_norm`; of a skipped step zeros, so that sums
     over steps are of those that were taken. And, of any step, `skipped` and
-    `tokens`, the positions of inputs and targets that are no padding.
+    `tokens`, those of all stacks that are no padding.
   """
   grads, sums = gradients(
     state,

@@ -32,7 +32,12 @@ def test_training_goes_on(model_dir, tmp_path):
 
 
 def test_it_is_evaluated_reported_and_converted(model_dir, tmp_path):
-  flags = (command.TINY, f'--gin.MODEL_DIR={model_dir}')
+  # Its own config.gin, after what a command has beside a run's.
+  flags = (
+    '--gin_file=gin/runs/default.gin',
+    f'--gin_file={model_dir / "config.gin"}',
+    f'--gin.MODEL_DIR={model_dir}',
+  )
   outcome = command.run('evaluate', *flags, '--json')
   assert outcome.code == 0, outcome.stderr
   before = [
