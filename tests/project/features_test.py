@@ -14,7 +14,7 @@ BESIDES = {
 
 
 def named(path):
-  """What a file says of features of text: their names, or the ends of them."""
+  """What a file says of features: their names, or the ends of them."""
   lengths = {'inputs': 2, 'targets': 2}
   names = {
     name
@@ -22,6 +22,7 @@ def named(path):
     for name in features.shapes(lengths, 1, pack=True, task_ids=True)
   }
   ends = {'_' + name.partition('_')[2] for name in names} - {'_positions'}
+  names |= {'frame_lengths', 'label_lengths'}  # Others' are common words.
   tree = ast.parse(path.read_text())
   documentation = {
     node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)
