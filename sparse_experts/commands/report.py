@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
 def _ledger(model_dir: str):
   """Of the model that config.gin describes; None where there is none."""
   from sparse_experts import config
+  from sparse_experts.config import overrides
   from sparse_experts.planning import ledger
 
   file = pathlib.Path(model_dir) / 'config.gin'
@@ -40,5 +41,5 @@ def _ledger(model_dir: str):
       config.value('MODEL'), config.value('TASK_FEATURE_LENGTHS')
     )
   except ValueError as error:  # Modules that are not here, another version.
-    print(f'no parameters: {config.first_line(error)}', file=sys.stderr)
+    print(f'no parameters: {overrides.first_line(error)}', file=sys.stderr)
     return None

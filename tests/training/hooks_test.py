@@ -91,11 +91,15 @@ def test_periods_are_numbers_of_steps(period):
 @pytest.fixture
 def cache(tmp_path):
   """An empty compilation cache of its own."""
-  before = jax.config.jax_compilation_cache_dir
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+  # The command `precompile` turns the cache of its process off.
+  names = ('jax_compilation_cache_dir', 'jax_enable_compilation_cache')
+  before = {name: getattr(jax.config, name) for name in names}
+  for name, value in zip(names, (str(tmp_path), True)):
+    jax.config.update(name, value)
   compilation_cache.reset_cache()
   yield tmp_path
-  jax.config.update('jax_compilation_cache_dir', before)
+  for name, value in before.items():
+    jax.config.update(name, value)
   compilation_cache.reset_cache()
 
 
