@@ -46,11 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.bindings = _bindings(rest)
     _prepare(args)
     return command.run(args) or 0
-  except EXPECTED_ERRORS as error:
-    if args.verbose:
-      traceback.print_exc()
+  except (*EXPECTED_ERRORS, TypeError) as error:
     from sparse_experts.config import overrides
 
+    if isinstance(error, TypeError) and not overrides.lacks_argument(error):
+      raise  # A mistake of ours.
+    if args.verbose:
+      traceback.print_exc()
     print(f'error: {overrides.first_line(error)}', file=sys.stderr)
     return 2
 

@@ -13,6 +13,12 @@ import gin
 def first_line(error: BaseException) -> str:
   """An exception's own message, without what gin appends to it."""
   text = str(error).split('\n  In call to configurable')[0]
+  if lacks_argument(error):
+    text = text.split('\nNo values supplied')[0].split('\n  No values')[0]
+    text += (
+      ', and the gin files bind none: bind it, or name in its place what they '
+      'do bind.'
+    )
   text = text.split('\nNo values supplied')[0]
   return ' '.join(text.split()) or type(error).__name__
 
@@ -29,6 +35,11 @@ def one_line(function, *args) -> Any:
         'argument: delete or rename it there.'
       )
     raise ValueError(line) from error
+
+
+def lacks_argument(error: BaseException) -> bool:
+  """Whether what a gin file names was called without an argument it needs."""
+  return 'No values supplied by Gin or caller' in str(error)
 
 
 def macros() -> set[str]:

@@ -48,6 +48,11 @@ class Dataset:
 
   def __post_init__(self):
     examples.check_task_ids(self.task_ids)
+    if isinstance(self.modules, str):
+      raise ValueError(
+        f'modules are several, but {self.modules!r} is one text: write '
+        f'TASK_MODULES = ({self.modules!r},).'
+      )
 
   def shapes(self, features: Features) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of its batches; reads nothing."""

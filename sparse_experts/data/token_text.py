@@ -16,9 +16,19 @@ def vocabulary_size(
 
   >>> vocabulary_size('docs_lm')
   8100
+
+  Raises:
+    ValueError: the task has no such feature. FileNotFoundError: its vocabulary
+      cannot be read.
   """
   features = tasks.find(task_name, modules).output_features
   asked = [feature] if feature else list(features)
+  if feature and feature not in features:
+    raise ValueError(
+      f'the model reads {feature!r}, but task {task_name!r} has '
+      f'{", ".join(sorted(features))}: take a task that was made for such '
+      'models.'
+    )
   tf = host_tensorflow.load()
   try:
     return max(features[name].vocabulary.vocab_size for name in asked)

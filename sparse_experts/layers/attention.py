@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from sparse_experts import sharding
 from sparse_experts.layers.cost import Cost
+from sparse_experts.layers.dropout import Dropout
 from sparse_experts.layers.linear import Linear
 from sparse_experts.layers.norm import RMSNorm
 from sparse_experts.layers.relative import relative_logits, sinusoids
@@ -170,7 +171,7 @@ class Attention(nn.Module):
       mask_BxHxLxM = jnp.broadcast_to(mask_BxLxM[:, None], logits_BxHxLxM.shape)
       logits_BxHxLxM = jnp.where(mask_BxHxLxM, logits_BxHxLxM, -1e10)
     weights_BxHxLxM = jax.nn.softmax(logits_BxHxLxM).astype(x_BxLxD.dtype)
-    weights_BxHxLxM = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+    weights_BxHxLxM = Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       weights_BxHxLxM, deterministic=deterministic
     )
     y_BxLxHxA = jnp.einsum('BHLM,BMHA->BLHA', weights_BxHxLxM, v_BxMxHxA)

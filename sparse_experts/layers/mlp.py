@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from sparse_experts.layers import parameters
 from sparse_experts.layers.cost import Cost
+from sparse_experts.layers.dropout import Dropout
 from sparse_experts.layers.linear import Linear
 from sparse_experts.letters import Array
 
@@ -60,7 +61,7 @@ class Mlp(nn.Module):
       h_xF = activation(wi('wi_0')) * wi('wi_1')
     else:
       h_xF = activation(wi('wi'))
-    h_xF = nn.Dropout(
+    h_xF = Dropout(
       self.dropout_rate, broadcast_dims=parameters.current().mask_dims
     )(h_xF, deterministic=deterministic)
     return Linear(

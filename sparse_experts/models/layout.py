@@ -237,6 +237,10 @@ def kinds(
   """
   if isinstance(sparse_layers, int):
     every = sparse_layers
+    if every < 0:
+      raise ValueError(
+        f'sparse_layers={every} must be 0, none, or n for every n-th layer.'
+      )
     return tuple(
       every > 0 and i % every == every - 1 for i in range(num_layers)
     )

@@ -107,6 +107,11 @@ class Objective:
 
   def __post_init__(self):
     auxiliary.check(self.layer_reduction, self.balance_over)
+    if not isinstance(self.loss_weights, Mapping):
+      raise ValueError(
+        f'loss_weights={self.loss_weights!r} must say the weight of each loss '
+        "by its name, as {'load_balance': 1e-2}, or be {}."
+      )
 
   # What each objective says.
 
@@ -334,5 +339,5 @@ class Objective:
     if auxes and unknown:
       raise ValueError(
         f'loss_weights names {sorted(unknown)}, which no router returns; they '
-        f'return {sorted(there)}.'
+        f'return {sorted(there)}: take it out of LOSS_WEIGHTS.'
       )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from sparse_experts.layers.dropout import Dropout
 from sparse_experts.layers.norm import RMSNorm
 from sparse_experts.letters import Array
 from sparse_experts.models import layout
@@ -158,7 +159,7 @@ class Block(nn.Module):
 
   def _add(self, x_BxLxD: Array, y_BxLxD: Array, deterministic: bool) -> Array:
     """The residual connection, with dropout on what is added."""
-    y_BxLxD = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+    y_BxLxD = Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       y_BxLxD, deterministic=deterministic
     )
     return constrain(x_BxLxD + y_BxLxD, 'batch', 'length', 'act_embed')
@@ -201,7 +202,7 @@ class Stack(nn.Module):
     in the place of an FFN, 'query_3' and so on if it is in attention."""
 
     def dropout(x_BxLxD):
-      return nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+      return Dropout(self.dropout_rate, broadcast_dims=(-2,))(
         x_BxLxD, deterministic=context.deterministic
       )
 

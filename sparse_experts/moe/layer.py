@@ -117,6 +117,11 @@ class MoE(nn.Module):
       x_BxLxD = jnp.where(mask_BxL[..., None], x_BxLxD, 0)
 
     # Results that depend on no neighbour: every sequence is a group.
+    if router.num_experts < 1:
+      raise ValueError(
+        f'num_experts={router.num_experts} must be at least 1; without experts '
+        'make no layer sparse: SPARSE_LAYERS = 0.'
+      )
     alone = capacity_factor is None and deterministic
     group_size = None if alone else self.group_size
 

@@ -176,6 +176,13 @@ class _Pattern(NamedTuple):
 def _patterns(trained: Trained) -> list[_Pattern]:
   """The table, checked; those that train all first."""
   table = {trained: True} if isinstance(trained, str) else trained
+  if not isinstance(table, Mapping) or not all(
+    isinstance(text, str) for text in table
+  ):
+    raise ValueError(
+      f'trained={trained!r} must be a pattern of paths, such as '
+      f"{', '.join(SUBSETS)}, or a table: {{'experts': (4, 5)}}."
+    )
   patterns = []
   for text, value in table.items():
     try:

@@ -102,6 +102,7 @@ def train(
       or an expert is none, see `moe.expert_check`.
     FloatingPointError: too many steps in a row were not finite.
   """
+  _check_values(model_dir, optimizer, seed, hooks)
   if keep_checkpoints is not None:
     _check_counts(keep_checkpoints=keep_checkpoints)
   _check_counts(
@@ -306,6 +307,29 @@ class _Feed(Iterator):
   def __next__(self):
     return global_batch.place(
       next(self.batches), self._mesh, self._batch_size, self._first_row
+    )
+
+
+def _check_values(
+  model_dir: str, optimizer: Any, seed: Any, hooks: Any
+) -> None:
+  """Raises ValueError where one is of another kind than `train` says."""
+  if not model_dir:
+    raise ValueError(
+      f'model_dir={model_dir!r} is no folder; say MODEL_DIR, where checkpoints '
+      'and metrics go.'
+    )
+  if not callable(optimizer):
+    raise ValueError(
+      f'optimizer={optimizer!r} cannot be called; name a function, such as '
+      'OPTIMIZER = @optimizers.adafactor.'
+    )
+  if not isinstance(seed, int):
+    raise ValueError(f'seed={seed!r} must be a whole number, such as 0.')
+  if not isinstance(hooks, (list, tuple)) or not all(map(callable, hooks)):
+    raise ValueError(
+      f'hooks={hooks!r} must be a list of functions of the run, such as '
+      'HOOKS = [@spike.Spikes()].'
     )
 
 

@@ -219,6 +219,56 @@ MISTAKES = {
     _train('--profile=4:2'),
     ["--profile takes START:STOP in steps, not '4:2'"],
   ),
+  'optimizer that is text': (
+    _train("--gin.OPTIMIZER='adam'"),
+    ["optimizer='adam' cannot be called", '@optimizers.adafactor'],
+  ),
+  'seed that is text': (
+    _train("--gin.train.train.seed='a'"),
+    ["seed='a' must be a whole number"],
+  ),
+  'hooks that are none': (
+    _train('--gin.HOOKS=[3]'),
+    ['hooks=[3] must be a list of functions', '@spike.Spikes()'],
+  ),
+  'weights of losses': (
+    _train('--gin.LOSS_WEIGHTS=3'),
+    ['loss_weights=3 must say the weight of each loss', 'load_balance'],
+  ),
+  'modules that are one text': (
+    _train("--gin.TASK_MODULES='tiny_tasks'"),
+    ["write TASK_MODULES = ('tiny_tasks',)"],
+  ),
+  'dropout': (
+    _train('--gin.DROPOUT_RATE=1.5'),
+    ['dropout_rate=1.5 must be at least 0, none, and below 1'],
+  ),
+  'no experts': (
+    _train('--gin.NUM_EXPERTS=0'),
+    ['num_experts=0 must be at least 1', 'SPARSE_LAYERS = 0'],
+  ),
+  'sparse layers': (
+    _train('--gin.SPARSE_LAYERS=-2'),
+    ['sparse_layers=-2 must be 0'],
+  ),
+  'task of another objective': (
+    [
+      'train',
+      '--gin_file=gin/small/classification.gin',
+      '--gin.MODEL_DIR=NEW',
+      command.NO_EVALUATION,
+      '--gin.MIXTURE_OR_TASK_NAME=docs_lm',
+    ],
+    ["the model reads 'label'", "'docs_lm' has targets: take a task"],
+  ),
+  'what a file names and none binds': (
+    [
+      'inspect',
+      '--gin_file=gin/small/classification.gin',
+      '--gin_file=gin/routers/thor.gin',
+    ],
+    ['Language.__init__() missing 1 required', "'module'", 'bind it'],
+  ),
   'processes': (
     _train('--coordinator=127.0.0.1:1'),
     ['--coordinator needs --num_processes=N and --process_id=I'],

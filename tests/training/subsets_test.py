@@ -310,6 +310,8 @@ def test_what_a_table_trains(trained, expected):
     ({'experts': (-1,)}, r"'experts' .* not \(-1,\)"),
     ({'experts': (True, False)}, "'experts' .* not"),
     ({}, 'trains nothing'),
+    (3, 'trained=3 must be a pattern of paths'),
+    ({3: True}, 'must be a pattern of paths'),
   ],
 )
 def test_what_no_table_says(trained, message):
