@@ -31,7 +31,19 @@ def execute(path, folder, without=(), **variables):
   ).execute(env=environment | variables)
 
 
-@each_notebook
+# Half a minute each: in the full run, with their full length.
+LONG = ('04_routers_side_by_side', '05_what_experts_learn')
+
+
+@pytest.mark.parametrize(
+  'path',
+  [
+    pytest.param(
+      path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LONG)
+    )
+    for path in PATHS
+  ],
+)
 def test_short(path, tmp_path):
   execute(path, tmp_path, SPARSE_EXPERTS_SHORT='1')
 
