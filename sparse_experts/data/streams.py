@@ -208,9 +208,14 @@ class Batches(Iterator[Batch]):
           'anew in another directory'
         )
     tf = host_tensorflow.load()
+    prefixes = {i: self._prefix(directory, i) for i in self.streams}
+    for prefix in prefixes.values():  # TensorFlow's error is of both kinds.
+      for end in ('.index', '.data-00000-of-00001'):
+        if not epath.Path(prefix + end).exists():
+          raise FileNotFoundError(f'{prefix}{end} does not exist')
     try:
-      for i in self.streams:
-        self._checkpoint(i).read(self._prefix(directory, i)).assert_consumed()
+      for i, prefix in prefixes.items():
+        self._checkpoint(i).read(prefix).assert_consumed()
     except tf.errors.NotFoundError as error:
       raise ValueError(
         f'the batches saved in {directory} were made by other steps, those of '
