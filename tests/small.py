@@ -4,6 +4,8 @@ A new objective is a line of `SMALL`.
 """
 
 import dataclasses
+import functools
+import tempfile
 from collections.abc import Sequence
 
 import jax
@@ -22,16 +24,25 @@ class Small:
     tiny: bindings of a model and batch that take seconds.
     exact: further ones, so that a step draws nothing and its optimizer does not
       blow up differences of rounding.
+    teacher: the gin file of a run that there must be before.
   """
 
   file: str
   tiny: Sequence[str]
   exact: Sequence[str]
+  teacher: str | None = None
+
+  def bindings(self, model_dir) -> list[str]:
+    """What makes it cheap, in a directory."""
+    bindings = [*self.tiny, f'MODEL_DIR={model_dir}']
+    if self.teacher is None:
+      return bindings
+    return [*bindings, f'TEACHER={_taught(self).name}']
 
   def arguments(self, model_dir) -> tuple[str, ...]:
     """Of a command."""
-    bindings = (*self.tiny, f'MODEL_DIR={model_dir}')
-    return (f'--gin_file={self.file}', *(f'--gin.{b}' for b in bindings))
+    bindings = (f'--gin.{binding}' for binding in self.bindings(model_dir))
+    return (f'--gin_file={self.file}', *bindings)
 
 
 _WIDTHS = ('NUM_LAYERS=2', 'EMBED_DIM=16', 'HEAD_DIM=8', 'NUM_HEADS=2')
@@ -54,6 +65,16 @@ SMALL = {
     ),
     ('optimizers.adam.eps=0.001',),
   ),
+  'distillation': Small(
+    str(TESTS / 'distillation.gin'),
+    (
+      *(*_WIDTHS, *_RUN, 'MLP_DIM=32', 'NUM_EXPERTS=4'),
+      "TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 12}",
+      'BASE_LEARNING_RATE=0.01',
+    ),
+    ('optimizers.adam.eps=0.001',),
+    teacher='gin/quickstart.gin',
+  ),
   'masked_language': Small(
     str(TESTS / 'masked_language.gin'),
     (
@@ -73,16 +94,26 @@ SMALL = {
 }
 
 
+@functools.cache
+def _taught(small: Small) -> tempfile.TemporaryDirectory:
+  """MODEL_DIR of a teacher of two steps, removed with the process."""
+  folder = tempfile.TemporaryDirectory()
+  bindings = [*small.tiny, f'MODEL_DIR={folder.name}', 'TRAIN_STEPS=2']
+  config.parse([small.teacher], bindings, [])
+  config.bound(runner.train)(
+    eval_dataset=None,
+    on_start=lambda path: (path / 'config.gin').write_text(config.operative()),
+  )
+  return folder
+
+
 def train(
   name: str, model_dir, *bindings: str, devices: int = 8, **mesh: int
 ) -> dict:
   """Trains a small objective without evaluation; returns the results."""
   small = SMALL[name]
-  config.parse(
-    [small.file],
-    [*small.tiny, f'MODEL_DIR={model_dir}', *bindings],
-    [],
-  )
+  given = [*small.bindings(model_dir), *bindings]
+  config.parse([small.file], given, [])
   return config.bound(runner.train)(
     placement=sharding.Placement(mesh, devices=jax.devices()[:devices]),
     eval_dataset=None,

@@ -45,18 +45,18 @@ def abstract(
   """
   if not model.frozen:
     return {}
-  key = jax.random.key(0)
-  own = jax.eval_shape(lambda: model.init(key, shapes))
+
+  def init(objective):  # Of a key that is no array: there may be no device.
+    return jax.eval_shape(lambda: objective.init(jax.random.key(0), shapes))
+
+  own = init(model)
   for name in model.frozen:
     if name in own:
       raise ValueError(
         f'the module has parameters {name!r}, the name of frozen ones: rename '
         'the submodule.'
       )
-  return {
-    name: jax.eval_shape(lambda of=of: of.objective.init(key, shapes))
-    for name, of in model.frozen.items()
-  }
+  return {name: init(of.objective) for name, of in model.frozen.items()}
 
 
 def load(

@@ -12,7 +12,16 @@ from sparse_experts.insight import curves
 from sparse_experts.models.decoding import Decodable
 
 
-@pytest.fixture(scope='module', params=small.SMALL)
+# By default tests/training/frozen_test.py is enough of distillation.
+@pytest.fixture(
+  scope='module',
+  params=[
+    pytest.param(name, marks=pytest.mark.slow)
+    if small.SMALL[name].teacher
+    else name
+    for name in small.SMALL
+  ],
+)
 def name(request):
   """Of an objective."""
   return request.param
