@@ -130,6 +130,25 @@ class TextToText(_TokenFeatures):
     """T5's."""
     return {'inputs': 512, 'targets': 114}
 
+  def check_rows(self, rows: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError where inputs would meet targets of another example.
+
+    seqio numbers the inputs and the targets of a packed row apart. It packs
+    rows of T5's special tokens without task ids, see `converters.make`.
+    """
+    is_seqios = self.special_tokens == T5 and 'encoder_task_ids' not in rows
+    if not (is_seqios and 'encoder_segment_ids' in rows):
+      return
+    inputs_B, targets_B = (
+      rows[f'{side}_segment_ids'].max(1) for side in ('encoder', 'decoder')
+    )
+    if (inputs_B != targets_B).any():
+      raise ValueError(
+        'an example has no inputs, or no targets, and seqio numbers those of a '
+        'packed row apart: later examples would meet the inputs of others. Set '
+        "PACK = False, or TASK_IDS = 'mixture', whose rows are numbered once."
+      )
+
   def prompt(self, tokens: np.ndarray, length: int) -> dict[str, np.ndarray]:
     """An encoder's inputs.
 

@@ -203,3 +203,28 @@ def test_it_is_a_converter_to_seqio():
     rows_of(converter, examples, {'inputs': 2})
   with pytest.raises(ValueError, match='START_ID'):
     make(Text(SpecialTokens(start=None)), pack=False)
+
+
+def test_packed_rows_that_seqio_numbers_apart_are_refused():
+  """Of three examples the first has no inputs: the second's would be its."""
+  examples = [
+    {'inputs': np.array(inputs, np.int32), 'targets': np.array([t], np.int32)}
+    for inputs, t in (([], 3), ([4], 5), ([6], 7))
+  ]
+  features, lengths = TextToText(), {'inputs': 7, 'targets': 7}
+
+  def batch(converter):
+    (row,) = rows_of(converter, examples, lengths)
+    return {name: x[None] for name, x in row.items()}
+
+  wrong = batch(make(features, pack=True))
+  meets = wrong['encoder_segment_ids'][0, 0] == wrong['decoder_segment_ids'][0]
+  assert wrong['decoder_target_tokens'][0, meets].tolist() == [3]  # Not 5.
+  with pytest.raises(
+    ValueError, match='no inputs, or no targets.*PACK = False'
+  ):
+    features.check_rows(wrong)
+  right = batch(make(features, pack=True, task_ids=True, task_id=0))
+  features.check_rows(right)
+  meets = right['encoder_segment_ids'][0, 0] == right['decoder_segment_ids'][0]
+  assert right['decoder_target_tokens'][0, meets].tolist() == [5]
