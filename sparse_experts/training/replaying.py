@@ -43,7 +43,7 @@ def replay(
   """Takes the steps up to `run.stop`, and says what the last of them did.
 
   Data, draws and arithmetic are those of the run, so its numbers are the run's,
-  bit for bit, on the same mesh and kind of device.
+  bit for bit, on the same mesh and kind of device, in as many microbatches.
 
   Returns:
     'step', 'from' (where the run stood), 'metrics' (`spike.metrics`),
