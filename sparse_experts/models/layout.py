@@ -241,6 +241,11 @@ def kinds(
       raise ValueError(
         f'sparse_layers={every} must be 0, none, or n for every n-th layer.'
       )
+    if every > num_layers:
+      raise ValueError(
+        f'sparse_layers={every} makes none of the {num_layers} layers sparse; '
+        '0 says so.'
+      )
     return tuple(
       every > 0 and i % every == every - 1 for i in range(num_layers)
     )

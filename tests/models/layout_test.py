@@ -99,3 +99,10 @@ def test_the_layers_of_a_parameter():
   assert names('decoder/period/layers_1/attention/key/router/b') == [
     'decoder/key_2', 'decoder/key_4', 'decoder/key_6',
   ]  # fmt: skip
+
+
+@pytest.mark.parametrize('every', [-1, 5])
+def test_sparse_layers_that_name_no_layer_are_refused(every):
+  with pytest.raises(ValueError, match=f'sparse_layers={every} m'):
+    layout.kinds(4, every)
+  assert layout.kinds(4, 4) == (False, False, False, True)
