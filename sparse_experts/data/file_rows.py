@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import csv
 import difflib
+import glob
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,18 +57,11 @@ def find(patterns: str | Sequence[str]) -> list[epath.Path]:
     if path.is_file():
       found.append(path)
       continue
-    first = next(
-      (i for i, part in enumerate(path.parts) if _WILDCARDS.search(part)), None
-    )
     if path.is_dir():
       raise FileNotFoundError(
         f'{path} is a folder; name its files, such as {str(path / "*")!r}.'
       )
-    matches = []
-    if first is not None:
-      folder = epath.Path(*path.parts[:first])
-      matches = folder.glob('/'.join(path.parts[first:]))
-    matches = sorted(match for match in matches if match.is_file())
+    matches = sorted(match for match in _glob(path) if match.is_file())
     if not matches:
       raise FileNotFoundError(
         f'{pattern!r} is no file and matches none; paths are relative to the '
@@ -74,6 +69,18 @@ def find(patterns: str | Sequence[str]) -> list[epath.Path]:
       )
     found += matches
   return found
+
+
+def _glob(path: epath.Path) -> Iterator[epath.Path]:
+  if '://' not in os.fspath(path):
+    yield from map(epath.Path, glob.iglob(os.fspath(path), recursive=True))
+    return
+  # That of a bucket, which knows no `**`.
+  parts = path.parts
+  wild = [i for i, part in enumerate(parts) if _WILDCARDS.search(part)]
+  if wild:
+    folder = epath.Path(*parts[: wild[0]])
+    yield from folder.glob('/'.join(parts[wild[0] :]))
 
 
 def text_rows(path: epath.Path, documents: str = 'paragraph') -> Iterator[Row]:

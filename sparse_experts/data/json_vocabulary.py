@@ -87,8 +87,10 @@ class JsonVocabulary(seqio.Vocabulary):
 
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
     def encode(text):
+      text = text if isinstance(text, bytes) else text.item()  # Eagerly.
       return np.array(self._encode(text.decode()), np.int32)
 
+    s = tf.convert_to_tensor(s)
     return tf.ensure_shape(tf.numpy_function(encode, [s], tf.int32), [None])
 
   def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:

@@ -61,7 +61,8 @@ def task(
     options: templates of the answers that RANK_OPTIONS chooses from, of which
       each target is one; or the key of a list of them; None: all targets of
       'train', if they are at most 100 and there are twice as many examples. A
-      target of another split that is none of those found counts as wrong.
+      target of another split that is none of those found counts as wrong. ():
+      none.
     vocabulary: see `vocabularies.named`.
 
   Raises:
@@ -69,8 +70,9 @@ def task(
       when they are read.
   """
   _check_files(files)
-  if format not in ('jsonl', 'csv'):
-    raise ValueError(f"format must be 'jsonl' or 'csv', not {format!r}.")
+  _check_known('format', format, ('jsonl', 'csv'))
+  if isinstance(metrics, str):
+    raise ValueError(f'METRICS are several: write ({metrics!r},).')
   host_tensorflow.load()
   from sparse_experts.data.tasks import benchmark
   from sparse_experts.data.tasks.file_source import FileSource
@@ -144,10 +146,8 @@ def text_task(
   def add():
     of = seqio.Feature(vocabularies.named(vocabulary))
     source = FileSource(files, 'text', documents=documents)
-    rekey, tokenize, cut = preprocessors.from_text(
-      getattr(preprocessors, objective)
-    )
-    steps = [rekey, tokenize]
+    rekey, _, cut = preprocessors.from_text(getattr(preprocessors, objective))
+    steps = [rekey, _tokenized]
     if arrays.is_python(of.vocabulary):
       source = arrays.TokenSource(source, rekey, {'targets': of})
       # And not the texts that they were.
@@ -164,6 +164,17 @@ def text_task(
 
   name = _name('text', files, objective, documents, vocabulary)
   return _register(name, files, add)
+
+
+def _tokenized(dataset, output_features):
+  """As seqio's, which keeps 256 documents in a saved position; few here."""
+  import tensorflow as tf
+
+  encode = output_features['targets'].vocabulary.encode_tf
+  return dataset.map(
+    lambda example: {'targets': encode(example['targets'])},
+    num_parallel_calls=tf.data.AUTOTUNE,
+  )
 
 
 # Of each task that is registered, what its files were then.
@@ -312,6 +323,8 @@ def _options(
   Raises:
     ValueError: they are given, and a target is none of them.
   """
+  if options is not None and not options:
+    return ()
   if options is not None:
     for split in row.source.splits:
       for i in _unlisted(row, options, split)[:1]:

@@ -11,6 +11,7 @@ import tensorflow as tf
 # Arrays whose first axis is examples, or lists of arrays of any length. Texts
 # are bytes in arrays of objects.
 Columns = Mapping[str, np.ndarray | list[np.ndarray]]
+Tensor = tf.Tensor | tf.RaggedTensor
 
 
 class ArraySource(seqio.DataSource):
@@ -37,27 +38,23 @@ class ArraySource(seqio.DataSource):
     self._read = read
 
   @functools.cached_property
-  def _columns(self) -> Mapping[str, Columns]:
-    return self._read()
+  def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+    """The columns by split and name, of which all iterators share one copy."""
+    return {
+      split: {name: _tensor(column) for name, column in columns.items()}
+      for split, columns in self._read().items()
+    }
 
   @functools.cached_property
   def digest(self) -> str:
     """Of all values: equal digests mean equal data."""
     digest = hashlib.sha256()
     for split in self.splits:
-      for name, column in sorted(self._columns[split].items()):
+      for name, column in sorted(self.tensors[split].items()):
         digest.update(f'{split} {name} '.encode())
         for part in _parts(column):
           digest.update(part)
     return digest.hexdigest()[:16]
-
-  @functools.cached_property
-  def tensors(self) -> Mapping[str, Mapping[str, tf.Tensor | tf.RaggedTensor]]:
-    """The columns by split and name, of which all iterators share one copy."""
-    return {
-      split: {name: _tensor(column) for name, column in columns.items()}
-      for split, columns in self._columns.items()
-    }
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -65,6 +62,9 @@ class ArraySource(seqio.DataSource):
 
   def list_shards(self, split: str) -> Sequence[str]:
     return [split]
+
+  def num_input_examples(self, split: str) -> int:
+    return _size(self.tensors[split])
 
   def get_dataset(
     self,
@@ -126,7 +126,7 @@ def examples(
   index, num_shards = 0, 1
   if shard_info:
     index, num_shards = shard_info.index, shard_info.num_shards
-  rows = next(iter(columns.values())).shape[0]
+  rows = _size(columns)
   # Sharded before they are shuffled: shards may have seeds of their own.
   count = len(range(index, rows, num_shards))
   order = (
@@ -140,6 +140,10 @@ def examples(
 def is_python(vocabulary: seqio.Vocabulary) -> bool:
   """Whether a vocabulary has no program of TensorFlow's, see `TokenSource`."""
   return getattr(vocabulary, 'is_python', False)
+
+
+def _size(columns: Mapping[str, Tensor]) -> int:
+  return next(iter(columns.values())).shape[0]
 
 
 def _column(values: list) -> np.ndarray | list[np.ndarray]:
@@ -156,18 +160,19 @@ def _tensor(column: np.ndarray | list[np.ndarray]):
   return tf.RaggedTensor.from_row_lengths(np.concatenate(column), lengths)
 
 
-def _parts(column: np.ndarray | list[np.ndarray]) -> Iterator[bytes]:
-  """What a digest is of; texts and lists with their lengths."""
-  if isinstance(column, list):
-    yield f'{len(column)} lists'.encode()
-    for values in column:
-      yield from _parts(values)
+def _parts(column: Tensor) -> Iterator[bytes]:
+  """What a digest is of; of texts and lists their lengths, too."""
+  if isinstance(column, tf.RaggedTensor):
+    yield from _parts(column.row_splits)
+    yield from _parts(column.values)
     return
-  yield f'{column.dtype.str} {column.shape}'.encode()
-  if column.dtype != object:
-    yield np.ascontiguousarray(column).tobytes()
+  values = column.numpy()
+  dtype = 'text' if values.dtype == object else values.dtype.str
+  yield f'{dtype} {values.shape}'.encode()
+  if values.dtype != object:
+    yield np.ascontiguousarray(values).tobytes()
     return
-  for text in column:
+  for text in values:
     yield f'{len(text)} '.encode()
     yield text
 

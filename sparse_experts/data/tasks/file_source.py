@@ -1,8 +1,10 @@
 """Files of one's own as a source: a split is the rows of its files."""
 
+import dataclasses
 import hashlib
+import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -50,12 +52,11 @@ class FileSource(ArraySource):
     """
     self._files, self._fields = dict(split_files), tuple(fields)
     self._lists = set(lists)
-    self._readers = {
+    self._read_file = {
       'text': lambda path: file_rows.text_rows(path, documents),
       'jsonl': lambda path: file_rows.jsonl_rows(path, fields, lists),
       'csv': lambda path: file_rows.csv_rows(path, fields),
-    }
-    self._read_file = self._readers[format]
+    }[format]
     self._holds_out = 'train' in split_files and 'validation' not in split_files
     self._places: dict[str, list[tuple[epath.Path, int]]] = {}
     more = ('validation',) if self._holds_out else ()
@@ -71,71 +72,82 @@ class FileSource(ArraySource):
       split: file_rows.find(given) for split, given in self._files.items()
     }
     _check(found)
-    rows = {split: list(self._rows(paths)) for split, paths in found.items()}
+    read = {split: self._read_split(paths) for split, paths in found.items()}
+    held_out = ''
     if self._holds_out:
-      rows['train'], rows['validation'] = _hold_out(rows['train'])
-    self._places = {
-      split: [place for place, _ in of_split]
-      for split, of_split in rows.items()
-    }
+      read['train'], read['validation'] = _hold_out(read['train'])
+      held_out = f" (validation is {HELD_OUT}% of train's, by a hash of each)"
+    self._places = {split: examples.places for split, examples in read.items()}
     counts = ', '.join(
-      f'{len(of_split)} in {split}' for split, of_split in rows.items()
+      f'{len(examples.places)} in {split}' for split, examples in read.items()
     )
-    share = (
-      f" (validation is {HELD_OUT}% of train's, by a hash of each)"
-      if self._holds_out
-      else ''
-    )
-    print(f'{_names(found)}: examples {counts}{share}', file=sys.stderr)
+    print(f'{_names(found)}: examples {counts}{held_out}', file=sys.stderr)
+    return {split: self._columns(examples) for split, examples in read.items()}
+
+  def _read_split(self, paths: Sequence[epath.Path]) -> '_Examples':
+    examples = _Examples()
+    for path in paths:
+      before = len(examples.places)
+      for row in self._read_file(path):
+        examples.places.append((path, row.line))
+        examples.values.append(tuple(map(_encoded, row.values)))
+        if self._holds_out:
+          hashed = hashlib.sha256(row.whole.encode()).digest()
+          examples.hashes.append(int.from_bytes(hashed[:8], 'big'))
+      if len(examples.places) == before:
+        raise ValueError(f'{path} has no row; give a file that has examples.')
+    return examples
+
+  def _columns(self, examples: '_Examples') -> Columns:
+    columns = {
+      name: [values[i] for values in examples.values]
+      for i, name in enumerate(self._fields)
+    }
     return {
-      split: self._columns_of(of_split) for split, of_split in rows.items()
+      name: column if name in self._lists else np.array(column, object)
+      for name, column in columns.items()
     }
 
-  def _rows(self, paths: Sequence[epath.Path]) -> Iterator:
-    """((file, line), row) of all rows."""
-    for path in paths:
-      row = None
-      for row in self._read_file(path):
-        yield (path, row.line), row
-      if row is None:
-        raise ValueError(f'{path} has no row; give a file that has examples.')
 
-  def _columns_of(self, rows: Sequence) -> Columns:
-    columns = {}
-    for i, name in enumerate(self._fields):
-      values = [row.values[i] for _, row in rows]
-      if name in self._lists:
-        columns[name] = [
-          np.array([text.encode() for text in texts], object)
-          for texts in values
-        ]
-      else:
-        columns[name] = np.array([text.encode() for text in values], object)
-    return columns
+@dataclasses.dataclass
+class _Examples:
+  """Of a split, in order."""
+
+  places: list[tuple[epath.Path, int]] = dataclasses.field(default_factory=list)
+  values: list[tuple] = dataclasses.field(default_factory=list)
+  hashes: list[int] = dataclasses.field(default_factory=list)
+
+  def those(self, are: Sequence[bool]) -> '_Examples':
+    """The examples that are."""
+    return _Examples(
+      list(itertools.compress(self.places, are)),
+      list(itertools.compress(self.values, are)),
+    )
 
 
-def _hold_out(rows: Sequence) -> tuple[list, list]:
+def _encoded(value: str | list[str]) -> bytes | np.ndarray:
+  if isinstance(value, list):
+    return np.array([text.encode() for text in value], object)
+  return value.encode()
+
+
+def _hold_out(train: _Examples) -> tuple[_Examples, _Examples]:
   """What stays in train, and what is validation.
 
   Raises:
-    ValueError: none would be left.
+    ValueError: nothing would stay.
   """
-  hashes = [
-    int.from_bytes(hashlib.sha256(row.whole.encode()).digest()[:8], 'big')
-    for _, row in rows
-  ]
-  least = min(hashes)
-  is_held_out = [h % 100 < HELD_OUT for h in hashes]
-  if not any(is_held_out):
-    is_held_out = [h == least for h in hashes]
-  if all(is_held_out):
+  held_out = [hashed % 100 < HELD_OUT for hashed in train.hashes]
+  if not any(held_out):
+    least = min(train.hashes)
+    held_out = [hashed == least for hashed in train.hashes]
+  if all(held_out):
     raise ValueError(
-      f'{rows[0][0][0]} and what else is in train has {len(set(hashes))} '
-      'different example(s), too few to hold out a share of them: give FILES '
-      "more, or a 'validation'."
+      f'{train.places[0][0]} has {len(set(train.hashes))} different '
+      "example(s), too few to hold out a share: give FILES a 'validation', or "
+      'more in train.'
     )
-  kept = [row for row, held in zip(rows, is_held_out) if not held]
-  return kept, [row for row, held in zip(rows, is_held_out) if held]
+  return train.those([not held for held in held_out]), train.those(held_out)
 
 
 def _check(found: Mapping[str, Sequence[epath.Path]]) -> None:
