@@ -12,29 +12,13 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import inspect
 import json
-import sys
-import typing
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 from etils import epath
 
-from sparse_experts.data import (
-  file_rows,
-  host_tensorflow,
-  metrics,
-  vocabularies,
-)
-
-if typing.TYPE_CHECKING:
-  from sparse_experts.data.tasks import benchmark
-
-# Options are found where targets have at most so many values, and each value is
-# there so often on the mean.
-MAX_OPTIONS = 100
-MIN_EXAMPLES_PER_OPTION = 2
+from sparse_experts.data import file_rows, host_tensorflow, vocabularies
+from sparse_experts.data.metrics import named as named_metric
 
 Files = Mapping[str, str | Sequence[str]]
 
@@ -74,7 +58,7 @@ def task(
   if isinstance(metrics, str):
     raise ValueError(f'METRICS are several: write ({metrics!r},).')
   host_tensorflow.load()
-  from sparse_experts.data.tasks import benchmark
+  from sparse_experts.data.tasks import benchmark, own_options
   from sparse_experts.data.tasks.file_source import FileSource
 
   lists = (options,) if isinstance(options, str) else ()
@@ -98,10 +82,10 @@ def task(
     inputs=inputs,
     targets=targets,
     label='',
-    metrics=tuple(map(_metric, metrics)),
+    metrics=tuple(map(named_metric, metrics)),
     normalise=False,
   )
-  choose = functools.cache(functools.partial(_options, row, options))
+  choose = functools.cache(functools.partial(own_options.of, row, options))
   row = dataclasses.replace(row, options=choose)
   return _register(
     row.name, files, lambda: benchmark.add(row, vocabularies.named(vocabulary))
@@ -280,101 +264,3 @@ def _fields(what: str, template: str) -> list[str]:
       "write the column or key, such as TARGETS = '{label}'."
     )
   return names
-
-
-def _metric(metric: str | Callable) -> Callable:
-  """The metric of a name.
-
-  Raises:
-    ValueError: there is none, or it asks for more than texts.
-  """
-  if callable(metric):
-    return metric
-  known = {
-    name: function
-    for name, function in vars(metrics).items()
-    if inspect.isfunction(function)
-    and list(inspect.signature(function).parameters)[:2]
-    == ['targets', 'predictions']
-    and not name.startswith('_')
-  }
-  _check_known('METRICS', metric, known)
-  targets, _, *more = inspect.signature(known[metric]).parameters.values()
-  if more:
-    raise ValueError(
-      f'METRICS: {metric!r} needs {more[0].name!r}: write METRICS = '
-      f'(@metrics.{metric},) in a gin file, and metrics.{metric}.'
-      f'{more[0].name} = ..., after `from sparse_experts.data import metrics`.'
-    )
-  if targets.annotation != 'Sequence[str]':
-    raise ValueError(
-      f'METRICS: {metric!r} judges several answers or groups of examples, and '
-      'a row here has one text: take another, or write a Benchmark, see '
-      'docs/own_data.md.'
-    )
-  return known[metric]
-
-
-def _options(
-  row: benchmark.Benchmark, options: Sequence[str] | str | None
-) -> Sequence[str] | str:
-  """A row's options, given or found; its files are read.
-
-  Raises:
-    ValueError: they are given, and a target is none of them.
-  """
-  if options is not None and not options:
-    return ()
-  if options is not None:
-    for split in row.source.splits:
-      for i in _unlisted(row, options, split)[:1]:
-        target = _targets(row, split)[i].decode()
-        raise ValueError(
-          f'{row.source.place(split, i)}: TARGETS is {target!r}, which is none '
-          f'of OPTIONS = {options!r}; correct the one or the other.'
-        )
-    return options
-  if 'train' not in row.source.splits:
-    return ()
-  targets = _targets(row, 'train')
-  found = sorted(set(targets))
-  enough = len(targets) >= MIN_EXAMPLES_PER_OPTION * len(found)
-  if not (enough and 2 <= len(found) <= MAX_OPTIONS):
-    return ()
-  escaped = tuple(
-    target.decode().replace('{', '{{').replace('}', '}}') for target in found
-  )
-  for split in row.source.splits:
-    if others := _unlisted(row, escaped, split):
-      print(
-        f'{row.name}: {len(others)} of {len(_targets(row, split))} targets in '
-        f'{split} are none of the {len(found)} options found in train, such as '
-        f'that of {row.source.place(split, others[0])}; as answers chosen from '
-        'them they count as wrong.',
-        file=sys.stderr,
-      )
-  return escaped
-
-
-def _targets(row: benchmark.Benchmark, split: str) -> np.ndarray:
-  from sparse_experts.data.tasks import benchmark
-
-  return benchmark.fill(row.targets, row.source.tensors[split]).numpy()
-
-
-def _unlisted(
-  row: benchmark.Benchmark, options: Sequence[str] | str, split: str
-) -> list[int]:
-  """The examples of a split whose target is none of the options."""
-  from sparse_experts.data.tasks import benchmark
-
-  columns, targets = row.source.tensors[split], _targets(row, split)
-  if isinstance(options, str):
-    listed = columns[options].to_list()
-    return [i for i, t in enumerate(targets) if t not in listed[i]]
-  is_listed = np.zeros(targets.shape, bool)
-  for option in options:
-    is_listed |= targets == np.array(
-      benchmark.fill(option, columns).numpy(), object
-    )
-  return np.flatnonzero(~is_listed).tolist()

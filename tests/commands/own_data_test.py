@@ -33,7 +33,7 @@ def commands():
   """The words of each command of the page, in order."""
   blocks = re.findall(r'```sh\n(.*?)```', PAGE.read_text(), re.DOTALL)
   lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
-  return [shlex.split(line) for line in lines]
+  return [shlex.split(line) for line in lines if line]
 
 
 def made(name, *beside):
@@ -58,7 +58,8 @@ def folder(tmp_path, monkeypatch):
   """The current folder, with a chapter, and reviews of which a word tells."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.syspath_prepend(tmp_path)
-  chapter = (ROOT / 'docs/finetuning.md').read_text()
+  pages = ('finetuning', 'training', 'pods')
+  chapter = ''.join((ROOT / f'docs/{p}.md').read_text() for p in pages)
   (tmp_path / 'chapter.txt').write_text(chapter, newline='\r\n')
   draw = random.Random(0)
   words = re.findall(r'[a-z]{3,}', chapter)
@@ -89,10 +90,8 @@ def test_a_table_from_file_to_answers(folder, forget_new_tasks):
   (ranking,) = results['ranking'].values()
   assert ranking['examples'] > 10
   assert results['calibration'] and 'accuracy' in results['task_metrics']
-  written = json.loads(
-    succeed(*made('evaluate', 'csv.gin'), '--gin.RANK_OPTIONS=False', '--json').stdout
-  )  # fmt: skip
-  assert 'accuracy' in written['task_metrics']
+  written = [*made('evaluate', 'csv.gin'), '--gin.RANK_OPTIONS=False', '--json']
+  assert 'accuracy' in json.loads(succeed(*written).stdout)['task_metrics']
   answers = json.loads(succeed(*made('infer', 'csv.gin'), '--json').stdout)
   targets = {answer['targets'].removesuffix('</s>') for answer in answers}
   assert targets <= {'negative', 'positive'}
@@ -108,20 +107,20 @@ def test_a_table_from_file_to_answers(folder, forget_new_tasks):
 
 @pytest.mark.slow
 def test_a_text_from_file_to_answers(folder, forget_new_tasks):
-  for words in commands():  # Both vocabularies, the second of them last.
+  for words in commands():
     if words[1].startswith('scripts'):
       words = [sys.executable, ROOT / words[1], *words[2:]]
       subprocess.run(words, check=True)
-  given = ['--gin.VOCABULARY=mine.model', '--gin.NUM_EMBEDDINGS=1100']
+  given = ['--gin.VOCABULARY=mine.model', '--gin.NUM_EMBEDDINGS=600']
   train = [*made('train', 'text_file'), *given]
   assert 'chapter.txt: examples' in succeed(*train).stderr
   assert 'resumed' in succeed(*train, '--gin.TRAIN_STEPS=40').stderr
   infer = [*made('infer', 'text_file'), *given]
   answers = json.loads(succeed(*infer, '--json').stdout)
   assert '<extra_id_0>' in answers[0]['inputs']
-  refused = run(*train, '--gin.NUM_EMBEDDINGS=1000')
+  refused = run(*train, '--gin.NUM_EMBEDDINGS=599')
   assert refused.code == 2
-  assert 'has 1100 token ids, but the model embeds only 1000' in refused.stderr
+  assert 'has 600 token ids, but the model embeds only 599' in refused.stderr
   lm = [word for word in train if 'FILES' in word]
   outcome = succeed(
     *('train', command.TINY, '--gin_file=gin/tasks/text_file.gin', *lm),
