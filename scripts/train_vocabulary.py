@@ -1,11 +1,13 @@
-"""Trains the vocabulary of the docs tasks from the embedded corpus.
+"""Trains a vocabulary: of the docs tasks, or of files of one's own.
 
     python scripts/train_vocabulary.py [OUTPUT]
+    python scripts/train_vocabulary.py OUTPUT --input 'book/*.txt' [--pieces=N]
+    python scripts/train_vocabulary.py OUTPUT --input a.csv --fields text,label
 
-OUTPUT is sparse_experts/data/assets/docs_8k.model unless given. Ids mean
-nothing without their vocabulary: retrain under a new name, or every checkpoint
-is lost. Takes less than a minute; the same corpus gives the same file. Made
-from the training split only.
+Without --input it is that of the embedded corpus' training split, and OUTPUT is
+sparse_experts/data/assets/docs_8k.model unless given. Ids mean nothing without
+their vocabulary: retrain under a new name, or every checkpoint is lost. Takes
+less than a minute; the same texts give the same file.
 
 Docstrings are laid out by newlines and indentation, which the usual
 normalisation (NFKC, runs of spaces merged, newlines to spaces) destroys, and a
@@ -15,15 +17,17 @@ a piece of its own, and bytes for characters too rare for a piece. Decoding what
 was encoded gives the text back exactly.
 """
 
+import argparse
 import io
+import itertools
 import pathlib
-import sys
 import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from sparse_experts.data import corpus, vocabularies
+from sparse_experts.data import corpus, file_rows, vocabularies
 
 PIECES = 8000
 
@@ -32,8 +36,24 @@ PIECES = 8000
 RULES = 'FDD0\tFDD1\n'
 
 
-def main(output: pathlib.Path) -> None:
-  texts = (document['text'] for document in corpus.documents('train'))
+def texts_of_files(
+  patterns: Sequence[str], fields: Sequence[str]
+) -> Iterator[str]:
+  """Paragraphs of text files; the fields of rows of .csv and .jsonl."""
+  for path in file_rows.find(patterns):
+    if path.suffix not in ('.csv', '.jsonl'):
+      rows = file_rows.text_rows(path)
+    elif not fields:
+      raise ValueError(f'{path} has fields: say which by --fields text,label.')
+    elif path.suffix == '.csv':
+      rows = file_rows.csv_rows(path, fields)
+    else:
+      rows = file_rows.jsonl_rows(path, fields)
+    yield from itertools.chain.from_iterable(row.values for row in rows)
+
+
+def train(output: pathlib.Path, texts: Iterable[str], pieces: int) -> None:
+  """Writes a vocabulary of the texts."""
   trained = io.BytesIO()
   with tempfile.NamedTemporaryFile('w') as rules:
     rules.write(RULES)
@@ -42,7 +62,7 @@ def main(output: pathlib.Path) -> None:
       sentence_iterator=texts,
       model_writer=trained,
       model_type='unigram',
-      vocab_size=PIECES,
+      vocab_size=pieces,
       # T5's conventions.
       pad_id=0,
       eos_id=1,
@@ -66,5 +86,30 @@ def main(output: pathlib.Path) -> None:
   output.write_bytes(model.SerializeToString())
 
 
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('output', nargs='?', type=pathlib.Path)
+  parser.add_argument('--input', nargs='+', metavar='FILE', help='also globs')
+  parser.add_argument('--fields', default='', help='of CSV and JSON lines')
+  parser.add_argument('--pieces', type=int, default=PIECES)
+  args = parser.parse_args()
+  try:
+    if not args.input:
+      texts = (document['text'] for document in corpus.documents('train'))
+    elif args.output is None:
+      raise ValueError('--input needs OUTPUT, such as mine.model.')
+    else:
+      fields = [name for name in args.fields.split(',') if name]
+      # Read first: what is wrong in a file is no error of SentencePiece's.
+      texts = iter(list(texts_of_files(args.input, fields)))
+    output = args.output or pathlib.Path(vocabularies.DOCS_MODEL)
+    train(output, texts, args.pieces)
+  except (ValueError, OSError) as error:
+    parser.exit(2, f'error: {error}\n')
+  except RuntimeError as error:  # SentencePiece's; it says what would do.
+    reason = ' '.join(str(error).split())
+    parser.exit(2, f'error: --pieces={args.pieces} is no size here: {reason}\n')
+
+
 if __name__ == '__main__':
-  main(pathlib.Path(sys.argv[1] if sys.argv[1:] else vocabularies.DOCS_MODEL))
+  main()

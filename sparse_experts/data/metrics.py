@@ -12,6 +12,8 @@ no legal answer counts as wrong.
 from __future__ import annotations
 
 import collections
+import difflib
+import inspect
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -181,6 +183,47 @@ def bleu(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
     list(predictions), [list(targets)], tokenize='intl'
   )
   return {'bleu': score.score}
+
+
+# Metrics by name.
+
+
+def named(metric: str | Callable) -> Callable:
+  """The metric of a name, of which targets are texts; or what is one already.
+
+  Raises:
+    ValueError: there is none, or it asks for more than texts.
+  """
+  if callable(metric):
+    return metric
+  known = {
+    name: function
+    for name, function in globals().items()
+    if inspect.isfunction(function)
+    and list(inspect.signature(function).parameters)[:2]
+    == ['targets', 'predictions']
+    and name[0] != '_'
+  }
+  if metric not in known:
+    close = difflib.get_close_matches(str(metric), known, n=1)
+    meant = f'did you mean {close[0]!r}? ' if close else ''
+    raise ValueError(
+      f'METRICS has {metric!r}; {meant}known are {", ".join(known)}.'
+    )
+  targets, _, *more = inspect.signature(known[metric]).parameters.values()
+  if more:
+    raise ValueError(
+      f'METRICS: {metric!r} needs {more[0].name!r}: write METRICS = '
+      f'(@metrics.{metric},) in a gin file, and metrics.{metric}.'
+      f'{more[0].name} = ..., after `from sparse_experts.data import metrics`.'
+    )
+  if targets.annotation != 'Sequence[str]':
+    raise ValueError(
+      f'METRICS: {metric!r} judges several answers or groups of examples, and '
+      'a row here has one text: take another, or write a Benchmark, see '
+      'docs/own_data.md.'
+    )
+  return known[metric]
 
 
 # Averages over tasks.

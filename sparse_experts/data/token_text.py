@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from sparse_experts.data import host_tensorflow, tasks
-from sparse_experts.data.special_tokens import T5, SpecialTokens
+from sparse_experts.data.special_tokens import NO_TOKEN, T5, SpecialTokens
 
 
 def vocabulary_size(
@@ -58,6 +58,12 @@ def check_vocabulary(
       f'{embeddings}: give the model a vocabulary of at least {size}'
     )
   for name, feature in tasks.find(task_name, modules).output_features.items():
+    pad = feature.vocabulary.pad_id
+    if special_tokens.pad not in (pad, NO_TOKEN):
+      raise ValueError(
+        f'id {special_tokens.pad}, which pads the model, is a token of '
+        f'{name!r} of task {task_name!r}: train it with PAD_ID = {pad}.'
+      )
     eos = feature.vocabulary.eos_id
     if eos is not None and eos not in special_tokens.eos:
       raise ValueError(
@@ -107,7 +113,8 @@ def token_pieces(
   """
   output_features = tasks.find(task_name, modules).output_features
   vocabulary = output_features[feature].vocabulary
-  processor = getattr(vocabulary, 'tokenizer', None)
+  # SentencePiece's own, or a vocabulary that knows pieces itself.
+  processor = getattr(vocabulary, 'tokenizer', vocabulary)
   controls = {
     vocabulary.pad_id: '<pad>',
     vocabulary.eos_id: '</s>',

@@ -5,6 +5,7 @@ sentinel is the highest id (Raffel et al. 2020, section 3.1.4).
 """
 
 import functools
+import hashlib
 import os
 import typing
 
@@ -78,3 +79,61 @@ def byte() -> 'seqio.ByteVocabulary':
   import seqio
 
   return seqio.ByteVocabulary(EXTRA_IDS)
+
+
+def named(name: str) -> 'seqio.Vocabulary':
+  """The vocabulary that a gin file's VOCABULARY names.
+
+  Args:
+    name: 'docs', 't5', 'mt5' or 'bytes', see above; or a file: a SentencePiece
+      model (.model), or the tokenizer.json of Hugging Face's tokenizers.
+
+  Raises:
+    FileNotFoundError: it is none of these, and no file.
+    ValueError: the file is no vocabulary, or has no padding or end of sequence
+      that tasks could use.
+  """
+  import seqio
+
+  known = {'docs': docs, 't5': t5, 'mt5': mt5, 'bytes': byte}
+  if name in known:
+    return known[name]()
+  file = _file(name)
+  if file.suffix == '.json':
+    from sparse_experts.data import json_vocabulary
+
+    return json_vocabulary.read(file)
+  if file.suffix != '.model':
+    raise ValueError(
+      f'VOCABULARY = {name!r} is neither a SentencePiece .model nor a '
+      f'tokenizer.json; other names are {", ".join(known)}.'
+    )
+  vocabulary = seqio.SentencePieceVocabulary(os.fspath(file), EXTRA_IDS)
+  try:
+    pieces = vocabulary.tokenizer
+  except Exception as error:  # SentencePiece and protobuf raise what they like.
+    raise ValueError(f'{file} is no SentencePiece model ({error}).') from error
+  if pieces.pad_id() != vocabulary.pad_id or pieces.eos_id() < 0:
+    raise ValueError(
+      f'{file} has padding {pieces.pad_id()} and end of sequence '
+      f'{pieces.eos_id()}, but tasks pad with 0 and end: train it with '
+      'pad_id=0, eos_id=1, as scripts/train_vocabulary.py does.'
+    )
+  return vocabulary
+
+
+def digest(name: str) -> str:
+  """Tells whether what `named` reads is the same; empty for our own."""
+  if name in ('docs', 't5', 'mt5', 'bytes'):
+    return ''
+  return hashlib.sha256(_file(name).read_bytes()).hexdigest()[:16]
+
+
+def _file(name: str) -> epath.Path:
+  if not isinstance(name, str) or not epath.Path(name).expanduser().is_file():
+    raise FileNotFoundError(
+      f'VOCABULARY = {name!r} is no file, and none of docs, t5, mt5, bytes; '
+      'paths are relative to the current folder, '
+      f'{epath.Path().absolute()}.'
+    )
+  return epath.Path(name).expanduser()

@@ -2,13 +2,16 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
-Columns = Mapping[str, np.ndarray]
+# Arrays whose first axis is examples, or lists of arrays of any length. Texts
+# are bytes in arrays of objects.
+Columns = Mapping[str, np.ndarray | list[np.ndarray]]
+Tensor = tf.Tensor | tf.RaggedTensor
 
 
 class ArraySource(seqio.DataSource):
@@ -35,18 +38,22 @@ class ArraySource(seqio.DataSource):
     self._read = read
 
   @functools.cached_property
-  def _columns(self) -> Mapping[str, Columns]:
-    return self._read()
+  def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+    """The columns by split and name, of which all iterators share one copy."""
+    return {
+      split: {name: _tensor(column) for name, column in columns.items()}
+      for split, columns in self._read().items()
+    }
 
   @functools.cached_property
   def digest(self) -> str:
     """Of all values: equal digests mean equal data."""
     digest = hashlib.sha256()
     for split in self.splits:
-      for name, column in sorted(self._columns[split].items()):
-        about = f'{split} {name} {column.dtype.str} {column.shape}'
-        digest.update(about.encode())
-        digest.update(np.ascontiguousarray(column).tobytes())
+      for name, column in sorted(self.tensors[split].items()):
+        digest.update(f'{split} {name} '.encode())
+        for part in _parts(column):
+          digest.update(part)
     return digest.hexdigest()[:16]
 
   @property
@@ -56,6 +63,9 @@ class ArraySource(seqio.DataSource):
   def list_shards(self, split: str) -> Sequence[str]:
     return [split]
 
+  def num_input_examples(self, split: str) -> int:
+    return _size(self.tensors[split])
+
   def get_dataset(
     self,
     split: str = 'train',
@@ -64,8 +74,46 @@ class ArraySource(seqio.DataSource):
     shard_info: seqio.ShardInfo | None = None,
     **_,  # seqio's other arguments are for sources that cache.
   ) -> tf.data.Dataset:
-    columns = {k: tf.constant(v) for k, v in self._columns[split].items()}
-    return examples(columns, shuffle, seed, shard_info)
+    return examples(self.tensors[split], shuffle, seed, shard_info)
+
+
+class TokenSource(ArraySource):
+  """Examples of another source, whose texts are tokens when they are read.
+
+  For vocabularies that are Python: in a stream of TensorFlow's they would have
+  a state that no checkpoint can hold.
+  """
+
+  def __init__(
+    self,
+    source: seqio.DataSource,
+    prepare: Callable[[tf.data.Dataset], tf.data.Dataset],
+    features: Mapping[str, seqio.Feature],
+  ):
+    """Args are a source, what makes its examples, and which of them are tokens.
+
+    What was the text of a feature is in '<feature>_pretokenized'.
+    """
+    self._source, self._prepare, self._features = source, prepare, features
+    super().__init__(self._tokens, tuple(source.splits))
+
+  def _tokens(self) -> dict[str, Columns]:
+    return {split: self._of_split(split) for split in self.splits}
+
+  def _of_split(self, split: str) -> Columns:
+    dataset = self._prepare(self._source.get_dataset(split, shuffle=False))
+    examples = list(dataset.as_numpy_iterator())
+    columns = {
+      name: [example[name] for example in examples]
+      for name in dataset.element_spec
+    }
+    for name, feature in self._features.items():
+      texts = columns[f'{name}_pretokenized'] = columns[name]
+      encode = feature.vocabulary.encode
+      columns[name] = [
+        np.array(encode(text.decode()), np.int32) for text in texts
+      ]
+    return {name: _column(values) for name, values in columns.items()}
 
 
 def examples(
@@ -78,7 +126,7 @@ def examples(
   index, num_shards = 0, 1
   if shard_info:
     index, num_shards = shard_info.index, shard_info.num_shards
-  rows = int(tf.shape(next(iter(columns.values())))[0])
+  rows = _size(columns)
   # Sharded before they are shuffled: shards may have seeds of their own.
   count = len(range(index, rows, num_shards))
   order = (
@@ -87,6 +135,46 @@ def examples(
   return order.map(
     lambda i: {k: v[i * num_shards + index] for k, v in columns.items()}
   )
+
+
+def is_python(vocabulary: seqio.Vocabulary) -> bool:
+  """Whether a vocabulary has no program of TensorFlow's, see `TokenSource`."""
+  return getattr(vocabulary, 'is_python', False)
+
+
+def _size(columns: Mapping[str, Tensor]) -> int:
+  return next(iter(columns.values())).shape[0]
+
+
+def _column(values: list) -> np.ndarray | list[np.ndarray]:
+  if np.ndim(values[0]):
+    return values
+  # As numpy's own texts they would lose zeros at their end.
+  return np.array(values, object if isinstance(values[0], bytes) else None)
+
+
+def _tensor(column: np.ndarray | list[np.ndarray]):
+  if not isinstance(column, list):
+    return tf.constant(column)
+  lengths = [len(values) for values in column]
+  return tf.RaggedTensor.from_row_lengths(np.concatenate(column), lengths)
+
+
+def _parts(column: Tensor) -> Iterator[bytes]:
+  """What a digest is of; of texts and lists their lengths, too."""
+  if isinstance(column, tf.RaggedTensor):
+    yield from _parts(column.row_splits)
+    yield from _parts(column.values)
+    return
+  values = column.numpy()
+  dtype = 'text' if values.dtype == object else values.dtype.str
+  yield f'{dtype} {values.shape}'.encode()
+  if values.dtype != object:
+    yield np.ascontiguousarray(values).tobytes()
+    return
+  for text in values:
+    yield f'{len(text)} '.encode()
+    yield text
 
 
 def _permutations(count: int, seed: int | None) -> tf.data.Dataset:

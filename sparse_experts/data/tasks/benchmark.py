@@ -1,4 +1,4 @@
-"""A benchmark as a row: its source in TFDS, its text, its metrics.
+"""A benchmark as a row: its source, its text, its metrics.
 
     Benchmark(
       'glue_rte', 'glue/rte:2.0.0',
@@ -7,11 +7,13 @@
     )
 
 Everything else about a task follows from the row: see `add`. A template's
-{field} is a field of the source's examples, {outer/inner} of a nested one.
+{field} is a field of the source's examples, {outer/inner} of a nested one; {{
+and }} are braces.
 """
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,6 +21,7 @@ import seqio
 import tensorflow as tf
 
 from sparse_experts.data import metrics
+from sparse_experts.data.tasks import arrays
 
 NO_LABEL = '<unk>'  # The target of a test split without labels, as in T5.
 
@@ -29,13 +32,14 @@ class Benchmark:
 
   Attributes:
     name: of the task.
-    source: TFDS name with its version.
+    source: TFDS name with its version, or any source of seqio.
     inputs: template.
     targets: template; where it is empty, the next two say what to write.
     options: templates of the answers to choose from, or the field that lists
-      them. Without `answers`, the target, and what metrics see, is the one with
-      index `label`.
-    label: field.
+      them, or a function that returns one of these when data is first read.
+      Without `answers`, the target, and what metrics see, is the one with index
+      `label`.
+    label: field; where it is empty, the index of `targets` among the options.
     answers: field that lists good answers; the target is the first, and
       metrics see all.
     group: template, equal for examples that are judged together.
@@ -47,17 +51,17 @@ class Benchmark:
       as T5's. Where not, targets continue inputs, as a decoder does, which lose
       their beginning: the question is at their end.
     normalise: options are ranked by log-probability per token, not in total;
-      an example says so. With `targets`, which are no option, they are not
-      ranked, and an example does not have it.
+      an example says so. With a `label` and `targets`, which are then no
+      option, they are not ranked, and an example does not have it.
     shots: examples in a prompt of the few-shot setting, see `data.few_shot`.
-    splits: of the source; or their names there, by ours.
+    splits: of the source, if it is a TFDS name; or their names there, by ours.
   """
 
   name: str
-  source: str
+  source: str | seqio.DataSource
   inputs: str
   targets: str = ''
-  options: str | tuple[str, ...] = ()
+  options: str | tuple[str, ...] | Callable[[], str | tuple[str, ...]] = ()
   label: str = 'label'
   answers: str = ''
   group: str = ''
@@ -111,22 +115,37 @@ def add(
     ask: a further preprocessor, of the texts.
   """
   ROWS[benchmark.name] = benchmark
+  source = source_of(benchmark)
+  features = {
+    feature: seqio.Feature(vocabulary, add_eos=benchmark.ends)
+    for feature in ('inputs', 'targets')
+  }
+  steps = [
+    functools.partial(as_text, benchmark=benchmark),
+    *([ask] if ask else []),
+    functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=True),
+  ]
+  if arrays.is_python(vocabulary) and ask is None:
+    source, steps = arrays.TokenSource(source, steps[0], features), []
+  end = seqio.preprocessors.append_eos_after_trim
+  # A source that shuffles completely needs no buffer, which checkpoints hold.
+  shuffles = source.performs_internal_shuffling
   return seqio.TaskRegistry.add(
     benchmark.name,
-    source=Source(benchmark.source, splits=benchmark.splits),
-    preprocessors=[
-      functools.partial(as_text, benchmark=benchmark),
-      *([ask] if ask else []),
-      functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=True),
-      seqio.preprocessors.append_eos_after_trim if benchmark.ends else keep_end,
-    ],
-    output_features={
-      feature: seqio.Feature(vocabulary, add_eos=benchmark.ends)
-      for feature in ('inputs', 'targets')
-    },
+    source=source,
+    preprocessors=[*steps, end if benchmark.ends else keep_end],
+    output_features=features,
     metric_fns=list(benchmark.metrics),
     postprocess_fn=functools.partial(_judged, benchmark),
+    **({'shuffle_buffer_size': None} if shuffles else {}),
   )
+
+
+def source_of(benchmark: Benchmark) -> seqio.DataSource:
+  """What a benchmark's examples are read from."""
+  if isinstance(benchmark.source, seqio.DataSource):
+    return benchmark.source
+  return Source(benchmark.source, splits=benchmark.splits)
 
 
 def keep_end(
@@ -141,29 +160,31 @@ def keep_end(
 
 def texts(benchmark: Benchmark, split: str) -> tf.data.Dataset:
   """The texts of a split, in order."""
-  source = Source(benchmark.source, splits=benchmark.splits)
+  source = source_of(benchmark)
   return as_text(source.get_dataset(split, shuffle=False), benchmark)
 
 
 def as_text(dataset: tf.data.Dataset, benchmark: Benchmark) -> tf.data.Dataset:
   """Examples of text by the row's templates."""
   dataset = benchmark.prepare(dataset) if benchmark.prepare else dataset
+  templates = benchmark.options
+  templates = templates() if callable(templates) else templates
 
   def texts(example):
     result = {'inputs': fill(benchmark.inputs, example)}
-    if benchmark.options:
-      if isinstance(benchmark.options, str):
-        options = field(example, benchmark.options)
+    if templates:
+      if isinstance(templates, str):
+        options = field(example, templates)
       else:
-        options = tf.stack([fill(t, example) for t in benchmark.options])
+        options = tf.stack([fill(t, example) for t in templates])
       result['options'] = options
-      if not benchmark.targets:  # Which are no option.
+      if not (benchmark.label and benchmark.targets):  # Which are no option.
         result['normalise'] = benchmark.normalise
     if benchmark.answers:
       answers = field(example, benchmark.answers)
       result['answers'] = answers
       result['targets'] = tf.concat([answers, [NO_LABEL]], 0)[0]
-    elif benchmark.options:
+    elif templates and benchmark.label:
       label = tf.cast(field(example, benchmark.label), tf.int32)
       result['label'] = label
       known = (label >= 0) & (label < tf.size(options))
@@ -172,6 +193,10 @@ def as_text(dataset: tf.data.Dataset, benchmark: Benchmark) -> tf.data.Dataset:
       )
     if benchmark.targets:
       result['targets'] = fill(benchmark.targets, example)
+    if templates and not benchmark.label:
+      is_it = tf.equal(options, result['targets'])
+      known = tf.reduce_any(is_it)
+      result['label'] = tf.where(known, tf.argmax(is_it, 0, tf.int32), -1)
     if benchmark.group:
       result['group'] = fill(benchmark.group, example)
     return result
@@ -181,14 +206,41 @@ def as_text(dataset: tf.data.Dataset, benchmark: Benchmark) -> tf.data.Dataset:
 
 def fill(template: str, example: Mapping) -> tf.Tensor:
   """A template with the example's fields in their places."""
-  parts = re.split(r'\{([^{}]+)\}', template)
-  return tf.strings.join(
-    [_text(field(example, p)) if i % 2 else p for i, p in enumerate(parts)]
-  )
+  texts, names = split(template)
+  values = [_text(field(example, name)) for name in names]
+  return tf.strings.join([texts[0], *itertools.chain(*zip(values, texts[1:]))])
+
+
+def split(template: str) -> tuple[list[str], list[str]]:
+  """The texts between a template's fields, and the names of the fields.
+
+  >>> split('q: {question} a: {{{answer}}}')
+  (['q: ', ' a: {', '}'], ['question', 'answer'])
+
+  Raises:
+    ValueError: a brace has no other.
+  """
+  texts, names = [''], []
+  for part in re.split(r'(\{\{|\}\}|\{[^{}]+\})', template):
+    if re.fullmatch(r'\{[^{}]+\}', part):
+      names.append(part[1:-1])
+      texts.append('')
+    elif part in ('{{', '}}'):
+      texts[-1] += part[0]
+    elif '{' in part or '}' in part:
+      raise ValueError(
+        f'{template!r} has a brace without its other; a field is {{field}}, '
+        'and {{ and }} are braces.'
+      )
+    else:
+      texts[-1] += part
+  return texts, names
 
 
 def field(example: Mapping, path: str):
-  """The field at `outer/inner`."""
+  """The field of that name, or at `outer/inner`."""
+  if path in example:
+    return example[path]
   for name in path.split('/'):
     example = example[name]
   return example
@@ -204,7 +256,7 @@ def _judged(benchmark, text, example=None, is_target=False):
     return benchmark.read(text, example) if benchmark.read else text
   if benchmark.answers:
     text = [tf.compat.as_text(a) for a in example['answers']] or [NO_LABEL]
-  elif benchmark.options and 0 <= example['label'] < len(example['options']):
+  elif 'label' in example and 0 <= example['label'] < len(example['options']):
     text = tf.compat.as_text(example['options'][example['label']])
   if benchmark.group:
     return metrics.Member(tf.compat.as_text(example['group']), text)
