@@ -95,7 +95,7 @@ def train(
   Returns:
     'step', 'train' metrics up to it, 'eval' and 'eval_step', the latest and
     where it was taken, 'eval_before' at the first step of this call,
-    'preempted', and what hooks add. Of a replay what `replaying.replay` does.
+    'preempted' (or not; then by which 'signal'), and what hooks add. Of a replay what `replaying.replay` does.
 
   Raises:
     ValueError: an argument, the data or the checkpoint does not fit the rest,
@@ -123,6 +123,8 @@ def train(
       functools.partial(optimizer, learning_rate=learning_rate),
     )
   with placement.use(), contextlib.ExitStack() as closing:
+    preemption = Preemption()
+    closing.callback(preemption.close)
     run, saver = _begin(
       model,
       model_dir,
@@ -136,14 +138,15 @@ def train(
       seed,
       keep_checkpoints,
       replay,
+      closing,
     )
     if replay is not None:
       return replaying.replay(run, model, built_mesh, microbatches, seed)
-    closing.callback(saver.close)
     if on_start is not None and jax.process_index() == 0:
       on_start(run.model_dir)
     write_hardware(model_dir, built_mesh)
     _open(run, model.positions(dataset.shapes(model.features)), closing)
+    preemption.listen()
     trace = _trace(run, profile, closing)
     guard = Guard(max_skipped_in_a_row)
     log = Log(run.progress, schedules.as_schedule(learning_rate))
@@ -152,10 +155,9 @@ def train(
       loss = LossEvaluation(model, eval_dataset, built_mesh)
       evaluate = Evaluate(loss, model.headline)
       evaluation = [Every(eval_period, evaluate, at_start=True)]
-    preemption = Preemption()
-    closing.callback(preemption.close)
     save = Save(saver, run.batches.to_save, guard.check)
-    before = [guard, trace.stop, log.add, Every(log_period, log), *evaluation]
+    before = [saver.lease, guard, trace.stop, log.add]
+    before += [Every(log_period, log), *evaluation]
     after = [preemption, Every(checkpoint_period, save), trace.start]
     return loop(run, [*before, *hooks, *after])
 
@@ -173,6 +175,7 @@ def _begin(
   seed: int,
   keep_checkpoints: int | None,
   replay: int | None,
+  closing: contextlib.ExitStack,
 ) -> tuple[Run, Saver | None]:
   """The state, created or restored, with its step and data.
 
@@ -199,6 +202,7 @@ def _begin(
   feed = _Feed(model, dataset, mesh)
   if replay is None:
     saver = Saver(model_dir, keep_checkpoints)
+    closing.callback(saver.close)
     start = saver.latest()
   kept = frozen.load(
     model,
@@ -232,7 +236,7 @@ def _open(run: Run, positions: int, closing: contextlib.ExitStack) -> None:
   """Gives a run its writers, and says where it stands."""
   run.progress = Progress(run.start, run.stop, positions)
   closing.callback(run.progress.close)
-  run.writers = Writers(run.model_dir)
+  run.writers = Writers(run.model_dir, run.start)
   closing.callback(run.writers.close)
   if run.start:
     run.say(f'resumed at step {run.start}')

@@ -146,6 +146,7 @@ def test_sigkill_costs_what_was_not_saved(whole, interrupted):
 def test_preemption_takes_sigterm_and_hands_it_back():
   before = signal.getsignal(signal.SIGTERM)
   asked = preemption.Preemption()
+  asked.listen()
   assert not asked.reached(1)
   os.kill(os.getpid(), signal.SIGTERM)
   assert asked.reached(2)
