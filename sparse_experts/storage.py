@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 
 from etils import epath
@@ -67,9 +68,21 @@ def mend_lines(path: epath.Path) -> None:
 
 def replace(path: epath.Path, content: bytes) -> None:
   """Writes a file anew: a reader or a kill finds all of it, or the old one."""
-  beside = path.parent / f'{path.name}.new'
-  beside.write_bytes(content)
-  beside.replace(path)
+  if not is_local(path):  # An object is replaced whole.
+    path.write_bytes(content)
+    return
+  beside = path.parent / f'{path.name}.{uuid.uuid4().hex[:8]}'
+  try:
+    beside.write_bytes(content)
+    beside.replace(path)
+  except OSError:
+    beside.unlink(missing_ok=True)
+    raise
+
+
+def is_local(path: epath.PathLike) -> bool:
+  """Whether a path is one of the file system, not gs:// or the like."""
+  return '://' not in os.fspath(path)
 
 
 def _torn(path: epath.Path) -> int:

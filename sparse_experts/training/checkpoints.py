@@ -21,7 +21,7 @@ from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from sparse_experts import sharding
+from sparse_experts import sharding, storage
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.streams import Batches
 from sparse_experts.models.objective import Objective
@@ -308,7 +308,7 @@ def _damaged(path: epath.Path, reason: str) -> ValueError:
   for before in reversed(steps(root)):
     other = path.parent / str(before)
     if before < step and checksums.damage(other) is None:
-      move = 'gcloud storage mv' if '://' in str(root) else 'mv'
+      move = 'mv' if storage.is_local(root) else 'gcloud storage mv'
       aside = root / f'damaged-{step}'
       remedy = (
         f'step {before} before it is whole: read {other}, or let everything go '

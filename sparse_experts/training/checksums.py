@@ -27,13 +27,14 @@ NAME = 'checksums.json'
 _PART = 2**24  # Bytes that one thread reads at once.
 
 
-def write(step: epath.Path) -> None:
+def write(step: epath.PathLike) -> None:
   """Writes down what the files of a step are, once they are complete.
 
   Args:
     step: its directory. Files directly in it are orbax's marks of a commit,
       which it writes later, and which hold nothing of the state.
   """
+  step = epath.Path(step)
   names = [name for name in files(step) if '/' in name]
   sizes = {name: (step / name).stat().length for name in names}
   parts = _parts(sizes)
@@ -44,7 +45,7 @@ def write(step: epath.Path) -> None:
 
 
 def damage(
-  step: epath.Path, items: Sequence[str] = (), together: bool = False
+  step: epath.PathLike, items: Sequence[str] = (), together: bool = False
 ) -> str | None:
   """What of a step is not as it was written: the first file, and how.
 
@@ -56,6 +57,7 @@ def damage(
   Returns:
     None if there is nothing, or there are no checksums to tell.
   """
+  step = epath.Path(step)
   if not (step / NAME).exists():
     return None
   try:

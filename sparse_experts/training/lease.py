@@ -110,13 +110,12 @@ class Lease:
 
   def _create(self) -> bool:
     """Writes the lease if there is none."""
-    local = '://' not in os.fspath(self._path)
     with storage.writing(
       f'MODEL_DIR {self._path.parent}',
       'choose a directory that can, by --gin.MODEL_DIR',
     ):
       self._path.parent.mkdir(parents=True, exist_ok=True)
-      if not local:  # Objects have no exclusive creation.
+      if not storage.is_local(self._path):  # Objects have no exclusive creation.
         return False if self._path.exists() else self._write() is None
       try:
         with pathlib.Path(self._path).open('x') as file:

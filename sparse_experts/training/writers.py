@@ -62,8 +62,13 @@ class Writers:
     if not self._lines.exists():
       return
     lines = self._lines.read_text().splitlines(keepends=True)
-    with storage.writing(self._lines, 'put back what belongs there'):
+    try:
       kept = [line for line in lines if json.loads(line)['step'] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f'{self._lines} is damaged ({error}): mend that line, or move the file '
+        'elsewhere.'
+      ) from error
     if kept != lines:
       storage.replace(self._lines, ''.join(kept).encode())
 
