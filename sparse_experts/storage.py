@@ -26,7 +26,7 @@ def cause(error: BaseException) -> str:
 
   Libraries wrap them: TensorFlow, tensorstore and orbax each otherwise.
 
-  >>> cause(ValueError('RESOURCE_EXHAUSTED: a/b: No space left on device [x=1]'))
+  >>> cause(ValueError('RESOURCE_EXHAUSTED: a/b: No space left on device [1]'))
   'No space left on device'
   """
   text = str(error)

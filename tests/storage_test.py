@@ -1,4 +1,4 @@
-"""Files that were cut off are mended; causes are found in what libraries say."""
+"""Files that were cut off are mended; failed writes have a cause."""
 
 import pytest
 from etils import epath

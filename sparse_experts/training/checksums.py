@@ -68,7 +68,7 @@ def damage(
     }
   except (ValueError, TypeError, KeyError, AttributeError):
     return f'{NAME} holds no checksums'
-  for name, (size, crcs) in sums.items():
+  for name, (size, _) in sums.items():
     found = (step / name).stat().length if (step / name).exists() else 'no'
     if found != size:
       return f'{name} has {found} bytes instead of {size}'

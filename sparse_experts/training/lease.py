@@ -3,15 +3,16 @@
     MODEL_DIR/lease.json   who holds it, and how often it was renewed
 
 A second trainer is refused while the holder lives. Whether it does, no clock
-tells: on the same machine it is its process, known by id and start; elsewhere,
-that the lease is renewed while one watches, so hosts need not agree on the time.
+tells: on the same machine its process does, known by id and start; elsewhere,
+that the lease is renewed while one watches, so hosts may differ in their time.
 The lease of a process that is gone, or that is not renewed, is taken over. A
-library of file locks would not do: it knows nothing of other hosts, and the lock
-of one may outlive its holder there.
+library of file locks would not do: it knows nothing of other hosts, and where
+file systems have locks at all, one may outlive its holder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -53,6 +54,7 @@ class Lease:
     self._path = epath.Path(model_dir) / 'lease.json'
     self._lost: str | None = None
     self._closed, self._mutex = threading.Event(), threading.Lock()
+    self._made: list[pathlib.Path] = []  # Folders, the innermost first.
     self._holder = {
       'host': socket.gethostname(),
       'pid': os.getpid(),
@@ -89,11 +91,13 @@ class Lease:
     self()
 
   def close(self) -> None:
-    """Gives the lease back."""
-    with self._mutex:
+    """Gives the lease back; a run that wrote nothing leaves nothing."""
+    with self._mutex, contextlib.suppress(OSError):
       self._closed.set()
       if self._holds and _owner(_read(self._path)) == self._holder['owner']:
         self._path.unlink()
+      for folder in self._made:
+        folder.rmdir()  # Fails where there is something in it.
 
   def _take(self) -> None:
     """Creates the lease, or takes over one whose holder is gone."""
@@ -114,11 +118,13 @@ class Lease:
       f'MODEL_DIR {self._path.parent}',
       'choose a directory that can, by --gin.MODEL_DIR',
     ):
-      self._path.parent.mkdir(parents=True, exist_ok=True)
-      if not storage.is_local(self._path):  # Objects have no exclusive creation.
+      if not storage.is_local(self._path):  # There, nothing is exclusive.
         return False if self._path.exists() else self._write() is None
+      path = pathlib.Path(self._path)
+      self._made += [folder for folder in path.parents if not folder.exists()]
+      path.parent.mkdir(parents=True, exist_ok=True)
       try:
-        with pathlib.Path(self._path).open('x') as file:
+        with path.open('x') as file:
           file.write(json.dumps(self._holder))
       except FileExistsError:
         return False

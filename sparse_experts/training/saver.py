@@ -21,7 +21,6 @@ from etils import epath
 
 from sparse_experts import storage
 from sparse_experts.training import checkpoints, checksums
-from sparse_experts.training.lease import Lease
 from sparse_experts.training.state import TrainState
 
 
@@ -49,20 +48,16 @@ class DataHandler(ocp.CheckpointHandler):
 
 
 class Saver:
-  """Writes the checkpoints of one run, and lets no other trainer do so.
+  """Writes the checkpoints of one run.
 
   Saving is asynchronous: arrays are copied to the host, and written while
   training goes on. `saved step N` on stderr means that step N is complete.
-
-  Attributes:
-    lease: of MODEL_DIR.
   """
 
   def __init__(self, model_dir: epath.PathLike, keep: int | None = 3):
     """Opens MODEL_DIR/checkpoints, keeping the last `keep` steps (None: all).
 
     Raises:
-      ValueError: another trainer is at work there.
       OSError: the directory cannot be written.
     """
     self._announcer: threading.Thread | None = None
@@ -71,29 +66,25 @@ class Saver:
     for item in ('params', 'optimizer'):
       registry.add(item, ocp.args.StandardSave, ocp.StandardCheckpointHandler)
     registry.add('data', DataArgs, DataHandler)
-    self.lease = Lease(model_dir)
-    with contextlib.ExitStack() as failing:
-      failing.callback(self.lease.close)
-      with storage.writing(
-        f'MODEL_DIR {model_dir}',
-        'choose a directory that can, by --gin.MODEL_DIR',
-      ):
-        self._directory = checkpoints.directory_of(model_dir)
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
-          self._directory,
-          options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            cleanup_tmp_directories=True,  # What a kill left half-written.
-            async_options=ocp.AsyncOptions(
-              post_finalization_callback=self._write_checksums,
-              # Else a save waits minutes for a directory that cannot be made.
-              create_directories_asynchronously=False,
-            ),
+    with storage.writing(
+      f'MODEL_DIR {model_dir}',
+      'choose a directory that can, by --gin.MODEL_DIR',
+    ):
+      self._directory = checkpoints.directory_of(model_dir)
+      self._directory.mkdir(parents=True, exist_ok=True)
+      self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=keep,
+          cleanup_tmp_directories=True,  # What a kill left half-written.
+          async_options=ocp.AsyncOptions(
+            post_finalization_callback=self._write_checksums,
+            # Else a save waits minutes for a directory that cannot be made.
+            create_directories_asynchronously=False,
           ),
-          handler_registry=registry,
-        )
-      failing.pop_all()
+        ),
+        handler_registry=registry,
+      )
 
   def latest(self) -> int | None:
     """The latest complete step, if any."""
@@ -104,10 +95,8 @@ class Saver:
 
     Raises:
       OSError: this step, or the one before, cannot be written.
-      ValueError: MODEL_DIR is another trainer's by now, or gone.
     """
     self._wait()
-    self.lease.check()
     self._step = int(state.step)
     with self._saving():
       self._manager.save(
@@ -125,13 +114,10 @@ class Saver:
     self._announcer.start()
 
   def close(self) -> None:
-    """Waits until what was saved is complete, and gives the lease back."""
-    try:
-      if not self._failed:
-        self._wait()
-        self._manager.close()
-    finally:
-      self.lease.close()
+    """Waits until what was saved is complete."""
+    if not self._failed:
+      self._wait()
+      self._manager.close()
 
   @contextlib.contextmanager
   def _saving(self) -> Iterator[None]:

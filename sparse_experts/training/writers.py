@@ -24,8 +24,8 @@ class Writers:
 
     Args:
       model_dir: of the run.
-      step: where it goes on; lines of later steps, which a kill has cost it, are
-        cut off. TensorBoard's files keep theirs.
+      step: where it goes on. Lines of later steps, which a kill has cost it,
+        are cut off; TensorBoard's files keep theirs.
     """
     self._dir = epath.Path(model_dir)
     self._lines = self._dir / 'metrics.jsonl'

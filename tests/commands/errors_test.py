@@ -307,6 +307,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
   shutil.rmtree(copied('NO_OPTIMIZER') / 'optimizer')
   identity = copied('OTHER_CORPUS') / 'data' / 'batches.json'
   saved = json.loads(identity.read_text())
+  (folder / 'OTHER_CORPUS/checkpoints/2/checksums.json').unlink()
   identity.write_text(
     json.dumps({**saved, 'corpus': {'tiny_sums': 'other sums'}})
   )

@@ -1,8 +1,6 @@
 """What a run does where it cannot write."""
 
 import json
-import os
-import pathlib
 import resource
 import shutil
 import subprocess
@@ -106,10 +104,12 @@ def test_a_model_dir_that_is_deleted_ends_a_run(tmp_path, monkeypatch):
     '    shutil.rmtree(run.model_dir)\n'
   )
   (tmp_path / 'deleter.gin').write_text(
-    'import deleter\nHOOKS = [@deleter.delete]\n'
+    'from __gin__ import dynamic_registration\n'
+    'import deleter\n'
+    'HOOKS = [@deleter.delete]\n'
   )
   monkeypatch.syspath_prepend(tmp_path)
-  run = pathlib.Path(os.path.relpath(tmp_path / 'run'))
+  run = tmp_path / 'run'
   line = error(
     train(
       *(run, f'--gin_file={tmp_path / "deleter.gin"}'),
