@@ -17,7 +17,11 @@ MOMENTS = ('at the start', 'before a step', 'in a step', 'in a save', 'late')
 def arguments(model_dir, *more: str) -> tuple[str, ...]:
   return (
     *('train', command.TINY, f'--gin.MODEL_DIR={model_dir}', EVERY_STEP),
-    *(command.NO_EVALUATION, '--gin.LOG_PERIOD=1', f'--gin.TRAIN_STEPS={STEPS}'),
+    *(
+      command.NO_EVALUATION,
+      '--gin.LOG_PERIOD=1',
+      f'--gin.TRAIN_STEPS={STEPS}',
+    ),
     *more,
   )
 
@@ -85,7 +89,9 @@ def _wait(moment: str, process, model_dir: pathlib.Path) -> None:
       time.sleep(0.01)
     return None
   for line in process.stderr:
-    if line.startswith('saved step 1\n' if moment != 'late' else f'step {STEPS}/'):
+    if line.startswith(
+      'saved step 1\n' if moment != 'late' else f'step {STEPS}/'
+    ):
       break
   while moment == 'in a save' and not there('checkpoints/*tmp*'):
     time.sleep(0.001)
