@@ -143,7 +143,8 @@ def _prepare(args: argparse.Namespace) -> None:
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     import absl.logging
 
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    # What a library logs as an error, it raises too, and that is one line.
+    absl.logging.set_verbosity(absl.logging.FATAL)
     # Orbax leaves reads behind where one fails; they fail later, out of reach.
     sys.unraisablehook = lambda _: None
     logging.getLogger('asyncio').setLevel(logging.CRITICAL)

@@ -8,7 +8,7 @@ PACKAGE = ROOT / 'sparse_experts'
 
 # Ground first. A file imports only from its own room or from lines above.
 LAYERS = (
-  'letters console earlier',
+  'letters console earlier storage',
   'sharding',
   'data layers',
   'moe',

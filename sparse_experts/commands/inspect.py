@@ -23,7 +23,9 @@ def run(args: argparse.Namespace) -> None:
 def _checkpoint(args: argparse.Namespace) -> None:
   from sparse_experts.training import checkpoints
 
-  params, step = checkpoints.load_params(args.checkpoint)
+  path, step = checkpoints.find(args.checkpoint)
+  checkpoints.verify(path)
+  params, _ = checkpoints.load_params(path)
   leaves = checkpoints.flatten(params)
   facts = {
     'step': step,

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int | None:
   from sparse_experts import config
   from sparse_experts.moe import expert_check
   from sparse_experts.training import train
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     printing.as_json(results)
   else:
     _print(results, config.value('MODEL_DIR'))
+  return 130 if results.get('signal') == 'SIGINT' else None  # As shells count.
 
 
 def _profile(text: str | None) -> dict[str, tuple[int, int]]:

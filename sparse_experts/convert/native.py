@@ -14,7 +14,7 @@ from sparse_experts.convert.tensor_map import Place
 from sparse_experts.convert.tensors import Found, Shapes
 from sparse_experts.models import layout
 from sparse_experts.models.language import Language
-from sparse_experts.training import checkpoints
+from sparse_experts.training import checkpoints, checksums
 
 CONFIG = 'config.gin'  # As `train` writes it, too.
 
@@ -22,6 +22,7 @@ CONFIG = 'config.gin'  # As `train` writes it, too.
 def read(path: pathlib.Path) -> Found:
   """The checkpoint at `path`, a step or a MODEL_DIR's latest."""
   found, step = checkpoints.find(path)
+  checkpoints.verify(found, 'params')
   folder = pathlib.Path(found)
   params = folder / 'params'
   specs = zarr.orbax_specs(params, zarr.names(params))
@@ -81,14 +82,16 @@ class Writer:
   ):
     del model
     self.folder = folder
-    params = checkpoints.directory_of(folder) / str(step) / 'params'
+    self._step = checkpoints.directory_of(folder) / str(step)
+    params = self._step / 'params'
     if not params.exists():
       _declare(params, shapes)
     self._arrays = zarr.Writer(pathlib.Path(params), shapes, parts)
     self.write = self._arrays.write
 
   def finish(self, gin: str) -> None:
-    """Writes the model's gin file."""
+    """Writes the model's gin file, and what is in the others."""
+    checksums.write(self._step)
     (self.folder / CONFIG).write_text(gin)
 
 

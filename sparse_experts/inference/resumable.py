@@ -11,6 +11,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from sparse_experts import storage
+
 
 class ResumableLines:
   """JSON objects, one a line, appended whole.
@@ -77,10 +79,10 @@ class ResumableLines:
 
   def _read(self) -> list[dict[str, Any]]:
     """The whole lines; what was left of half a line is cut off."""
+    if jax.process_index() == 0:
+      storage.mend_lines(self._path)
     content = self._path.read_bytes()
     whole = content[: content.rfind(b'\n') + 1]
-    if whole != content and jax.process_index() == 0:
-      self._path.write_bytes(whole)
     return [_parse(line, self._path) for line in whole.splitlines()]
 
 

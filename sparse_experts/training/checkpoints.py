@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,10 +21,11 @@ from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from sparse_experts import sharding
+from sparse_experts import sharding, storage
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.streams import Batches
 from sparse_experts.models.objective import Objective
+from sparse_experts.training import checksums
 from sparse_experts.training.state import TrainState
 
 
@@ -89,6 +91,7 @@ def load_params(
       damaged.
   """
   path, step = find(path)
+  verify(path, 'params')
   if boxed is None:
     restore_args = jax.tree.map(
       lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
@@ -104,6 +107,7 @@ def load_average(
 ) -> tuple[Any, int]:
   """The average of the parameters (`ema.averaged`), as `load_params`."""
   path, step = find(path)
+  verify(path, 'optimizer')
   saved = _saved_tree(path, 'optimizer')['opt_state']
   if not isinstance(saved, Mapping) or 'average' not in saved:
     raise ValueError(
@@ -136,6 +140,7 @@ def restore(
       damaged.
   """
   path = directory_of(model_dir) / str(step)
+  verify(path)
   target = nn.unbox(boxed)
   params, optimizer = (
     _read_to(path, item, of(target), of(placed))
@@ -176,6 +181,22 @@ def restore_params(
   boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), shapes))
   load = PARAMETERS[parameters]
   return load(model_dir, boxed, sharding.shardings(boxed, mesh))
+
+
+def verify(path: epath.Path, *items: str) -> None:
+  """Raises where a file of a step is not as it was written.
+
+  Args:
+    path: the step.
+    items: 'params', 'optimizer', 'data'; all of them unless given. All
+      processes ask for the same, and each reads its share.
+
+  Raises:
+    ValueError: one is not. Steps without checksums pass.
+  """
+  with _reading(path, checked=True):
+    if found := checksums.damage(path, items, together=True):
+      raise _damaged(path, found)
 
 
 def digest(params: Mapping[str, Any]) -> str:
@@ -277,7 +298,27 @@ def _reading(path: epath.Path, checked: bool = False) -> Iterator[None]:
     if checked and type(error) is ValueError:
       raise
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    raise ValueError(
-      f'checkpoint {path} is damaged or incomplete ({reason[0][:200]}); '
-      'delete that step and continue from an earlier one.'
-    ) from error
+    raise _damaged(path, reason[0][:200]) from error
+
+
+def _damaged(path: epath.Path, reason: str) -> ValueError:
+  """The error that names a damaged step, and the whole one before it."""
+  root, step = root_of(path), int(path.name)
+  remedy = 'no step before it is whole, so begin another MODEL_DIR.'
+  for before in reversed(steps(root)):
+    other = path.parent / str(before)
+    if before < step and checksums.damage(other) is None:
+      move = 'mv' if storage.is_local(root) else 'gcloud storage mv'
+      aside = root / f'damaged-{step}'
+      remedy = (
+        f'step {before} before it is whole: read {other}, or let everything go '
+        f'on from there by `{move} {_quoted(path)} {_quoted(aside)}`.'
+      )
+      break
+  return ValueError(
+    f'checkpoint {path} is damaged or incomplete ({reason}); {remedy}'
+  )
+
+
+def _quoted(path: epath.Path) -> str:
+  return shlex.quote(str(path))

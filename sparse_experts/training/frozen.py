@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sparse_experts.models.objective import Frozen, Objective
-from sparse_experts.training import checkpoints
+from sparse_experts.training import checkpoints, checksums
 
 _PART = 2**24  # Bytes read at once.
 
@@ -99,12 +99,13 @@ def load(
 def _copy(of: Frozen, copy: epath.Path) -> None:
   """Copies the newest checkpoint's parameters; whole or not at all."""
   path, step = checkpoints.find(of.directory)
+  checkpoints.verify(path, 'params')
   if jax.process_index() == 0:
     partial = copy.parent / f'{copy.name}.partial'
     if partial.exists():
       partial.rmtree()
     params = partial / 'checkpoints' / str(step) / 'params'
-    for name in _files(path / 'params'):
+    for name in checksums.files(path / 'params'):
       (params / name).parent.mkdir(parents=True, exist_ok=True)
       (path / 'params' / name).copy(params / name)
     config = checkpoints.root_of(of.directory) / 'config.gin'
@@ -115,6 +116,7 @@ def _copy(of: Frozen, copy: epath.Path) -> None:
       'step': step,
       'files_sha256': _digest(params),
     }
+    checksums.write(params.parent)
     (partial / 'origin.json').write_text(json.dumps(origin, indent=2) + '\n')
     partial.rename(copy)
   multihost_utils.sync_global_devices(f'copied {copy}')
@@ -138,19 +140,9 @@ def _check_same(copy: epath.Path, of: Frozen) -> None:
 def _digest(directory: epath.Path) -> str:
   """SHA-256 of names and bytes of all files."""
   sha = hashlib.sha256()
-  for name in _files(directory):
+  for name in checksums.files(directory):
     sha.update(f'{name} {(directory / name).stat().length}\n'.encode())
     with (directory / name).open('rb') as file:
       while part := file.read(_PART):
         sha.update(part)
   return sha.hexdigest()
-
-
-def _files(directory: epath.Path, inside: str = '') -> Iterator[str]:
-  """Files in a directory and below it, in the order of their names."""
-  for path in sorted((directory / inside).iterdir()):
-    name = f'{inside}/{path.name}' if inside else path.name
-    if path.is_dir():
-      yield from _files(directory, name)
-    else:
-      yield name

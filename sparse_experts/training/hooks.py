@@ -7,7 +7,7 @@ every step. `train` puts them in order, and those of the caller among them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -117,14 +117,15 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Save:
-  """Saves a checkpoint, once `check` finds nothing wrong with the run."""
+  """Saves a checkpoint, once `checks` find nothing wrong with the run."""
 
   saver: Saver
   data: DataArgs
-  check: Callable[[], None]
+  checks: Sequence[Callable[[], None]]
 
   def __call__(self, run: Run) -> None:
-    self.check()
+    for check in self.checks:
+      check()
     self.saver.save(run.state, self.data)
 
 

@@ -92,7 +92,8 @@ def loop(run: Run, hooks: Sequence[Hook]) -> dict[str, Any]:
     for hook in hooks:
       hook(run)
   if run.preempted and run.step < run.stop:
-    run.say(f'SIGTERM: stopping after step {run.step}')
+    signal = run.results.get('signal', 'SIGTERM')
+    run.say(f'{signal}: stopping after step {run.step}')
   return {'step': run.step, **run.results, 'preempted': run.preempted}
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM asks a run to save and stop; every process stops at one step."""
+"""SIGTERM and Ctrl-C ask a run to save and stop, all processes at one step."""
 
 from __future__ import annotations
 
@@ -12,29 +12,50 @@ from sparse_experts.training.loop import Run
 
 
 class Preemption:
-  """Whether the run was asked to stop."""
+  """Whether the run was asked to stop.
+
+  The second Ctrl-C ends the process at once, and leaves the last complete step.
+  """
 
   def __init__(self):
-    self._asked = False
-    alone = jax.process_count() == 1
+    self._heard: signal.Signals | None = None
+    self._heeded = False
+    self._previous = {}
+
+  def listen(self, which: signal.Signals = signal.SIGTERM) -> None:
+    """Takes a signal. SIGTERM of several processes is JAX's to take."""
+    alone = jax.process_count() == 1 or which != signal.SIGTERM
     if alone and threading.current_thread() is threading.main_thread():
-      self._previous = signal.signal(signal.SIGTERM, self._ask)
+      self._previous[which] = signal.signal(which, self._ask)
 
   def reached(self, step: int) -> bool:
     """True at the step after which all processes are to save and stop."""
     if jax.process_count() == 1:
-      return self._asked
+      return self._heard is not None
     return multihost_utils.reached_preemption_sync_point(step)
 
   def __call__(self, run: Run) -> None:
     """A hook: the run is to stop after a step at which it was asked to."""
-    if run.step > run.start:
-      run.preempted = self.reached(run.step)
+    if run.step == run.start:  # Until now there was nothing to save.
+      self.listen(signal.SIGINT)
+    elif self.reached(run.step):
+      run.preempted = self._heeded = True
+      run.results['signal'] = (self._heard or signal.SIGTERM).name
 
   def close(self) -> None:
-    """Hands SIGTERM back to whoever had it."""
-    if hasattr(self, '_previous'):
-      signal.signal(signal.SIGTERM, self._previous)
+    """Hands the signals back, and a Ctrl-C that came too late to be heeded.
 
-  def _ask(self, *_):
-    self._asked = True
+    Raises:
+      KeyboardInterrupt: it came after the last step.
+    """
+    for which, previous in self._previous.items():
+      signal.signal(which, previous)
+    if self._heard == signal.SIGINT and not self._heeded:
+      raise KeyboardInterrupt
+
+  def _ask(self, which: int, _) -> None:
+    self._heard = signal.Signals(which)
+    if self._heard == signal.SIGINT:
+      signal.signal(signal.SIGINT, signal.SIG_DFL)
+      if jax.process_count() > 1:
+        signal.raise_signal(signal.SIGTERM)

@@ -2,21 +2,25 @@
 
 Orbax writes a step beside its final name and renames it when it is complete,
 so a kill at any instant leaves the last complete step usable. The position in
-the data lies inside the step and is committed with it.
+the data and the checksums of all files lie inside the step and are committed
+with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sparse_experts.training import checkpoints
+from sparse_experts import storage
+from sparse_experts.training import checkpoints, checksums
 from sparse_experts.training.state import TrainState
 
 
@@ -54,57 +58,91 @@ class Saver:
     """Opens MODEL_DIR/checkpoints, keeping the last `keep` steps (None: all).
 
     Raises:
-      ValueError: the directory cannot be written.
+      OSError: the directory cannot be written.
     """
     self._announcer: threading.Thread | None = None
-    directory = checkpoints.directory_of(model_dir)
-    try:
-      directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise ValueError(
-        f'MODEL_DIR {model_dir} cannot be written ({error.strerror}); choose '
-        'a directory that can, by --gin.MODEL_DIR.'
-      ) from error
+    self._model_dir, self._step, self._failed = model_dir, 0, False
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in ('params', 'optimizer'):
       registry.add(item, ocp.args.StandardSave, ocp.StandardCheckpointHandler)
     registry.add('data', DataArgs, DataHandler)
-    self._manager = ocp.CheckpointManager(
-      directory,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        cleanup_tmp_directories=True,  # What a kill left half-written.
-      ),
-      handler_registry=registry,
-    )
+    with storage.writing(
+      f'MODEL_DIR {model_dir}',
+      'choose a directory that can, by --gin.MODEL_DIR',
+    ):
+      self._directory = checkpoints.directory_of(model_dir)
+      self._directory.mkdir(parents=True, exist_ok=True)
+      self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=keep,
+          cleanup_tmp_directories=True,  # What a kill left half-written.
+          async_options=ocp.AsyncOptions(
+            post_finalization_callback=self._write_checksums,
+            # Else a save waits minutes for a directory that cannot be made.
+            create_directories_asynchronously=False,
+          ),
+        ),
+        handler_registry=registry,
+      )
 
   def latest(self) -> int | None:
     """The latest complete step, if any."""
     return self._manager.latest_step()
 
   def save(self, state: TrainState, data: DataArgs) -> None:
-    """Saves `state` and where its data stands."""
+    """Saves `state` and where its data stands.
+
+    Raises:
+      OSError: this step, or the one before, cannot be written.
+    """
     self._wait()
-    step = int(state.step)
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
-        optimizer=ocp.args.StandardSave(checkpoints.optimizer_item(state)),
-        data=data,
-      ),
-    )
+    self._step = int(state.step)
+    with self._saving():
+      self._manager.save(
+        self._step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardSave(state.params),
+          optimizer=ocp.args.StandardSave(checkpoints.optimizer_item(state)),
+          data=data,
+        ),
+      )
     # Not orbax's post_finalization_callback, which comes before the rename.
-    self._announcer = threading.Thread(target=self._announce, args=(step,))
+    self._announcer = threading.Thread(
+      target=self._announce, args=(self._step,)
+    )
     self._announcer.start()
 
   def close(self) -> None:
     """Waits until what was saved is complete."""
-    self._wait()
-    self._manager.close()
+    if not self._failed:
+      self._wait()
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _saving(self) -> Iterator[None]:
+    """Says in one line which step could not be saved, and what stays."""
+    try:
+      there = checkpoints.steps(self._model_dir)
+      stays = f'step {max(there)} is whole' if there else 'no step is there yet'
+      with storage.writing(
+        f'step {self._step} in {self._directory}',
+        f'{stays}, and the same command goes on from there once that is mended',
+      ):
+        yield
+    except OSError:
+      self._failed = True
+      raise
+
+  def _write_checksums(self) -> None:
+    """Of the step being saved, just before orbax commits it by a rename."""
+    name = f'{self._step}.orbax-checkpoint-tmp*'
+    renamed = self._directory / str(self._step)  # Or written in place.
+    checksums.write(next(iter(self._directory.glob(name)), renamed))
 
   def _wait(self) -> None:
-    self._manager.wait_until_finished()
+    with self._saving():
+      self._manager.wait_until_finished()
     if self._announcer is not None:
       self._announcer.join()
 

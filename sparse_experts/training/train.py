@@ -28,6 +28,7 @@ from sparse_experts.training import (
 )
 from sparse_experts.training.hardware import write_hardware
 from sparse_experts.training.hooks import Evaluate, Every, Log, Save, Trace
+from sparse_experts.training.lease import Lease
 from sparse_experts.training.loop import Guard, Hook, Run, loop
 from sparse_experts.training.preemption import Preemption
 from sparse_experts.training.progress import Progress
@@ -95,11 +96,13 @@ def train(
   Returns:
     'step', 'train' metrics up to it, 'eval' and 'eval_step', the latest and
     where it was taken, 'eval_before' at the first step of this call,
-    'preempted', and what hooks add. Of a replay what `replaying.replay` does.
+    'preempted', if so by which 'signal', and what hooks add. Of a replay what
+    `replaying.replay` does.
 
   Raises:
     ValueError: an argument, the data or the checkpoint does not fit the rest,
-      or an expert is none, see `moe.expert_check`.
+      an expert is none, see `moe.expert_check`, or another trains there.
+    OSError: MODEL_DIR cannot be written, at the start or later.
     FloatingPointError: too many steps in a row were not finite.
   """
   _check_values(model_dir, optimizer, seed, hooks)
@@ -115,14 +118,20 @@ def train(
     max_skipped_in_a_row=max_skipped_in_a_row,
   )
   built_mesh = placement.mesh
-  # Outside the mesh, so that what does not divide over it is found by name.
-  with expert_check.checking():
-    boxed, built_optimizer = state.abstract(
-      model,
-      dataset.shapes(model.features),
-      functools.partial(optimizer, learning_rate=learning_rate),
-    )
-  with placement.use(), contextlib.ExitStack() as closing:
+  with contextlib.ExitStack() as closing:
+    if replay is None:
+      lease = Lease(model_dir)
+      closing.callback(lease.close)
+    # Outside the mesh, so that what does not divide over it is found by name.
+    with expert_check.checking():
+      boxed, built_optimizer = state.abstract(
+        model,
+        dataset.shapes(model.features),
+        functools.partial(optimizer, learning_rate=learning_rate),
+      )
+    closing.enter_context(placement.use())
+    preemption = Preemption()
+    closing.callback(preemption.close)
     run, saver = _begin(
       model,
       model_dir,
@@ -144,6 +153,7 @@ def train(
       on_start(run.model_dir)
     write_hardware(model_dir, built_mesh)
     _open(run, model.positions(dataset.shapes(model.features)), closing)
+    preemption.listen()
     trace = _trace(run, profile, closing)
     guard = Guard(max_skipped_in_a_row)
     log = Log(run.progress, schedules.as_schedule(learning_rate))
@@ -152,10 +162,9 @@ def train(
       loss = LossEvaluation(model, eval_dataset, built_mesh)
       evaluate = Evaluate(loss, model.headline)
       evaluation = [Every(eval_period, evaluate, at_start=True)]
-    preemption = Preemption()
-    closing.callback(preemption.close)
-    save = Save(saver, run.batches.to_save, guard.check)
-    before = [guard, trace.stop, log.add, Every(log_period, log), *evaluation]
+    save = Save(saver, run.batches.to_save, (lease.check, guard.check))
+    before = [lease, guard, trace.stop, log.add]
+    before += [Every(log_period, log), *evaluation]
     after = [preemption, Every(checkpoint_period, save), trace.start]
     return loop(run, [*before, *hooks, *after])
 
@@ -232,7 +241,7 @@ def _open(run: Run, positions: int, closing: contextlib.ExitStack) -> None:
   """Gives a run its writers, and says where it stands."""
   run.progress = Progress(run.start, run.stop, positions)
   closing.callback(run.progress.close)
-  run.writers = Writers(run.model_dir)
+  run.writers = Writers(run.model_dir, run.start)
   closing.callback(run.writers.close)
   if run.start:
     run.say(f'resumed at step {run.start}')

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from sparse_experts import storage
+
 
 class Writers:
   """Scalars to MODEL_DIR/tensorboard/<name>/ and MODEL_DIR/metrics.jsonl.
@@ -17,29 +19,64 @@ class Writers:
   Process 0 writes; the others do nothing.
   """
 
-  def __init__(self, model_dir: epath.PathLike):
+  def __init__(self, model_dir: epath.PathLike, step: int | None = None):
+    """Opens them for more, without half a line at their end.
+
+    Args:
+      model_dir: of the run.
+      step: where it goes on. Lines of later steps, which a kill has cost it,
+        are cut off; TensorBoard's files keep theirs.
+    """
     self._dir = epath.Path(model_dir)
+    self._lines = self._dir / 'metrics.jsonl'
     self._summaries: dict[str, Any] = {}
+    if jax.process_index() == 0:
+      storage.mend_lines(self._lines)
+      if step is not None:
+        self._forget_after(step)
 
   def write(self, name: str, step: int, metrics: Mapping[str, Any]) -> None:
     """Writes a (nested) dictionary of metrics; per-expert arrays by index."""
     if jax.process_index() != 0:
       return
     scalars = dict(_scalars(metrics))
-    if name not in self._summaries:
-      from clu import metric_writers  # Imports TensorFlow.
-
-      self._summaries[name] = metric_writers.SummaryWriter(
-        str(self._dir / 'tensorboard' / name)
-      )
-    self._summaries[name].write_scalars(step, scalars)
     line = json.dumps({'step': step, 'name': name, **scalars})
-    with (self._dir / 'metrics.jsonl').open('a') as file:
-      file.write(line + '\n')
+    with self._writing():
+      if name not in self._summaries:
+        from clu import metric_writers  # Imports TensorFlow.
+
+        self._summaries[name] = metric_writers.SummaryWriter(
+          str(self._dir / 'tensorboard' / name)
+        )
+      self._summaries[name].write_scalars(step, scalars)
+      with self._lines.open('a') as file:
+        file.write(line + '\n')
 
   def close(self) -> None:
-    for summary in self._summaries.values():
-      summary.close()
+    with self._writing():
+      for summary in self._summaries.values():
+        summary.close()
+
+  def _forget_after(self, step: int) -> None:
+    """Leaves the lines that a run has written up to a step."""
+    if not self._lines.exists():
+      return
+    lines = self._lines.read_text().splitlines(keepends=True)
+    try:
+      kept = [line for line in lines if json.loads(line)['step'] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f'{self._lines} is damaged ({error}): mend that line, or move the file '
+        'elsewhere.'
+      ) from error
+    if kept != lines:
+      storage.replace(self._lines, ''.join(kept).encode())
+
+  def _writing(self):
+    return storage.writing(
+      f'metrics in {self._dir}',
+      'the same command goes on from the latest step once that is mended',
+    )
 
 
 def _scalars(metrics: Mapping[str, Any], prefix: str = ''):

@@ -185,11 +185,11 @@ MISTAKES = {
   ),
   'truncated parameters': (
     _train(model_dir='TRUNCATED'),
-    ['TRUNCATED/checkpoints/2 is damaged or incomplete', 'delete that step'],
+    ['TRUNCATED/checkpoints/2 is damaged or incomplete', 'begin another MODEL_DIR'],
   ),
   'truncated parameters to evaluate': (
     _run('evaluate', model_dir='TRUNCATED'),
-    ['TRUNCATED/checkpoints/2 is damaged or incomplete', 'delete that step'],
+    ['TRUNCATED/checkpoints/2 is damaged or incomplete', 'begin another MODEL_DIR'],
   ),
   'no optimizer': (
     _train(model_dir='NO_OPTIMIZER'),
@@ -307,6 +307,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
   shutil.rmtree(copied('NO_OPTIMIZER') / 'optimizer')
   identity = copied('OTHER_CORPUS') / 'data' / 'batches.json'
   saved = json.loads(identity.read_text())
+  (folder / 'OTHER_CORPUS/checkpoints/2/checksums.json').unlink()
   identity.write_text(
     json.dumps({**saved, 'corpus': {'tiny_sums': 'other sums'}})
   )

@@ -146,23 +146,9 @@ def test_sigkill_costs_what_was_not_saved(whole, interrupted):
 def test_preemption_takes_sigterm_and_hands_it_back():
   before = signal.getsignal(signal.SIGTERM)
   asked = preemption.Preemption()
+  asked.listen()
   assert not asked.reached(1)
   os.kill(os.getpid(), signal.SIGTERM)
   assert asked.reached(2)
   asked.close()
   assert signal.getsignal(signal.SIGTERM) is before
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment(whole, tmp_path):
-  """Also while it saves: there are twenty saves in a few seconds."""
-  step = 0
-  while step < 8:  # Far from the end, however fast the machine is.
-    saved = _kill(_start(tmp_path), within=0.3)
-    assert saved == step + 1
-    step = _latest(tmp_path)
-    assert saved <= step < 20
-  command.train(tmp_path, BALANCE)
-  command.assert_same_bits(
-    command.saved(whole, 20), command.saved(tmp_path, 20)
-  )

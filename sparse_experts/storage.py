@@ -1,0 +1,97 @@
+"""Writing to storage that may be full, gone, or cut off in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+
+from etils import epath
+
+_CAUSES = tuple(
+  os.strerror(code)
+  for code in (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
+    *(errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.ENOENT),
+  )
+)
+
+
+def cause(error: BaseException) -> str:
+  """What went wrong, in the system's words where an error has them.
+
+  Libraries wrap them: TensorFlow, tensorstore and orbax each otherwise.
+
+  >>> cause(ValueError('RESOURCE_EXHAUSTED: a/b: No space left on device [1]'))
+  'No space left on device'
+  """
+  text = str(error)
+  for known in _CAUSES:
+    if known in text:
+      return known
+  lines = text.strip().splitlines()
+  return lines[0][:200] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def writing(what: epath.PathLike, remedy: str) -> Iterator[None]:
+  """Turns whatever fails inside into one line.
+
+  Raises:
+    OSError: `what` cannot be written, why not, and what to do.
+  """
+  try:
+    yield
+  except Exception as error:
+    raise OSError(
+      f'{what} cannot be written ({cause(error)}): {remedy}.'
+    ) from error
+
+
+def mend_lines(path: epath.Path) -> None:
+  """Cuts off what a kill or a full disk left of a last line; says so."""
+  if not path.exists() or not _torn(path):
+    return
+  time.sleep(0.1)  # Someone may be just writing it.
+  if torn := _torn(path):
+    content = path.read_bytes()
+    replace(path, content[: len(content) - torn])
+    print(
+      f'{path}: half a line at its end, {torn} bytes, was cut off',
+      file=sys.stderr,
+    )
+
+
+def replace(path: epath.Path, content: bytes) -> None:
+  """Writes a file anew: a reader or a kill finds all of it, or the old one."""
+  if not is_local(path):  # An object is replaced whole.
+    path.write_bytes(content)
+    return
+  beside = path.parent / f'{path.name}.{uuid.uuid4().hex[:8]}'
+  try:
+    beside.write_bytes(content)
+    beside.replace(path)
+  except OSError:
+    beside.unlink(missing_ok=True)
+    raise
+
+
+def is_local(path: epath.PathLike) -> bool:
+  """Whether a path is one of the file system, not gs:// or the like."""
+  return '://' not in os.fspath(path)
+
+
+def _torn(path: epath.Path) -> int:
+  """How many bytes follow the last end of a line."""
+  with path.open('rb') as file:
+    size = file.seek(0, os.SEEK_END)
+    for length in (2**16, size):  # Few lines are longer.
+      file.seek(max(size - length, 0))
+      end = file.read().rfind(b'\n')
+      if end >= 0:
+        return min(length, size) - end - 1
+  return size

@@ -1,0 +1,254 @@
+"""One trainer at a time: a lease on a MODEL_DIR, which its holder renews.
+
+    MODEL_DIR/lease.json   who holds it, and how often it was renewed
+
+A second trainer is refused while the holder lives. Whether it does, no clock
+tells: on the same machine its process does, known by id and start; elsewhere,
+that the lease is renewed while one watches, so hosts may differ in their time.
+The lease of a process that is gone, or that is not renewed, is taken over. A
+library of file locks would not do: it knows nothing of other hosts, and where
+file systems have locks at all, one may outlive its holder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+import uuid
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from sparse_experts import storage
+
+RENEWED_EVERY = 5.0  # Seconds.
+EXPIRES_AFTER = 20.0  # Seconds in which no renewal is seen.
+# Seconds until who else was about to take a lease over has done so.
+_SETTLES = 0.3
+_MOST = 1000  # Bytes of a message that processes share.
+
+
+class Lease:
+  """What a run holds of its MODEL_DIR until it is closed.
+
+  Several processes of one run are one owner: process 0 holds it for all.
+  """
+
+  def __init__(self, model_dir: epath.PathLike):
+    """Takes the lease, in all processes or in none.
+
+    Raises:
+      ValueError: another trainer holds it.
+      OSError: MODEL_DIR cannot be written.
+    """
+    self._path = epath.Path(model_dir) / 'lease.json'
+    self._lost: str | None = None
+    self._closed, self._mutex = threading.Event(), threading.Lock()
+    self._made: list[pathlib.Path] = []  # Folders, the innermost first.
+    self._holder = {
+      'host': socket.gethostname(),
+      'pid': os.getpid(),
+      'machine': _machine(),
+      'started': _started(os.getpid()),
+      'since': f'{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}',
+      'owner': uuid.uuid4().hex,
+      'renewals': 0,
+    }
+    self._holds = jax.process_index() == 0
+    refusal = None
+    if self._holds:
+      try:
+        self._take()
+      except (ValueError, OSError) as error:
+        refusal = error
+    _share(refusal)
+    if self._holds:
+      threading.Thread(target=self._keep, daemon=True).start()
+
+  def __call__(self, run: Any = None) -> None:
+    """A hook: a run that has lost its lease stops.
+
+    Raises:
+      ValueError: another trainer took it over, or MODEL_DIR is gone.
+    """
+    if self._lost:
+      raise ValueError(self._lost)
+
+  def check(self) -> None:
+    """As a call, and looks; before something is written that matters."""
+    if self._holds:
+      self._renew()
+    self()
+
+  def close(self) -> None:
+    """Gives the lease back; a run that wrote nothing leaves nothing."""
+    with self._mutex, contextlib.suppress(OSError):
+      self._closed.set()
+      if self._holds and _owner(_read(self._path)) == self._holder['owner']:
+        self._path.unlink()
+      for folder in self._made:
+        folder.rmdir()  # Fails where there is something in it.
+
+  def _take(self) -> None:
+    """Creates the lease, or takes over one whose holder is gone."""
+    while not self._create():
+      seen = _read(self._path)
+      if seen is None:
+        continue
+      self._refuse_unless_gone(seen)
+      if _read(self._path) == seen:
+        self._write()
+        time.sleep(_SETTLES)
+      if _owner(_read(self._path)) == self._holder['owner']:
+        return
+
+  def _create(self) -> bool:
+    """Writes the lease if there is none."""
+    with storage.writing(
+      f'MODEL_DIR {self._path.parent}',
+      'choose a directory that can, by --gin.MODEL_DIR',
+    ):
+      if not storage.is_local(self._path):  # There, nothing is exclusive.
+        return False if self._path.exists() else self._write() is None
+      path = pathlib.Path(self._path)
+      self._made += [folder for folder in path.parents if not folder.exists()]
+      path.parent.mkdir(parents=True, exist_ok=True)
+      try:
+        with path.open('x') as file:
+          file.write(json.dumps(self._holder))
+      except FileExistsError:
+        return False
+    return True
+
+  def _write(self) -> None:
+    storage.replace(self._path, json.dumps(self._holder).encode())
+
+  def _refuse_unless_gone(self, seen: str) -> None:
+    """Returns once the holder is known to be gone.
+
+    Raises:
+      ValueError: it is not.
+    """
+    holder = _parse(seen)
+    here = holder.get('machine') and holder['machine'] == _machine()
+    if here and _started(holder.get('pid')) != holder.get('started'):
+      return
+    if not here:
+      print(
+        f'{self._path} is of {_name(holder)}: watching for {EXPIRES_AFTER:.0f} '
+        'seconds whether it is renewed',
+        file=sys.stderr,
+      )
+      ends = time.monotonic() + EXPIRES_AFTER
+      while (now := _read(self._path)) == seen:
+        if time.monotonic() > ends:
+          return
+        time.sleep(0.5)
+      if now is None:
+        return
+    raise ValueError(
+      f'MODEL_DIR {self._path.parent} is being trained in, by '
+      f'{_name(holder)}: stop that one, or choose another --gin.MODEL_DIR.'
+    )
+
+  def _keep(self) -> None:
+    while not self._closed.wait(RENEWED_EVERY) and not self._lost:
+      self._renew()
+
+  def _renew(self) -> None:
+    """Shows that the holder lives, or finds that the lease is lost."""
+    with self._mutex:
+      if self._closed.is_set() or self._lost:
+        return
+      try:
+        seen = _read(self._path)
+        if seen is None and not self._path.parent.exists():
+          self._lost = (
+            f'MODEL_DIR {self._path.parent} is gone: put it back and start '
+            'again, or begin another.'
+          )
+        elif seen is not None and _owner(seen) != self._holder['owner']:
+          self._lost = (
+            f'MODEL_DIR {self._path.parent} was taken over by '
+            f'{_name(_parse(seen))}, as this trainer had not renewed its lease '
+            f'for {EXPIRES_AFTER:.0f} seconds: only one can go on.'
+          )
+        else:
+          self._holder['renewals'] += 1
+          self._write()
+      except OSError:  # A full disk, say: the next save will tell.
+        pass
+
+
+def _read(path: epath.Path) -> str | None:
+  try:
+    return path.read_text()
+  except FileNotFoundError:
+    return None
+
+
+def _parse(text: str | None) -> dict[str, Any]:
+  """The holder that a lease names; nothing if it is damaged."""
+  try:
+    holder = json.loads(text or '')
+  except ValueError:
+    return {}
+  return holder if isinstance(holder, dict) else {}
+
+
+def _owner(text: str | None) -> str | None:
+  return _parse(text).get('owner')
+
+
+def _name(holder: dict[str, Any]) -> str:
+  if not holder:
+    return 'someone whose lease cannot be read'
+  return (
+    f'process {holder.get("pid")} on {holder.get("host")} since '
+    f'{holder.get("since")}'
+  )
+
+
+def _machine() -> str | None:
+  """Where a process id means one process: a boot, and a container in it.
+
+  None where that is not known; there renewals tell.
+  """
+  try:
+    boot = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    return f'{boot} {os.readlink("/proc/self/ns/pid")}'
+  except OSError:
+    return None
+
+
+def _started(pid: int | None) -> int | None:
+  """When a process started, in ticks since boot; None if there is none."""
+  try:
+    stat = pathlib.Path(f'/proc/{pid}/stat').read_text()
+  except OSError:
+    return None
+  state, *fields = stat.rpartition(')')[2].split()
+  return None if state in 'ZX' else int(fields[18])
+
+
+def _share(refusal: Exception | None) -> None:
+  """Raises process 0's refusal in all processes."""
+  if jax.process_count() > 1:
+    text = np.zeros(_MOST, np.uint8)
+    said = np.frombuffer(str(refusal or '').encode()[:_MOST], np.uint8)
+    text[: said.size] = said
+    text = np.asarray(multihost_utils.broadcast_one_to_all(text))
+    text = text.tobytes().rstrip(b'\0').decode(errors='replace')
+    refusal = refusal or (ValueError(text) if text else None)
+  if refusal is not None:
+    raise refusal
