@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from sparse_experts.commands import printing, settings
 
@@ -63,10 +63,10 @@ def _text(chains, only_macros: bool = False) -> str:
   subjects = {subject: [] for subject in SUBJECTS.values()}
   for chain in chains:
     *overridden, last = chain
-    is_macro = '.' not in last.name
-    passed_on = f'%{"".join(provenance.macros_in(last.value))}'
-    hidden = only_macros or all(b.value == passed_on for b in chain)
-    if hidden and not is_macro:
+    passes_on = provenance.is_macro(last.value) and all(
+      binding.value == last.value for binding in overridden
+    )
+    if '.' in last.name and (only_macros or passes_on):
       continue
     lines = subjects.setdefault(_subject(last, chains), [])
     value = provenance.in_effect(last.value, chains)
@@ -99,4 +99,4 @@ def _subject(binding, chains) -> str:
   for *_, taker in chains:
     if binding.name in provenance.macros_in(taker.value):
       return _subject(taker, chains)
-  return 'nothing takes'
+  return 'unused'

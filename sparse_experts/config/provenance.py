@@ -98,6 +98,36 @@ def trace(
   return list(chains.values())
 
 
+def in_effect(value: Any, chains: Sequence[Sequence[Binding]]) -> Any:
+  """A value as written with its macros replaced by what they are."""
+  macros = {last.name: last.value for *_, last in chains}
+
+  def replaced(value):
+    if isinstance(value, (list, tuple)):
+      return type(value)(map(replaced, value))
+    if isinstance(value, dict):
+      return {replaced(key): replaced(item) for key, item in value.items()}
+    if is_macro(value) and value[1:] in macros:
+      return replaced(macros[value[1:]])
+    return value
+
+  return replaced(value)
+
+
+def macros_in(value: Any) -> list[str]:
+  """Names of the macros that a value as written has."""
+  if isinstance(value, dict):
+    value = (*value.keys(), *value.values())
+  if isinstance(value, (list, tuple)):
+    return [name for item in value for name in macros_in(item)]
+  return [value[1:]] if is_macro(value) else []
+
+
+def is_macro(value: Any) -> bool:
+  """Whether a value as written is a macro and no more."""
+  return isinstance(value, Written) and value.startswith('%')
+
+
 def _of_file(
   file: str, parent: Source | None, folders: Sequence[str]
 ) -> Iterator[tuple[tuple[str, str, str], Binding]]:
@@ -147,32 +177,6 @@ def _bound(
       about = configurable_of(selector).selector
   line = location.line_num if source else None
   return key, Binding(name, about, value, source, line)
-
-
-def in_effect(value: Any, chains: Sequence[Sequence[Binding]]) -> Any:
-  """A value as written with its macros replaced by what they are."""
-  macros = {last.name: last.value for *_, last in chains}
-
-  def replaced(value):
-    if isinstance(value, (list, tuple)):
-      return type(value)(map(replaced, value))
-    if isinstance(value, dict):
-      return {replaced(key): replaced(item) for key, item in value.items()}
-    if isinstance(value, Written) and value[1:] in macros and value[0] == '%':
-      return replaced(macros[value[1:]])
-    return value
-
-  return replaced(value)
-
-
-def macros_in(value: Any) -> list[str]:
-  """Names of the macros that a value as written has."""
-  if isinstance(value, dict):
-    value = (*value.keys(), *value.values())
-  if isinstance(value, (list, tuple)):
-    return [name for item in value for name in macros_in(item)]
-  is_macro = isinstance(value, Written) and value.startswith('%')
-  return [value[1:]] if is_macro else []
 
 
 @functools.lru_cache(maxsize=256)
