@@ -28,8 +28,13 @@ def shown(*arguments):
 
 def written(place):
   """The name and the value of one line at a place."""
-  lines = (ROOT / place['file']).read_text().splitlines()
-  name, _, text = lines[place['line'] - 1].partition(' = ')
+  *before, line = (
+    (ROOT / place['file']).read_text().splitlines()[: place['line']]
+  )
+  name, _, text = line.partition(' = ')
+  if line.startswith(' '):  # In a block, whose first line says of what.
+    block = next(line for line in reversed(before) if line[:1] not in ('', ' '))
+    name = f'{block.removesuffix(":")}.{name.strip()}'
   text = re.sub(r'  #.*', '', text)
   if text[0] in '@%':
     return name, text
