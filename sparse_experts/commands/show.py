@@ -68,8 +68,8 @@ def _text(chains, only_macros: bool = False) -> str:
     )
     if '.' in last.name and (only_macros or passes_on):
       continue
-    lines = subjects.setdefault(_subject(last, chains), [])
     value = provenance.in_effect(last.value, chains)
+    lines = subjects.setdefault(_subject(last, chains), [])
     lines.append(_line(f'  {last.name} = {value!r}', last))
     if not only_macros:
       lines += [

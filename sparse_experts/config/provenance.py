@@ -99,17 +99,26 @@ def trace(
 
 
 def in_effect(value: Any, chains: Sequence[Sequence[Binding]]) -> Any:
-  """A value as written with its macros replaced by what they are."""
+  """A value as written with its macros replaced by what they are.
+
+  Raises:
+    ValueError: a macro is itself.
+  """
   macros = {last.name: last.value for *_, last in chains}
 
-  def replaced(value):
+  def replaced(value, within=()):
     if isinstance(value, (list, tuple)):
-      return type(value)(map(replaced, value))
+      return type(value)(replaced(item, within) for item in value)
     if isinstance(value, dict):
-      return {replaced(key): replaced(item) for key, item in value.items()}
-    if is_macro(value) and value[1:] in macros:
-      return replaced(macros[value[1:]])
-    return value
+      return {key: replaced(item, within) for key, item in value.items()}
+    if not is_macro(value) or value[1:] not in macros:
+      return value
+    if value in within:
+      raise ValueError(
+        f'the macro {value[1:]} is itself, {" = ".join((*within, value))}; '
+        'give it a value.'
+      )
+    return replaced(macros[value[1:]], (*within, value))
 
   return replaced(value)
 
@@ -117,7 +126,7 @@ def in_effect(value: Any, chains: Sequence[Sequence[Binding]]) -> Any:
 def macros_in(value: Any) -> list[str]:
   """Names of the macros that a value as written has."""
   if isinstance(value, dict):
-    value = (*value.keys(), *value.values())
+    value = list(value.values())
   if isinstance(value, (list, tuple)):
     return [name for item in value for name in macros_in(item)]
   return [value[1:]] if is_macro(value) else []

@@ -122,6 +122,29 @@ def test_subjects(name, subject):
   assert group.partition('\n')[0] == subject
 
 
+def test_values_of_all_kinds(tmp_path):
+  (tmp_path / 'mine.gin').write_text(
+    "include 'gin/quickstart.gin'\n"
+    'SPARSE_LAYERS = {1: %NUM_EXPERTS}\n'
+    "RULES = {('a', 'b'): [None, 1e3, True, @mine/top_k.TopK]}\n"
+  )
+  file = f'--gin_file={tmp_path / "mine.gin"}'
+  facts = shown(file)
+  assert facts['SPARSE_LAYERS']['value'] == {'1': 8}
+  expected = [None, 1000.0, True, '@mine/top_k.TopK']
+  assert facts['RULES']['value'] == {"('a', 'b')": expected}
+  assert '  SPARSE_LAYERS = {1: 8}  ' in command.run('show', file).stdout
+
+
+@pytest.mark.parametrize('form', [(), ('--json',)])
+def test_macros_that_are_themselves_are_one_line(form):
+  circle = ('--gin.GATED=%TIED_LOGITS', '--gin.TIED_LOGITS=%GATED')
+  outcome = command.run('show', QUICKSTART, *circle, *form)
+  assert (outcome.code, outcome.stdout) == (2, '')
+  assert outcome.stderr.count('\n') == 1
+  assert '%TIED_LOGITS = %GATED = %TIED_LOGITS' in outcome.stderr
+
+
 def test_a_dry_run_begins_with_macros(tmp_path):
   arguments = (QUICKSTART, f'--gin.MODEL_DIR={tmp_path / "run"}')
   text = command.run('train', *arguments, '--dry_run').stdout
