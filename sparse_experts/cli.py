@@ -19,6 +19,7 @@ COMMANDS = {
   'infer': "a checkpoint's answers to a task's examples",
   'record': "what the experts do with each token of a task's split",
   'inspect': 'count parameters and arithmetic, or read a checkpoint',
+  'show': 'every value in effect, where it was set, and what it overrode',
   'report': 'one HTML page about a run: curves, routing, samples, config',
   'convert': 'a checkpoint from or to T5X, Hugging Face, or our own format',
   'table': 'a table of a paper, published beside computed',

@@ -67,5 +67,12 @@ def compared(title: str, named_values: Iterable[tuple[str, Mapping]]) -> None:
 
 def _plain(tree):
   if isinstance(tree, dict):
-    return {name: _plain(value) for name, value in tree.items()}
+    return {_key(name): _plain(value) for name, value in tree.items()}
+  if isinstance(tree, (list, tuple)):
+    return [_plain(item) for item in tree]
   return tree.tolist() if hasattr(tree, 'tolist') else tree
+
+
+def _key(name):
+  """JSON has no tuples for keys, gin files may."""
+  return str(name) if isinstance(name, tuple) else name

@@ -15,5 +15,15 @@ def parse(args: argparse.Namespace, *more_files: str) -> None:
       f'{args.command} needs --gin_file=FILE; `python -m sparse_experts list` '
       'names those that come with the package.'
     )
-  paths = [path for path in args.gin_search_paths.split(',') if path]
-  config.parse(files, args.bindings, paths)
+  config.parse(files, args.bindings, _search_paths(args))
+
+
+def trace(args: argparse.Namespace):
+  """Where what `parse` has read is from, see `config.trace`."""
+  from sparse_experts import config
+
+  return config.trace(args.gin_file, args.bindings, _search_paths(args))
+
+
+def _search_paths(args: argparse.Namespace) -> list[str]:
+  return [path for path in args.gin_search_paths.split(',') if path]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from sparse_experts.commands import printing, settings
+from sparse_experts.commands import printing, settings, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int | None:
   run = config.bound(train.train)
   profile = _profile(args.profile)
   if args.dry_run:
+    if not args.json:
+      print(f'{show.macros(args)}\n')
     with expert_check.checking():
       return printing.ledger(args)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import gin
 from sparse_experts import earlier
-from sparse_experts.config import overrides
+from sparse_experts.config import order, overrides, provenance
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 
@@ -50,7 +50,7 @@ def parse(
     ValueError, FileNotFoundError: one line that names what is wrong.
   """
   gin.clear_config(clear_constants=True)
-  folders = ('', *search_paths, str(root()))
+  folders = _folders(search_paths)
   gin.config._LOCATION_PREFIXES[:] = folders
   # Gin also looks into Python packages, and logs an ERROR where a file is not.
   gin.config._FILE_READERS[:] = [(_open, os.path.isfile)]
@@ -63,6 +63,7 @@ def parse(
         'package, --gin_search_paths adds folders.'
       )
     overrides.one_line(gin.parse_config_file, file)
+  order.check(provenance.trace(files, [], folders))
   for binding in bindings:
     name, _, text = binding.partition('=')
     if '.' in name:
@@ -77,6 +78,17 @@ def parse(
       '--gin.NAME=VALUE, or add a file that defines it.'
     )
   overrides.one_line(gin.finalize)
+
+
+def trace(
+  files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]
+) -> list[list[provenance.Binding]]:
+  """All bindings of each name of what `parse` has read, the last in effect."""
+  return provenance.trace(files, bindings, _folders(search_paths))
+
+
+def _folders(search_paths: Sequence[str]) -> tuple[str, ...]:
+  return ('', *search_paths, str(root()))
 
 
 def value(name: str) -> Any:
@@ -182,17 +194,9 @@ def statements(path: str) -> dict[str, Any]:
 
   References are text, macros are replaced by what the file says they are.
   """
-
-  class AsText(gin.config_parser.ParserDelegate):
-    def configurable_reference(self, scoped_configurable_name, evaluate):
-      return f'@{scoped_configurable_name}{"()" if evaluate else ""}'
-
-    def macro(self, macro_name):
-      return f'%{macro_name}'
-
   bindings = {}
   parser = gin.config_parser.ConfigParser(
-    pathlib.Path(path).read_text(), AsText()
+    pathlib.Path(path).read_text(), provenance.AsWritten()
   )
   for statement in parser:
     if isinstance(statement, gin.config_parser.BindingStatement):

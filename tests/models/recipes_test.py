@@ -123,7 +123,7 @@ def _is_boxed(leaf):
   [
     str(path.relative_to(ROOT))
     for path in sorted(ROOT.glob('gin/routers/*.gin'))
-    if 'top_k.TopK.k = 1\n' in path.read_text()
+    if config.statements(path).get('top_k.TopK.k') == 1
   ],
 )
 def test_a_router_s_decoder_has_no_gates_of_the_recipe(file):
