@@ -53,6 +53,7 @@ setuptools.setup(
     'numpy',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.11.30',
+    'pydantic>=2.7',  # Values of gin files, held to annotations.
     'rouge-score',
     'sacrebleu',
     'scikit-learn',

@@ -19,7 +19,7 @@ from typing import Any
 
 import gin
 from sparse_experts import earlier
-from sparse_experts.config import overrides
+from sparse_experts.config import overrides, types
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 
@@ -76,6 +76,7 @@ def parse(
       f'the gin files require {", ".join(sorted(missing))}; give each by '
       '--gin.NAME=VALUE, or add a file that defines it.'
     )
+  types.check()
   overrides.one_line(gin.finalize)
 
 

@@ -26,8 +26,8 @@ from sparse_experts.models.decoding import (
   Sampling,
   check_decodable,
 )
-from sparse_experts.models.language import Language
 from sparse_experts.models.language_model import answered
+from sparse_experts.models.objective import Objective
 from sparse_experts.training import checkpoints
 from sparse_experts.training.checkpoints import restore_params
 
@@ -35,7 +35,7 @@ TO_LOOK_AT = 4
 
 
 def infer(
-  model: Language,
+  model: Objective,
   model_dir: str,
   dataset: Dataset,
   *,
@@ -196,7 +196,7 @@ class _Statistics:
 
   def __init__(
     self,
-    model: Language,
+    model: Objective,
     params,
     mesh: Mesh,
     dataset: Dataset,

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from sparse_experts import sharding
 from sparse_experts.layers.cost import Cost
-from sparse_experts.letters import Array
+from sparse_experts.letters import Array, Dtype
 
 
 class TokenEmbed(nn.Module):
@@ -26,7 +26,7 @@ class TokenEmbed(nn.Module):
 
   vocab_size: int
   width: int
-  dtype: jnp.dtype = jnp.float32
+  dtype: Dtype = jnp.float32
   scaled_logits: bool = True
 
   def setup(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ class Frozen(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class Objective(abc.ABC):
   """A module, and what its outputs are worth.
 
       batch -> outputs -> (outputs, auxes) -> judge -> (loss, sums)

@@ -10,7 +10,7 @@ from flax import linen as nn
 from sparse_experts.data.features.speech import Speech
 from sparse_experts.layers.linear import Linear
 from sparse_experts.layers.relative import sinusoids
-from sparse_experts.letters import Array
+from sparse_experts.letters import Array, Dtype
 from sparse_experts.models.transformer import Context, Stack
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.sharding import constrain
@@ -46,7 +46,7 @@ class SpeechEncoder(nn.Module):
   frames_per_token: int
   width: int
   num_labels: int
-  dtype: jnp.dtype = jnp.float32
+  dtype: Dtype = jnp.float32
   init_scale: float = 1.0
 
   @nn.compact

@@ -12,7 +12,7 @@ from sparse_experts.data.features.arrays import Labelled
 from sparse_experts.data.features.pairs import Side
 from sparse_experts.layers.cost import Cost
 from sparse_experts.layers.linear import Linear
-from sparse_experts.letters import Array
+from sparse_experts.letters import Array, Dtype
 from sparse_experts.models.context import Context
 from sparse_experts.models.transformer import Stack
 from sparse_experts.moe.outputs import Aux
@@ -51,7 +51,7 @@ class VisionTransformer(nn.Module):
   width: int
   num_outputs: int | None
   pooling: str = 'class_token'
-  dtype: jnp.dtype = jnp.float32
+  dtype: Dtype = jnp.float32
   init_scale: float = 1.0
   input: str = 'image'
 

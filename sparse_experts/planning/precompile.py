@@ -41,8 +41,8 @@ class Run:
   """
 
   model: Objective
-  feature_lengths: Mapping[str, int]
-  batch_size: int
+  feature_lengths: Mapping[str, int] | None
+  batch_size: int | None
   optimizer: Callable[..., optax.GradientTransformation]
   learning_rate: optax.Schedule
   placement: sharding.Placement = sharding.DATA_PARALLEL
