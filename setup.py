@@ -43,6 +43,7 @@ setuptools.setup(
   },
   install_requires=[
     'absl-py',
+    'annotated-types',
     'clu>=0.0.12',
     'etils[epath]',
     'flax>=0.12.5',

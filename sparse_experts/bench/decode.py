@@ -16,6 +16,7 @@ from flax import linen as nn
 from sparse_experts.letters import Array
 from sparse_experts.models.decoding import Sampling
 from sparse_experts.models.language import Language
+from sparse_experts.numbers import Count
 from sparse_experts.planning import topology
 
 
@@ -38,10 +39,10 @@ class Given(Sampling):
 
 def measure(
   models: Iterable[tuple[str, Language]],
-  batch_sizes: Sequence[int] = (1, 8, 64),
-  inputs: int = 32,
-  max_tokens: int = 32,
-  rounds: int = 11,
+  batch_sizes: Sequence[Count] = (1, 8, 64),
+  inputs: Count = 32,
+  max_tokens: Count = 32,
+  rounds: Count = 11,
   on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
   """Times `Objective.decode` on this machine's first device.

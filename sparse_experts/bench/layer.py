@@ -15,9 +15,11 @@ from flax import linen as nn
 
 from sparse_experts import sharding
 from sparse_experts.layers.mlp import Mlp
+from sparse_experts.letters import Dtype
 from sparse_experts.moe import dispatchers, metrics
 from sparse_experts.moe.layer import MoE
 from sparse_experts.moe.routers.top_k import TopK
+from sparse_experts.numbers import Count, Positive
 from sparse_experts.planning import hlo
 from sparse_experts.planning import topology as topology_module
 
@@ -35,12 +37,12 @@ class Layer:
     dtype: of tokens; parameters are float32.
   """
 
-  tokens: int = 4096
-  width: int = 512
-  hidden_width: int = 2048
-  capacity_factor: float = 1.25
-  buffer_factor: float | None = None
-  dtype: str = 'float32'
+  tokens: Count = 4096
+  width: Count = 512
+  hidden_width: Count = 2048
+  capacity_factor: Positive = 1.25
+  buffer_factor: Positive | None = None
+  dtype: Dtype = 'float32'
 
   def sparse(self, dispatcher: str, experts: int, k: int) -> MoE:
     return MoE(
@@ -71,11 +73,11 @@ class Layer:
 
 
 def layer(
-  experts: Sequence[int] = (8, 32, 64, 128),
-  choices: Sequence[int] = (1, 2),
+  experts: Sequence[Count] = (8, 32, 64, 128),
+  choices: Sequence[Count] = (1, 2),
   dispatcher_names: Sequence[str] = ('gather', 'einsum', 'grouped'),
   shape: Layer = Layer(),
-  rounds: int = 11,
+  rounds: Count = 11,
   on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
   """Times layers on this machine's first device.
@@ -140,8 +142,8 @@ def layer(
 
 def compiled_layer(
   topology: str,
-  experts: Sequence[int] = (64,),
-  choices: Sequence[int] = (2,),
+  experts: Sequence[Count] = (64,),
+  choices: Sequence[Count] = (2,),
   dispatcher_names: Sequence[str] = ('gather', 'einsum', 'grouped'),
   shape: Layer = Layer(2048, 2048, 8192, buffer_factor=1.25, dtype='bfloat16'),
   on_row: Callable[[dict[str, Any]], None] = lambda row: None,

@@ -53,7 +53,7 @@ def parse(
   folders = ('', *search_paths, str(root()))
   gin.config._LOCATION_PREFIXES[:] = folders
   # Gin also looks into Python packages, and logs an ERROR where a file is not.
-  gin.config._FILE_READERS[:] = [(_open, os.path.isfile)]
+  gin.config._FILE_READERS[:] = [(_Open, os.path.isfile)]
   for file in files:
     searched = [pathlib.Path(folder) / file for folder in folders]
     if not any(path.is_file() for path in searched):
@@ -288,5 +288,23 @@ def _bind_now(value: Any, scopes: Sequence[str]) -> Any:
   return function() if value.evaluate else function
 
 
-def _open(path: str) -> io.StringIO:
-  return io.StringIO(earlier.translate(pathlib.Path(path).read_text()))
+_READING: list[str] = []  # Files that are open; each includes the next.
+
+
+class _Open(io.StringIO):
+  """The text of a gin file, for as long as gin reads it."""
+
+  def __init__(self, path: str):
+    self._path = os.path.realpath(path)
+    if self._path in _READING:
+      chain = [*_READING[_READING.index(self._path) :], self._path]
+      raise ValueError(f'a gin file includes itself: {" -> ".join(chain)}.')
+    super().__init__(earlier.translate(pathlib.Path(path).read_text()))
+
+  def __enter__(self):
+    _READING.append(self._path)
+    return super().__enter__()
+
+  def __exit__(self, *error):
+    _READING.remove(self._path)
+    return super().__exit__(*error)

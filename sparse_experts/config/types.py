@@ -11,6 +11,7 @@ import collections.abc
 import dataclasses
 import functools
 import inspect
+import math
 import re
 import sys
 import types
@@ -18,9 +19,11 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import gin
+import annotated_types
 import pydantic
 from pydantic_core import core_schema
+
+import gin
 
 _STRICT = pydantic.ConfigDict(
   strict=True
@@ -144,11 +147,11 @@ def _hints(function: Callable) -> Iterator[tuple[str, Any]]:
     sources = [
       (getattr(code, '__annotations__', {}), getattr(code, '__globals__', {}))
     ]
-  for annotations, names in sources:
-    for name, annotation in annotations.items():
+  for said, names in sources:
+    for name, annotation in said.items():
       one = types.SimpleNamespace(__annotations__={name: annotation})
       try:
-        hint = typing.get_type_hints(one, names)[name]
+        hint = typing.get_type_hints(one, names, include_extras=True)[name]
       except (NameError, AttributeError, TypeError):
         continue
       yield name, hint
@@ -168,9 +171,31 @@ def _text(hint: Any) -> str:
     return ' | '.join(map(_text, arguments))
   if hint is types.NoneType:
     return 'None'
+  if origin is typing.Annotated:
+    bounds = ', '.join(filter(None, map(_bound, hint.__metadata__)))
+    return f'{_text(arguments[0])} {bounds}'
+  if origin is not None and origin is not collections.abc.Callable:
+    name = re.sub(r'\b\w+\.', '', str(origin.__name__))
+    inside = ('...' if x is ... else _text(x) for x in arguments)
+    return f'{name}[{", ".join(inside)}]'
   if origin is None and isinstance(hint, type):
     return hint.__name__
   return re.sub(r'\b\w+\.', '', str(hint))
+
+
+def _bound(of: Any) -> str:
+  match of:
+    case annotated_types.Ge(least):
+      return f'at least {least}'
+    case annotated_types.Gt(least):
+      return f'above {least}'
+    case annotated_types.Le(most):
+      return f'at most {most}'
+    case annotated_types.Lt(most) if most < math.inf:
+      return f'below {most}'
+    case annotated_types.Lt():
+      return 'finite'
+  return ''
 
 
 def _schema(hint: Any) -> Any:
@@ -179,6 +204,9 @@ def _schema(hint: Any) -> Any:
   By itself it looks into dataclasses, whose fields are no concern here.
   """
   origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  if origin is typing.Annotated:
+    bounds = hint.__metadata__
+    return typing.Annotated[(_schema(hint.__origin__), *bounds)]
   if origin in _UNIONS:
     return typing.Union[tuple(map(_schema, arguments))]  # noqa: UP007
   if origin is typing.Literal or hint in _DATA:

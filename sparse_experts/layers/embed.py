@@ -11,6 +11,7 @@ from flax import linen as nn
 from sparse_experts import sharding
 from sparse_experts.layers.cost import Cost
 from sparse_experts.letters import Array, Dtype
+from sparse_experts.numbers import Count
 
 
 class TokenEmbed(nn.Module):
@@ -24,8 +25,8 @@ class TokenEmbed(nn.Module):
       (Mesh TF); Hugging Face's decoders do not.
   """
 
-  vocab_size: int
-  width: int
+  vocab_size: Count
+  width: Count
   dtype: Dtype = jnp.float32
   scaled_logits: bool = True
 

@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh, Mesh
 from sparse_experts import sharding
 from sparse_experts.models.decoding import check_decodable
 from sparse_experts.models.objective import Objective
+from sparse_experts.numbers import Count
 from sparse_experts.planning import chips, hlo, ledger, topology
 from sparse_experts.training import frozen, state, step
 
@@ -41,12 +42,12 @@ class Run:
   """
 
   model: Objective
-  feature_lengths: Mapping[str, int] | None
-  batch_size: int | None
+  feature_lengths: Mapping[str, Count] | None
+  batch_size: Count | None
   optimizer: Callable[..., optax.GradientTransformation]
   learning_rate: optax.Schedule
   placement: sharding.Placement = sharding.DATA_PARALLEL
-  microbatches: int = 1
+  microbatches: Count = 1
   pack: bool = True
   task_ids: bool | str = False
   max_tokens: int | None = None
