@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from sparse_experts.moe import dispatchers, metrics
 from sparse_experts.moe.layer import MoE
 from sparse_experts.moe.routers.top_k import TopK
 from sparse_experts.numbers import Count, Positive
+from sparse_experts.planning import chips as chips_module
 from sparse_experts.planning import hlo
 from sparse_experts.planning import topology as topology_module
 
@@ -79,6 +81,7 @@ def layer(
   shape: Layer = Layer(),
   rounds: Count = 11,
   on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+  dry_run: bool = False,
 ) -> list[dict[str, Any]]:
   """Times layers on this machine's first device.
 
@@ -92,6 +95,7 @@ def layer(
     shape: of the layer.
     rounds: at least 1; 11 for a figure to publish.
     on_row: called with every row as it is ready.
+    dry_run: check, and time nothing.
 
   Returns:
     A row for each: `dispatcher`, `experts`, `k`, `forward_ms`, `train_ms`
@@ -101,8 +105,9 @@ def layer(
     useful ones; a loop's body counts once), `temp_bytes`, and `tflops` (useful
     ones a second in training).
   """
+  _check(shape, dispatcher_names, experts, choices)
   rows = []
-  for k in choices:
+  for k in () if dry_run else choices:
     dense = _Program.of_dense(shape, k)
     for num_experts in experts:
       sparse = {
@@ -147,6 +152,7 @@ def compiled_layer(
   dispatcher_names: Sequence[str] = ('gather', 'einsum', 'grouped'),
   shape: Layer = Layer(2048, 2048, 8192, buffer_factor=1.25, dtype='bfloat16'),
   on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+  dry_run: bool = False,
 ) -> list[dict[str, Any]]:
   """Compiles forward + backward of layers for a TPU topology that is not here.
 
@@ -157,6 +163,10 @@ def compiled_layer(
     A row for each: `dispatcher`, `experts`, `k`, `mesh`,
     `executed_flops_ratio`, and `topology.facts` and `collectives` of one chip.
   """
+  chips_module.parse_topology(topology)
+  _check(shape, dispatcher_names, experts, choices)
+  if dry_run:
+    return []
   chips = topology_module.devices(topology)
   rows = []
   for k in choices:
@@ -181,6 +191,19 @@ def compiled_layer(
         on_row(row)
         rows.append(row)
   return rows
+
+
+def _check(
+  shape: Layer,
+  names: Sequence[str],
+  experts: Sequence[int],
+  choices: Sequence[int],
+) -> None:
+  """Traces every layer, in which mistakes show."""
+  x_BxLxD = jax.ShapeDtypeStruct((1, shape.tokens, shape.width), shape.dtype)
+  for name, num_experts, k in itertools.product(names, experts, choices):
+    module = shape.sparse(name, num_experts, k)
+    jax.eval_shape(module.init, jax.random.key(0), x_BxLxD)
 
 
 def _loss(module, factor, params, x_BxLxD):

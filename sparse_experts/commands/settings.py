@@ -17,3 +17,9 @@ def parse(args: argparse.Namespace, *more_files: str) -> None:
     )
   paths = [path for path in args.gin_search_paths.split(',') if path]
   config.parse(files, args.bindings, paths)
+
+
+def refuse(args: argparse.Namespace, line: str) -> None:
+  """Raises `line` where a command was given bindings that it would not read."""
+  if args.gin_file or args.bindings:
+    raise ValueError(line)

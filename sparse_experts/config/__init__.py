@@ -95,15 +95,20 @@ def value(name: str) -> Any:
   return copy.deepcopy(gin.config.parse_value(f'%{name}'))
 
 
-def model() -> Any:
-  """MODEL, with every argument bound now.
+def now(name: str) -> Any:
+  """As `value`, with every argument bound now.
 
   What `value` returns looks its arguments up when it is used; this does not
   change when other files are parsed.
   """
-  value('MODEL')  # Raises if there is none.
-  macro = gin.config._CONFIG[('MODEL', 'gin.macro')]
-  return _bind_now(macro['value'], ('MODEL',))
+  value(name)  # Raises if there is none.
+  macro = gin.config._CONFIG[(name, 'gin.macro')]
+  return _bind_now(macro['value'], (name,))
+
+
+def model() -> Any:
+  """MODEL, with every argument bound now."""
+  return now('MODEL')
 
 
 def model_of(gin_text: str, bindings: Sequence[str] = ()) -> Any:

@@ -119,6 +119,8 @@ STEPS = ('train', 'gradients', 'decode')
 
 def check(run: Run, num_devices: int, what: str = 'train') -> None:
   """Raises ValueError where a run's mesh is not legal on so many devices."""
+  if what not in STEPS:
+    raise ValueError(f'step must be one of {", ".join(STEPS)}, not {what!r}.')
   with run.placement.use_abstract(num_devices) as mesh:
     _step(run, mesh, what)
 
@@ -143,10 +145,7 @@ def precompile(
   Raises:
     ValueError: the mesh is not legal, or the chips are not known.
   """
-  if what not in STEPS:
-    raise ValueError(f'step must be one of {", ".join(STEPS)}, not {what!r}.')
-  chip, num_devices = chips.parse_topology(topology_name)
-  num_devices *= slices
+  chip, num_devices = chips.parse_topology(topology_name, slices)
   check(run, num_devices, what)
   devices = topology.devices(topology_name, slices)
   return {

@@ -29,7 +29,8 @@ def absolute(path: epath.PathLike) -> epath.Path:
       f'{text!r} is no folder: a run lies in a local one or under gs://, not '
       f'{scheme}://.'
     )
-  return epath.Path(path).absolute()
+  path = epath.Path(path)
+  return path if found else path.absolute()  # Which makes gs:// a local one.
 
 
 def check_new(model_dir: epath.PathLike) -> None:

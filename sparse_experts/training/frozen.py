@@ -21,14 +21,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sparse_experts.models.objective import Frozen, Objective
-from sparse_experts.training import checkpoints
+from sparse_experts.training import checkpoints, directories
 
 _PART = 2**24  # Bytes read at once.
 
 
 def copy_of(model_dir: epath.PathLike, name: str) -> epath.Path:
   """Where a run keeps the parameters of this name."""
-  return epath.Path(model_dir).absolute() / 'frozen' / name
+  return directories.absolute(model_dir) / 'frozen' / name
 
 
 def abstract(
