@@ -43,6 +43,7 @@ setuptools.setup(
   },
   install_requires=[
     'absl-py',
+    'annotated-types',
     'clu>=0.0.12',
     'etils[epath]',
     'flax>=0.12.5',
@@ -53,6 +54,7 @@ setuptools.setup(
     'numpy',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.11.30',
+    'pydantic>=2.7',  # Values of gin files, held to annotations.
     'rouge-score',
     'sacrebleu',
     'scikit-learn',

@@ -8,10 +8,9 @@ import logging
 import os
 import pathlib
 import sys
-import traceback
 from collections.abc import Sequence
 
-from sparse_experts import __version__
+from sparse_experts import __version__, failures
 
 COMMANDS = {
   'train': 'train a model, from its latest checkpoint if there is one',
@@ -30,12 +29,24 @@ COMMANDS = {
   'plan': 'meshes for a model on a pod, or a model for a budget',
 }
 
-EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs a command; returns the process's exit code, 2 for a user's error."""
+  """Runs a command; returns the process's exit code.
+
+  0 if all went well, 2 for a user's error, 1 for one of ours, 130 after Ctrl-C,
+  141 if nobody reads what is printed.
+  """
   argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    try:
+      return _run(argv)
+    finally:
+      sys.stdout.flush()  # Where a pipe may turn out to be broken.
+  except (Exception, KeyboardInterrupt) as error:
+    return failures.end(error, verbose='--verbose' in argv)
+
+
+def _run(argv: Sequence[str]) -> int:
   if not argv:
     _parser().print_help()
     return 0
@@ -43,19 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   command = importlib.import_module(f'sparse_experts.commands.{name}')
   args, rest = _command_parser(name, command).parse_known_args(argv[1:])
   args.command = name
-  try:
-    args.bindings = _bindings(rest)
-    _prepare(args)
-    return command.run(args) or 0
-  except (*EXPECTED_ERRORS, TypeError) as error:
-    from sparse_experts.config import overrides
-
-    if isinstance(error, TypeError) and not overrides.lacks_argument(error):
-      raise  # A mistake of ours.
-    if args.verbose:
-      traceback.print_exc()
-    print(f'error: {overrides.first_line(error)}', file=sys.stderr)
-    return 2
+  args.bindings = _bindings(rest)
+  _prepare(args)
+  return command.run(args) or 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -134,6 +135,8 @@ def _bindings(rest: Sequence[str]) -> list[str]:
         f'unknown argument {argument!r}; bindings are --gin.NAME=VALUE, and '
         '--help lists the flags.'
       )
+    if len(argument.splitlines()) > 1:  # Else gin reads more than one.
+      raise ValueError(f'{argument!r} has several lines; an override has one.')
     bindings.append(argument.removeprefix('--gin.'))
   return bindings
 

@@ -24,6 +24,10 @@ that are not looked at.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
+Dtype = Literal['float32', 'bfloat16', 'float16'] | jnp.dtype  # Of activations.

@@ -8,7 +8,7 @@ PACKAGE = ROOT / 'sparse_experts'
 
 # Ground first. A file imports only from its own room or from lines above.
 LAYERS = (
-  'letters console earlier storage',
+  'letters numbers console earlier storage',
   'sharding',
   'data layers',
   'moe',
@@ -22,6 +22,7 @@ LAYERS = (
   'papers convert',
   'surgery',
   'commands',
+  'failures',
   'cli t5x_adapter',
 )
 RANK = {name: i for i, line in enumerate(LAYERS) for name in line.split()}

@@ -14,8 +14,9 @@ import numpy as np
 from flax import linen as nn
 
 from sparse_experts.letters import Array
-from sparse_experts.models.decoding import Sampling
+from sparse_experts.models.decoding import Sampling, check_decodable
 from sparse_experts.models.language import Language
+from sparse_experts.numbers import Count
 from sparse_experts.planning import topology
 
 
@@ -38,11 +39,12 @@ class Given(Sampling):
 
 def measure(
   models: Iterable[tuple[str, Language]],
-  batch_sizes: Sequence[int] = (1, 8, 64),
-  inputs: int = 32,
-  max_tokens: int = 32,
-  rounds: int = 11,
+  batch_sizes: Sequence[Count] = (1, 8, 64),
+  inputs: Count = 32,
+  max_tokens: Count = 32,
+  rounds: Count = 11,
   on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+  dry_run: bool = False,
 ) -> list[dict[str, Any]]:
   """Times `Objective.decode` on this machine's first device.
 
@@ -59,6 +61,7 @@ def measure(
     max_tokens: T, all of which are written.
     rounds: at least 1; 11 for a figure to publish.
     on_row: called with every row as it is ready.
+    dry_run: check, and time nothing.
 
   Returns:
     A row for each model and B: `model`, `batch`, `tokens_per_second` and
@@ -68,12 +71,16 @@ def measure(
   """
   programs, flops = {}, {}
   for name, model in models:
+    check_decodable(model)
+    if dry_run:
+      jax.eval_shape(functools.partial(_params, model))
+      continue
     params = _params(model)
     flops[name] = _flops(model, params, inputs, max_tokens)
     for B in batch_sizes:
       programs[name, B] = _program(model, params, B, inputs, max_tokens)
   rows = []
-  for B in batch_sizes:
+  for B in () if dry_run else batch_sizes:
     seconds = {name: [] for name in flops}
     for _ in range(rounds):
       for name in flops:

@@ -27,6 +27,7 @@ from sparse_experts.moe import dispatchers
 from sparse_experts.moe.assignment import Assignment
 from sparse_experts.moe.capacity import CapacityRule
 from sparse_experts.moe.layer import MoE
+from sparse_experts.numbers import Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,29 @@ class Sizes:
   num_tasks: int = 4
   vocab_size: int = 32
   capacity_factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """What is compared.
+
+  Attributes:
+    routers: names of files of gin/routers/; None: all.
+    dispatchers: names of files of moe/dispatchers.
+    meshes: sizes of their axes.
+    on_all_meshes: routers that are compared on all of them, not on the first.
+  """
+
+  routers: Sequence[str] | None
+  dispatchers: Sequence[str]
+  meshes: Sequence[Mapping[str, Count]]
+  on_all_meshes: Sequence[str] = ()
+
+  def __post_init__(self):
+    for name in self.dispatchers:
+      dispatchers.load(name)
+    for sizes in self.meshes:
+      sharding.Placement(sizes)
 
 
 class Comparison:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,9 +16,12 @@ from flax import linen as nn
 
 from sparse_experts import sharding
 from sparse_experts.layers.mlp import Mlp
+from sparse_experts.letters import Dtype
 from sparse_experts.moe import dispatchers, metrics
 from sparse_experts.moe.layer import MoE
 from sparse_experts.moe.routers.top_k import TopK
+from sparse_experts.numbers import Count, Positive
+from sparse_experts.planning import chips as chips_module
 from sparse_experts.planning import hlo
 from sparse_experts.planning import topology as topology_module
 
@@ -35,12 +39,12 @@ class Layer:
     dtype: of tokens; parameters are float32.
   """
 
-  tokens: int = 4096
-  width: int = 512
-  hidden_width: int = 2048
-  capacity_factor: float = 1.25
-  buffer_factor: float | None = None
-  dtype: str = 'float32'
+  tokens: Count = 4096
+  width: Count = 512
+  hidden_width: Count = 2048
+  capacity_factor: Positive = 1.25
+  buffer_factor: Positive | None = None
+  dtype: Dtype = 'float32'
 
   def sparse(self, dispatcher: str, experts: int, k: int) -> MoE:
     return MoE(
@@ -71,12 +75,13 @@ class Layer:
 
 
 def layer(
-  experts: Sequence[int] = (8, 32, 64, 128),
-  choices: Sequence[int] = (1, 2),
+  experts: Sequence[Count] = (8, 32, 64, 128),
+  choices: Sequence[Count] = (1, 2),
   dispatcher_names: Sequence[str] = ('gather', 'einsum', 'grouped'),
   shape: Layer = Layer(),
-  rounds: int = 11,
+  rounds: Count = 11,
   on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+  dry_run: bool = False,
 ) -> list[dict[str, Any]]:
   """Times layers on this machine's first device.
 
@@ -90,6 +95,7 @@ def layer(
     shape: of the layer.
     rounds: at least 1; 11 for a figure to publish.
     on_row: called with every row as it is ready.
+    dry_run: check, and time nothing.
 
   Returns:
     A row for each: `dispatcher`, `experts`, `k`, `forward_ms`, `train_ms`
@@ -99,8 +105,9 @@ def layer(
     useful ones; a loop's body counts once), `temp_bytes`, and `tflops` (useful
     ones a second in training).
   """
+  _check(shape, dispatcher_names, experts, choices)
   rows = []
-  for k in choices:
+  for k in () if dry_run else choices:
     dense = _Program.of_dense(shape, k)
     for num_experts in experts:
       sparse = {
@@ -140,11 +147,12 @@ def layer(
 
 def compiled_layer(
   topology: str,
-  experts: Sequence[int] = (64,),
-  choices: Sequence[int] = (2,),
+  experts: Sequence[Count] = (64,),
+  choices: Sequence[Count] = (2,),
   dispatcher_names: Sequence[str] = ('gather', 'einsum', 'grouped'),
   shape: Layer = Layer(2048, 2048, 8192, buffer_factor=1.25, dtype='bfloat16'),
   on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+  dry_run: bool = False,
 ) -> list[dict[str, Any]]:
   """Compiles forward + backward of layers for a TPU topology that is not here.
 
@@ -155,6 +163,10 @@ def compiled_layer(
     A row for each: `dispatcher`, `experts`, `k`, `mesh`,
     `executed_flops_ratio`, and `topology.facts` and `collectives` of one chip.
   """
+  chips_module.parse_topology(topology)
+  _check(shape, dispatcher_names, experts, choices)
+  if dry_run:
+    return []
   chips = topology_module.devices(topology)
   rows = []
   for k in choices:
@@ -179,6 +191,19 @@ def compiled_layer(
         on_row(row)
         rows.append(row)
   return rows
+
+
+def _check(
+  shape: Layer,
+  names: Sequence[str],
+  experts: Sequence[int],
+  choices: Sequence[int],
+) -> None:
+  """Traces every layer, in which mistakes show."""
+  x_BxLxD = jax.ShapeDtypeStruct((1, shape.tokens, shape.width), shape.dtype)
+  for name, num_experts, k in itertools.product(names, experts, choices):
+    module = shape.sparse(name, num_experts, k)
+    jax.eval_shape(module.init, jax.random.key(0), x_BxLxD)
 
 
 def _loss(module, factor, params, x_BxLxD):

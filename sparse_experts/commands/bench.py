@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 
 from sparse_experts.commands import printing, settings
 
@@ -26,13 +27,17 @@ def run(args: argparse.Namespace) -> None:
   default = 'gin/bench/pod_layer.gin' if on_pod else 'gin/bench/layer.gin'
   args.gin_file = args.gin_file or [default]
   settings.parse(args)
-  show = (lambda row: None) if args.json else _printer(on_pod)
   if on_pod:
-    rows = config.bound(layer_bench.compiled_layer, given=('topology',))(
-      topology=args.topology, on_row=show
+    bench = functools.partial(
+      config.bound(layer_bench.compiled_layer, given=('topology',)),
+      topology=args.topology,
     )
   else:
-    rows = config.bound(layer_bench.layer)(on_row=show)
+    bench = config.bound(layer_bench.layer)
+  if args.dry_run:
+    bench(dry_run=True)
+    return printing.checked(args)
+  rows = bench(on_row=(lambda row: None) if args.json else _printer(on_pod))
   if args.json:
     printing.as_json(rows)
 
@@ -55,6 +60,10 @@ def _decode(args: argparse.Namespace) -> None:
       settings.parse(args)
       yield 'dense' if dense else f'{experts} experts', config.value('MODEL')
 
+  bench = config.bound(decode_bench.measure, given=('models',))
+  if args.dry_run:
+    bench(models=models(), dry_run=True)
+    return printing.checked(args)
   widths = (12, 6, 11, 9, 7, 13, 16)
   heading = ('model', 'batch', 'tokens/s', 'ms/step', 'ratio', '(quartiles)')
   max_tokens = config.value('MAX_TOKENS')
@@ -71,9 +80,7 @@ def _decode(args: argparse.Namespace) -> None:
 
   if not args.json:
     print(console.line((*heading, 'MFLOP per token'), widths), flush=True)
-  rows = config.bound(decode_bench.measure, given=('models',))(
-    models=models(), **({} if args.json else {'on_row': show})
-  )
+  rows = bench(models=models(), **({} if args.json else {'on_row': show}))
   if args.json:
     printing.as_json(rows)
 

@@ -23,24 +23,26 @@ def run(args: argparse.Namespace) -> None:
   jax.config.update('jax_platforms', 'cpu')
   args.gin_file = args.gin_file or ['gin/equivalence.gin']
   settings.parse(args)
-  names = config.value('ROUTERS') or config.routers()
-  if isinstance(names, str):
-    raise ValueError(f'ROUTERS is a list of names: [{names!r}].')
-  dispatchers, meshes = config.value('DISPATCHERS'), config.value('MESHES')
+  asked = config.bound(equivalence.Table)()
+  routers = {}
+  for name in asked.routers or config.routers():
+    settings.parse(args, f'gin/routers/{name}.gin')
+    routers[name] = config.now('ROUTER')
+  if args.dry_run:
+    return printing.checked(args)
   heading = ('router', 'dispatcher', 'mesh', 'outputs', 'gradients')
   if not args.json:
     print(console.line(heading, WIDTHS))
   table = []
-  for name in names:
-    settings.parse(args, f'gin/routers/{name}.gin')
-    thorough = name in config.value('ON_ALL_MESHES')
+  for name, router in routers.items():
+    thorough = name in asked.on_all_meshes
     rows = equivalence.rows(
       name,
-      config.value('ROUTER'),
+      router,
       [
         (dispatcher, mesh)
-        for dispatcher in dispatchers
-        for mesh in (meshes if thorough else meshes[:1])
+        for dispatcher in asked.dispatchers
+        for mesh in (asked.meshes if thorough else asked.meshes[:1])
       ],
     )
     table += rows

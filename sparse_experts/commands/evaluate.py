@@ -32,12 +32,14 @@ def run(args: argparse.Namespace) -> None:
 
   settings.parse(args)
   make_evaluation = config.bound(evaluate.Evaluation)
-  if args.dry_run:
-    return printing.ledger(args)
   if args.reliability and not config.value('RANK_OPTIONS'):
     raise ValueError('--reliability needs --gin.RANK_OPTIONS=True.')
   every = args.all_checkpoints or args.continuous
   evaluation = make_evaluation()
+  if args.dry_run:
+    if not args.continuous:  # That waits for checkpoints.
+      evaluation.check()
+    return printing.ledger(args)
   if every:
     until = config.value('TRAIN_STEPS') if args.continuous else None
     show = (lambda results: None) if args.json else _step_printer()

@@ -34,14 +34,15 @@ def run(args: argparse.Namespace) -> None:
 
   settings.parse(args)
   run = config.bound(infer.infer)
-  if args.dry_run:
-    return printing.ledger(args)
   results = run(
     input=args.input,
     output=args.output,
     score=args.score,
     routing=args.routing,
+    dry_run=args.dry_run,
   )
+  if args.dry_run:
+    return printing.ledger(args)
   if args.json:
     return printing.as_json(results)
   for result in results[:SHOWN] if args.output else results:

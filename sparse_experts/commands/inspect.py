@@ -14,7 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  if args.checkpoint:
+  if args.checkpoint is not None:
+    settings.refuse(args, 'inspect takes --checkpoint or --gin_file, not both.')
     return _checkpoint(args)
   settings.parse(args)
   printing.ledger(args, activations=True)

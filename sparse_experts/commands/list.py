@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sparse_experts.commands import printing
+from sparse_experts.commands import printing, settings
 
 
 def run(args: argparse.Namespace) -> None:
@@ -12,6 +12,7 @@ def run(args: argparse.Namespace) -> None:
   from sparse_experts.data import tasks
   from sparse_experts.moe import dispatchers
 
+  settings.refuse(args, 'list takes no gin file and no binding.')
   folder = config.root()
   recipes = sorted((folder / 'gin').rglob('*.gin'))
   facts = {

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 from sparse_experts.commands import printing
 
 _DEFAULTS = 'gin/runs/precompile.gin'
 _FAMILY = 'gin/models/clark/15m.gin'
 _GIB = 2**30
+
+
+def _number(said: str, right: Callable[[float], bool]):
+  """Of a flag: a finite number for which `right` holds."""
+
+  def number(text: str) -> float:
+    value = float(text)
+    if not (right(value) and value < math.inf):
+      raise ValueError
+    return value
+
+  number.__name__ = said  # argparse's error has it.
+  return number
+
+
+_POSITIVE = _number('number above 0', lambda value: value > 0)
+_RATIO = _number('number of at least 1', lambda value: value >= 1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,24 +39,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="the chips, such as 'v5p:8x16x16', or with --chips 'v5p'",
   )
   parser.add_argument(
-    '--hours', type=float, metavar='H', help='a budget: propose a model'
+    '--hours', type=_POSITIVE, metavar='H', help='a budget: propose a model'
   )
   parser.add_argument(
     '--chips', type=int, metavar='N', help='of a budget, where they are no pod'
   )
   parser.add_argument(
     '--efficiency',
-    type=float,
+    type=_POSITIVE,
     default=0.4,
     metavar='SHARE',
     help="of the chips' peak that a budget counts on (0.4)",
   )
   parser.add_argument(
-    '--watts', type=float, metavar='W', help='of a chip, for energy'
+    '--watts', type=_POSITIVE, metavar='W', help='of a chip, for energy'
   )
   parser.add_argument(
     '--pue',
-    type=float,
+    type=_RATIO,
     default=1.1,
     metavar='RATIO',
     help="the data centre's power over the chips' (1.1)",
@@ -70,6 +88,8 @@ def run(args: argparse.Namespace) -> None:
   files = [_DEFAULTS, *args.gin_file]
   config.parse(files, bindings, paths)
   described = config.bound(precompile.Run)()
+  if args.dry_run:
+    return printing.checked(args)
   if -1 in described.placement.sizes.values():  # None was given.
     candidates, rejected = plan.plan(described, chip, num_devices)
   else:
@@ -117,6 +137,7 @@ def _chips(args: argparse.Namespace):
       f'{"|".join(chips.CHIPS)}, and not with --verify; a pod is named as '
       "'v5p:4x4x4', without --chips."
     )
+  chips.check_number(args.chips)
   return chip, args.chips * chip.devices_per_chip
 
 

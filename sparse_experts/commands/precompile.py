@@ -33,13 +33,17 @@ def run(args: argparse.Namespace) -> None:
   import jax
 
   from sparse_experts import config
-  from sparse_experts.planning import precompile
+  from sparse_experts.planning import chips, precompile
 
   jax.config.update('jax_platforms', 'cpu')
   # A program is compiled to see what compiling it takes.
   jax.config.update('jax_enable_compilation_cache', False)
   mesh_file = parse(args)
   described = config.bound(precompile.Run)()
+  if args.dry_run:
+    _, num_devices = chips.parse_topology(args.topology, args.slices)
+    precompile.check(described, num_devices, args.step)
+    return printing.checked(args)
   if not args.json:
     print(_settings(described, mesh_file, args.step), flush=True)
   facts = precompile.precompile(

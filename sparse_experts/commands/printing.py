@@ -12,6 +12,13 @@ def as_json(facts) -> None:
   print(json.dumps(_plain(facts)))
 
 
+def checked(args: argparse.Namespace) -> None:
+  """What a dry run says that has nothing to count."""
+  if args.json:
+    return as_json({'checked': True})
+  print('checked; nothing was run or written')
+
+
 def ledger(args: argparse.Namespace, activations: bool = False) -> None:
   """Parameters and arithmetic of the model the parsed gin files describe."""
   from sparse_experts import config

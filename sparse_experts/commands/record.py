@@ -13,9 +13,9 @@ def run(args: argparse.Namespace) -> None:
 
   settings.parse(args)
   run = config.bound(records.record)
+  found, path = run(dry_run=args.dry_run)
   if args.dry_run:
     return printing.ledger(args)
-  found, path = run()
   layers = {name: routing.summary(x) for name, x in found.layers.items()}
   if args.json:
     return printing.as_json(

@@ -6,7 +6,7 @@ import argparse
 import pathlib
 import sys
 
-from sparse_experts.commands import printing
+from sparse_experts.commands import printing, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,12 +14,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  from sparse_experts.insight import report_page
+  from sparse_experts.insight import curves, report_page
+  from sparse_experts.training import directories
 
-  if args.gin_file or args.bindings:
-    raise ValueError(
-      'report takes MODEL_DIR alone; its config.gin has the rest.'
-    )
+  settings.refuse(
+    args, 'report takes MODEL_DIR alone; its config.gin has the rest.'
+  )
+  root = directories.absolute(args.model_dir)
+  if args.dry_run:
+    curves.read(root)
+    return printing.checked(args)
   path = report_page.write(args.model_dir, _ledger(args.model_dir))
   if args.json:
     return printing.as_json({'path': str(path)})

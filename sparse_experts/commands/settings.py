@@ -25,5 +25,11 @@ def trace(args: argparse.Namespace):
   return config.trace(args.gin_file, args.bindings, _search_paths(args))
 
 
+def refuse(args: argparse.Namespace, line: str) -> None:
+  """Raises `line` where a command was given bindings that it would not read."""
+  if args.gin_file or args.bindings:
+    raise ValueError(line)
+
+
 def _search_paths(args: argparse.Namespace) -> list[str]:
   return [path for path in args.gin_search_paths.split(',') if path]

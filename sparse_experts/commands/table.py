@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sparse_experts.commands import printing
+from sparse_experts.commands import printing, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +18,9 @@ def run(args: argparse.Namespace) -> None:
   from sparse_experts.papers import published
   from sparse_experts.planning import ledger
 
-  if args.gin_file or args.bindings:
-    raise ValueError('table takes --paper=TABLE alone; its rows name recipes.')
+  settings.refuse(
+    args, 'table takes --paper=TABLE alone; its rows name recipes.'
+  )
   tables = published.tables()
   if args.paper not in tables:
     raise ValueError(

@@ -19,7 +19,7 @@ from typing import Any
 
 import gin
 from sparse_experts import earlier
-from sparse_experts.config import order, overrides, provenance
+from sparse_experts.config import order, overrides, provenance, types
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 
@@ -53,7 +53,7 @@ def parse(
   folders = _folders(search_paths)
   gin.config._LOCATION_PREFIXES[:] = folders
   # Gin also looks into Python packages, and logs an ERROR where a file is not.
-  gin.config._FILE_READERS[:] = [(_open, os.path.isfile)]
+  gin.config._FILE_READERS[:] = [(_Open, os.path.isfile)]
   for file in files:
     searched = [pathlib.Path(folder) / file for folder in folders]
     if not any(path.is_file() for path in searched):
@@ -77,6 +77,7 @@ def parse(
       f'the gin files require {", ".join(sorted(missing))}; give each by '
       '--gin.NAME=VALUE, or add a file that defines it.'
     )
+  types.check()
   overrides.one_line(gin.finalize)
 
 
@@ -106,15 +107,20 @@ def value(name: str) -> Any:
   return copy.deepcopy(gin.config.parse_value(f'%{name}'))
 
 
-def model() -> Any:
-  """MODEL, with every argument bound now.
+def now(name: str) -> Any:
+  """As `value`, with every argument bound now.
 
   What `value` returns looks its arguments up when it is used; this does not
   change when other files are parsed.
   """
-  value('MODEL')  # Raises if there is none.
-  macro = gin.config._CONFIG[('MODEL', 'gin.macro')]
-  return _bind_now(macro['value'], ('MODEL',))
+  value(name)  # Raises if there is none.
+  macro = gin.config._CONFIG[(name, 'gin.macro')]
+  return _bind_now(macro['value'], (name,))
+
+
+def model() -> Any:
+  """MODEL, with every argument bound now."""
+  return now('MODEL')
 
 
 def model_of(gin_text: str, bindings: Sequence[str] = ()) -> Any:
@@ -291,5 +297,23 @@ def _bind_now(value: Any, scopes: Sequence[str]) -> Any:
   return function() if value.evaluate else function
 
 
-def _open(path: str) -> io.StringIO:
-  return io.StringIO(earlier.translate(pathlib.Path(path).read_text()))
+_READING: list[str] = []  # Files that are open; each includes the next.
+
+
+class _Open(io.StringIO):
+  """The text of a gin file, for as long as gin reads it."""
+
+  def __init__(self, path: str):
+    self._path = os.path.realpath(path)
+    if self._path in _READING:
+      chain = [*_READING[_READING.index(self._path) :], self._path]
+      raise ValueError(f'a gin file includes itself: {" -> ".join(chain)}.')
+    super().__init__(earlier.translate(pathlib.Path(path).read_text()))
+
+  def __enter__(self):
+    _READING.append(self._path)
+    return super().__enter__()
+
+  def __exit__(self, *error):
+    _READING.remove(self._path)
+    return super().__exit__(*error)

@@ -10,6 +10,7 @@ import jax
 from sparse_experts.data import examples, streams, token_text
 from sparse_experts.data.features.base import Features
 from sparse_experts.data.special_tokens import T5, SpecialTokens
+from sparse_experts.numbers import Count, Natural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +36,15 @@ class Dataset:
   """
 
   mixture_or_task_name: str
-  feature_lengths: Mapping[str, int]
-  batch_size: int
+  feature_lengths: Mapping[str, Count]
+  batch_size: Count
   split: str = 'train'
   pack: bool = True
   task_ids: bool | str = False
   shuffle: bool = True
-  seed: int = 0
-  num_shards: int = 1
-  num_batches: int | None = None
+  seed: Natural = 0
+  num_shards: Count = 1
+  num_batches: Count | None = None
   modules: Sequence[str] = ()
 
   def __post_init__(self):

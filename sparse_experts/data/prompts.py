@@ -1,9 +1,9 @@
 """What a model is asked, from a file instead of a task.
 
-A text file asks once a line. A file that ends in .jsonl holds objects, one a
-line, with the text 'inputs' and maybe 'targets', the answer one hopes for.
-Either may be a list of token ids instead: all that the model reads, to which
-nothing is added.
+A text file asks once a line, of which none is blank. A file that ends in .jsonl
+holds objects, one a line, with the text 'inputs' and maybe 'targets', the
+answer one hopes for. Either may be a list of token ids instead: all that the
+model reads, to which nothing is added.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ def read(path: epath.PathLike) -> list[dict[str, Given]]:
 
 
 def _parse_text(line: str, where: str) -> dict[str, Given]:
+  if not line.strip():
+    raise ValueError(
+      f'{where} is blank: delete it, or ask nothing in so many words, '
+      '{"inputs": ""} in a .jsonl file.'
+    )
   return {'inputs': line.removesuffix('\r')}
 
 

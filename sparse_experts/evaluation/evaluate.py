@@ -18,7 +18,7 @@ from sparse_experts.models.decoding import GREEDY, BeamSearch, Sampling
 from sparse_experts.models.objective import Objective
 from sparse_experts.training import checkpoints
 from sparse_experts.training.checkpoints import restore_params
-from sparse_experts.training.train import LossEvaluation
+from sparse_experts.training.held_out import LossEvaluation
 from sparse_experts.training.writers import Writers
 
 POLL_SECONDS = 5.0
@@ -76,10 +76,11 @@ class Evaluation:
     if parameters != 'trained':
       self._name += f'-{parameters}'
     self._parameters = parameters
-    self._loss = LossEvaluation(model, dataset, placement.mesh)
-    self._tasks = task_evaluators.TaskMetrics(
-      model, dataset, placement.mesh, max_tokens, rank_options, strategy
-    )
+    with placement.use() as mesh:
+      self._loss = LossEvaluation(model, dataset, mesh)
+      self._tasks = task_evaluators.TaskMetrics(
+        model, dataset, mesh, max_tokens, rank_options, strategy
+      )
     self._settings = {
       'meaning': _MEANING,
       'feature_lengths': dict(dataset.feature_lengths),
@@ -93,6 +94,18 @@ class Evaluation:
       'task_ids': dataset.task_ids,
       'corpus': dataset.corpus(),
     }
+
+  def check(self) -> None:
+    """Raises where the checkpoint is not there or not of the model."""
+    with self._placement.use() as mesh:
+      restore_params(
+        self._model,
+        self._model_dir,
+        self._dataset,
+        mesh,
+        self._parameters,
+        dry_run=True,
+      )
 
   def latest(self) -> dict[str, Any]:
     """Results of the latest checkpoint, or of the one that model_dir names."""

@@ -26,8 +26,9 @@ from sparse_experts.models.decoding import (
   Sampling,
   check_decodable,
 )
-from sparse_experts.models.language import Language
 from sparse_experts.models.language_model import answered
+from sparse_experts.models.objective import Objective
+from sparse_experts.numbers import Count, Natural
 from sparse_experts.training import checkpoints
 from sparse_experts.training.checkpoints import restore_params
 
@@ -35,20 +36,21 @@ TO_LOOK_AT = 4
 
 
 def infer(
-  model: Language,
+  model: Objective,
   model_dir: str,
   dataset: Dataset,
   *,
   input: epath.PathLike | None = None,
   output: epath.PathLike | None = None,
-  num_examples: int | None = None,
-  max_tokens: int | None = None,
+  num_examples: Count | None = None,
+  max_tokens: Count | None = None,
   strategy: Sampling | BeamSearch = GREEDY,
-  seed: int = 0,
+  seed: Natural = 0,
   score: bool = False,
   routing: bool = False,
   parameters: str = 'trained',
   placement: sharding.Placement = sharding.DATA_PARALLEL,
+  dry_run: bool = False,
 ) -> list[dict[str, Any]]:
   """Answers examples without any capacity, each as if it were alone.
 
@@ -69,6 +71,7 @@ def infer(
       tokens of the inputs and of the (best) prediction.
     parameters: see `checkpoints.restore_params`; a file of 'ema' ends so.
     placement: as in `train.train`.
+    dry_run: check all, down to the first example, and answer none.
 
   Returns:
     For each example, as in the file, 'index', 'inputs', 'targets' if known,
@@ -95,7 +98,9 @@ def infer(
     num_examples = TO_LOOK_AT
   max_tokens = max_tokens or dataset.feature_lengths['targets']
   with placement.use() as mesh:
-    params, step = restore_params(model, model_dir, dataset, mesh, parameters)
+    params, step = restore_params(
+      model, model_dir, dataset, mesh, parameters, dry_run
+    )
     if questions is None:
       examples = prompts.of_task(dataset, model.features)
       source, total = {'split': dataset.split}, num_examples
@@ -105,6 +110,8 @@ def infer(
       source, total = {'questions': digest}, len(questions[:num_examples])
     # Read the first: what is wrong with data shows before anything is written.
     examples = itertools.chain(list(itertools.islice(examples, 1)), examples)
+    if dry_run:
+      return []
     settings = {
       'step': step,
       'checkpoint_saved_at': checkpoints.saved_at(model_dir, step),
@@ -196,7 +203,7 @@ class _Statistics:
 
   def __init__(
     self,
-    model: Language,
+    model: Objective,
     params,
     mesh: Mesh,
     dataset: Dataset,

@@ -21,6 +21,7 @@ from sparse_experts.data.features.text import TextToText
 from sparse_experts.models.layout import LayerId
 from sparse_experts.models.objective import Batch, Objective
 from sparse_experts.moe import Record
+from sparse_experts.numbers import Count
 from sparse_experts.training import checkpoints, global_batch, step
 from sparse_experts.training.checkpoints import restore_params
 
@@ -196,10 +197,11 @@ def record(
   model_dir: str,
   dataset: Dataset,
   *,
-  microbatches: int = 1,
+  microbatches: Count = 1,
   parameters: str = 'trained',
   placement: sharding.Placement = sharding.DATA_PARALLEL,
-) -> tuple[Records, epath.Path]:
+  dry_run: bool = False,
+) -> tuple[Records | None, epath.Path]:
   """Records the latest checkpoint in `model_dir` on a dataset's split.
 
   At the model's evaluation capacity, as `evaluate`. Where the task knows the
@@ -211,6 +213,7 @@ def record(
     microbatches: parts a batch is run in, to save memory.
     parameters: see `checkpoints.restore_params`; a file of 'ema' ends so.
     placement: as in `train.train`; any reads any checkpoint.
+    dry_run: check all, down to the first batch, and record none.
 
   Returns:
     The records, and where they are written:
@@ -220,7 +223,9 @@ def record(
   if domain_names and not dataset.task_ids:
     dataset = dataclasses.replace(dataset, task_ids=True)
   with placement.use() as mesh:
-    params, at = restore_params(model, model_dir, dataset, mesh, parameters)
+    params, at = restore_params(
+      model, model_dir, dataset, mesh, parameters, dry_run
+    )
     take = jax.jit(
       functools.partial(
         step.record_step,
@@ -236,7 +241,15 @@ def record(
         placed = global_batch.place(batch, mesh, dataset.batch_size, 0)
         yield batch, take(params, placed)
 
-    found = collect(pairs(), model.features.token_ids)
+    if dry_run:
+      next(dataset.evaluation(model.features))
+    else:
+      found = collect(pairs(), model.features.token_ids)
+  suffix = '' if parameters == 'trained' else f'-{parameters}'
+  name = f'{dataset.mixture_or_task_name}-{dataset.split}-{at}{suffix}.npz'
+  path = checkpoints.root_of(model_dir) / 'records' / name
+  if dry_run:
+    return None, path
   found = explained(
     found,
     model,
@@ -244,9 +257,6 @@ def record(
     step=at,
     capacity_factor=model.capacity_factor_eval,
   )
-  suffix = '' if parameters == 'trained' else f'-{parameters}'
-  name = f'{dataset.mixture_or_task_name}-{dataset.split}-{at}{suffix}.npz'
-  path = checkpoints.root_of(model_dir) / 'records' / name
   if jax.process_index() == 0:
     found.save(path)
   return found, path

@@ -18,6 +18,7 @@ from sparse_experts.layers.norm import RMSNorm
 from sparse_experts.layers.relative import relative_logits, sinusoids
 from sparse_experts.layers.rotary import rotate
 from sparse_experts.letters import Array
+from sparse_experts.numbers import Count, NotNegative, Positive, Rate
 
 
 class Attention(nn.Module):
@@ -43,15 +44,15 @@ class Attention(nn.Module):
       H A must be D, and heads all have keys); None: a matrix.
   """
 
-  num_heads: int
-  head_width: int
-  dropout_rate: float = 0.0
-  init_scale: float = 1.0
-  num_kv_heads: int | None = None
-  rotary_base: float | None = None
+  num_heads: Count
+  head_width: Count
+  dropout_rate: Rate = 0.0
+  init_scale: Positive = 1.0
+  num_kv_heads: Count | None = None
+  rotary_base: Positive | None = None
   scaled: bool = False
   norm: bool = False
-  norm_epsilon: float = 1e-6
+  norm_epsilon: NotNegative = 1e-6
   relative: bool = False
   make_projection: Callable[..., nn.Module] | None = None
 
@@ -231,7 +232,7 @@ class RelativeBias(nn.Module):
     Raffel et al. 2020, https://arxiv.org/abs/1910.10683, section 2.1.
   """
 
-  num_heads: int
+  num_heads: Count
   bidirectional: bool
   num_buckets: int = 32
   max_distance: int = 128

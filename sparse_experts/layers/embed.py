@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from sparse_experts import sharding
 from sparse_experts.layers.cost import Cost
-from sparse_experts.letters import Array
+from sparse_experts.letters import Array, Dtype
+from sparse_experts.numbers import Count
 
 
 class TokenEmbed(nn.Module):
@@ -24,9 +25,9 @@ class TokenEmbed(nn.Module):
       (Mesh TF); Hugging Face's decoders do not.
   """
 
-  vocab_size: int
-  width: int
-  dtype: jnp.dtype = jnp.float32
+  vocab_size: Count
+  width: Count
+  dtype: Dtype = jnp.float32
   scaled_logits: bool = True
 
   def setup(self):

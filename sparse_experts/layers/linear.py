@@ -10,6 +10,7 @@ from sparse_experts import sharding
 from sparse_experts.layers import parameters
 from sparse_experts.layers.cost import Cost
 from sparse_experts.letters import Array
+from sparse_experts.numbers import Positive
 
 
 class Linear(nn.Module):
@@ -31,7 +32,7 @@ class Linear(nn.Module):
   features: tuple[int, ...]
   names: tuple[str, ...]
   num_inputs: int = 1
-  init_scale: float = 1.0
+  init_scale: Positive = 1.0
   use_bias: bool = False
 
   @nn.compact
@@ -79,7 +80,7 @@ class Projection(nn.Module):
     init_scale: see `Linear`.
   """
 
-  init_scale: float = 1.0
+  init_scale: Positive = 1.0
 
   @nn.compact
   def __call__(self, x_xD: Array, *, deterministic: bool = True) -> Array:

@@ -12,6 +12,7 @@ from sparse_experts.layers.cost import Cost
 from sparse_experts.layers.dropout import Dropout
 from sparse_experts.layers.linear import Linear
 from sparse_experts.letters import Array
+from sparse_experts.numbers import Count, Positive, Rate
 
 ACTIVATIONS = {
   'relu': jax.nn.relu,
@@ -37,11 +38,11 @@ class Mlp(nn.Module):
     init_scale: see `linear.Linear`.
   """
 
-  hidden_width: int
+  hidden_width: Count
   activation: str = 'relu'
   gated: bool = False
-  dropout_rate: float = 0.0
-  init_scale: float = 1.0
+  dropout_rate: Rate = 0.0
+  init_scale: Positive = 1.0
 
   @nn.compact
   def __call__(self, x_xD: Array, *, deterministic: bool = True) -> Array:

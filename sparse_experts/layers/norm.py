@@ -10,6 +10,7 @@ from sparse_experts import sharding
 from sparse_experts.layers import parameters
 from sparse_experts.layers.cost import Cost
 from sparse_experts.letters import Array
+from sparse_experts.numbers import NotNegative
 
 
 class RMSNorm(nn.Module):
@@ -21,7 +22,7 @@ class RMSNorm(nn.Module):
     Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
   """
 
-  epsilon: float = 1e-6
+  epsilon: NotNegative = 1e-6
 
   @nn.compact
   def __call__(self, x_xD: Array) -> Array:
@@ -44,7 +45,7 @@ class LayerNorm(nn.Module):
     Ba et al. 2016, https://arxiv.org/abs/1607.06450.
   """
 
-  epsilon: float = 1e-6
+  epsilon: NotNegative = 1e-6
 
   @nn.compact
   def __call__(self, x_xD: Array) -> Array:

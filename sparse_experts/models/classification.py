@@ -15,6 +15,7 @@ from sparse_experts.models.auxiliary import Totals
 from sparse_experts.models.likelihood import likelihood
 from sparse_experts.models.objective import Batch, Judged, Objective
 from sparse_experts.models.sums import Mean
+from sparse_experts.numbers import Rate
 
 KINDS = ('softmax', 'sigmoid', 'squared')
 
@@ -72,7 +73,7 @@ class Classification(Objective):
   """
 
   kind: str = 'softmax'
-  label_smoothing: float = 0.0
+  label_smoothing: Rate = 0.0
 
   def __post_init__(self):
     super().__post_init__()

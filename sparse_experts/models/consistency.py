@@ -14,6 +14,7 @@ from sparse_experts.models.auxiliary import Totals
 from sparse_experts.models.objective import Batch, Objective
 from sparse_experts.models.sums import Sums
 from sparse_experts.models.wrapper import Wrapper
+from sparse_experts.numbers import NotNegative
 
 
 class Two(NamedTuple):
@@ -42,7 +43,7 @@ class Consistency(Wrapper):
   """
 
   objective: Objective
-  alpha: float
+  alpha: NotNegative
 
   def __post_init__(self):
     if self.objective.balance_over not in ('group', 'microbatch'):

@@ -18,6 +18,7 @@ from sparse_experts.models.likelihood import likelihood
 from sparse_experts.models.objective import Batch, Judged, Objective
 from sparse_experts.models.sums import Mean
 from sparse_experts.models.transformer import map_rows
+from sparse_experts.numbers import NotNegative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Language(Objective):
   Example: docs/architecture.md builds and runs one; tests run that.
   """
 
-  z_loss: float = 0.0
+  z_loss: NotNegative = 0.0
 
   @property
   def features(self) -> TextToText | Text:

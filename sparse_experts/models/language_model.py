@@ -13,6 +13,7 @@ from sparse_experts.layers.linear import Linear
 from sparse_experts.letters import Array
 from sparse_experts.models.context import Context
 from sparse_experts.moe.outputs import Aux
+from sparse_experts.numbers import Count, Positive
 from sparse_experts.sharding import constrain
 
 
@@ -44,9 +45,9 @@ class LanguageModel(nn.Module):
   encoder: nn.Module | None = None
   tied_logits: bool = False
   bidirectional_prefix: bool = False
-  init_scale: float = 1.0
+  init_scale: Positive = 1.0
   special_tokens: SpecialTokens = T5
-  max_length: int | None = None
+  max_length: Count | None = None
 
   def setup(self):
     if not self.tied_logits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from sparse_experts.models import auxiliary, policy_gradient
 from sparse_experts.models.auxiliary import Statistics, Totals
 from sparse_experts.models.sums import Mean, Sums
 from sparse_experts.moe.outputs import Aux
+from sparse_experts.numbers import Positive
 
 Batch = Mapping[str, Array]
 
@@ -49,7 +51,7 @@ class Frozen(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class Objective(abc.ABC):
   """A module, and what its outputs are worth.
 
       batch -> outputs -> (outputs, auxes) -> judge -> (loss, sums)
@@ -101,8 +103,8 @@ class Objective:
   )
   layer_reduction: str = 'sum'
   balance_over: str = 'group'
-  capacity_factor_train: float | None = 1.25
-  capacity_factor_eval: float | None = 2.0
+  capacity_factor_train: Positive | None = 1.25
+  capacity_factor_eval: Positive | None = 2.0
   bias_rate: float = 0.0
 
   def __post_init__(self):
@@ -163,6 +165,7 @@ class Objective:
 
   def check_data(self, dataset: Dataset) -> None:
     """Raises ValueError where the data is none of the module's."""
+    del dataset  # Here any will do.
 
   # What all share.
 

@@ -10,9 +10,10 @@ from flax import linen as nn
 from sparse_experts.data.features.speech import Speech
 from sparse_experts.layers.linear import Linear
 from sparse_experts.layers.relative import sinusoids
-from sparse_experts.letters import Array
+from sparse_experts.letters import Array, Dtype
 from sparse_experts.models.transformer import Context, Stack
 from sparse_experts.moe.outputs import Aux
+from sparse_experts.numbers import Count, Positive
 from sparse_experts.sharding import constrain
 
 
@@ -42,12 +43,12 @@ class SpeechEncoder(nn.Module):
   """
 
   encoder: Stack
-  bands: int
-  frames_per_token: int
-  width: int
-  num_labels: int
-  dtype: jnp.dtype = jnp.float32
-  init_scale: float = 1.0
+  bands: Count
+  frames_per_token: Count
+  width: Count
+  num_labels: Count
+  dtype: Dtype = jnp.float32
+  init_scale: Positive = 1.0
 
   @nn.compact
   def __call__(

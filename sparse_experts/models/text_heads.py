@@ -14,6 +14,7 @@ from sparse_experts.models.classification import KINDS
 from sparse_experts.models.text_encoder import TextEncoder
 from sparse_experts.models.transformer import Stack
 from sparse_experts.moe.outputs import Aux
+from sparse_experts.numbers import NotNegative, Positive
 from sparse_experts.sharding import constrain
 
 MASKED = 'masked'
@@ -41,7 +42,7 @@ class Head:
   kind: str
   num_outputs: int | None = None
   reads: str = 'tokens'
-  weight: float = 1.0
+  weight: NotNegative = 1.0
 
   def __post_init__(self):
     for name, known in (('kind', (MASKED, *KINDS)), ('reads', READS)):
@@ -77,7 +78,7 @@ class TextHeads(TextEncoder):
   """
 
   heads: Mapping[str, Head] = dataclasses.field(kw_only=True)
-  init_scale: float = 1.0
+  init_scale: Positive = 1.0
 
   def setup(self):
     self.head = _Heads(self.heads, self.init_scale)
@@ -130,7 +131,7 @@ class _Heads(nn.Module):
   """The heads that have a matrix of their own."""
 
   heads: Mapping[str, Head]
-  init_scale: float
+  init_scale: Positive
 
   @nn.compact
   def __call__(self, y_BxLxD: Array, mask_BxL: Array) -> dict[str, Array]:

@@ -17,6 +17,7 @@ from sparse_experts.models import layout
 from sparse_experts.models.context import Context
 from sparse_experts.models.layout import LayerId
 from sparse_experts.moe.outputs import Aux
+from sparse_experts.numbers import Depth, Rate
 from sparse_experts.sharding import constrain
 
 REMAT_POLICIES = {
@@ -58,7 +59,7 @@ class Block(nn.Module):
   make_cross_attention: Callable[..., nn.Module] | None = None
   make_bias: Callable[..., nn.Module] | None = None
   make_norm: Callable[..., nn.Module] = RMSNorm
-  dropout_rate: float = 0.0
+  dropout_rate: Rate = 0.0
   sparse: bool | int = False
   causal: bool = False
   allow_non_causal_routing: bool = False
@@ -184,13 +185,13 @@ class Stack(nn.Module):
       all of a block, 'dots' all but the products with parameters.
   """
 
-  num_layers: int
+  num_layers: Depth
   make_block: Callable[..., nn.Module]
   sparse_layers: int | Sequence[int] | Mapping[int, int] = 0
   causal: bool = False
   make_shared_bias: Callable[..., nn.Module] | None = None
   make_norm: Callable[..., nn.Module] = RMSNorm
-  dropout_rate: float = 0.0
+  dropout_rate: Rate = 0.0
   scan: bool = False
   remat: str = 'none'
 

@@ -22,6 +22,7 @@ from sparse_experts.models.layout import LayerId
 from sparse_experts.models.text_encoder import TextEncoder
 from sparse_experts.models.transformer import Stack
 from sparse_experts.moe.outputs import Aux
+from sparse_experts.numbers import Count, Positive
 
 _LEAST = 1e-24  # Square of the least length that is divided by.
 
@@ -70,11 +71,11 @@ class TwoTowers(nn.Module):
 
   left: nn.Module
   right: nn.Module | None
-  width: int
+  width: Count
   features: tuple[str, str] = ('inputs', 'targets')
-  initial_scale: float = 1 / 0.07
+  initial_scale: Positive = 1 / 0.07
   initial_bias: float | None = None
-  init_scale: float = 1.0
+  init_scale: Positive = 1.0
 
   def setup(self):
     def projection():

@@ -12,10 +12,11 @@ from sparse_experts.data.features.arrays import Labelled
 from sparse_experts.data.features.pairs import Side
 from sparse_experts.layers.cost import Cost
 from sparse_experts.layers.linear import Linear
-from sparse_experts.letters import Array
+from sparse_experts.letters import Array, Dtype
 from sparse_experts.models.context import Context
 from sparse_experts.models.transformer import Stack
 from sparse_experts.moe.outputs import Aux
+from sparse_experts.numbers import Count, Positive
 from sparse_experts.sharding import constrain
 
 POOLING = ('class_token', 'mean')
@@ -46,13 +47,13 @@ class VisionTransformer(nn.Module):
   """
 
   encoder: Stack
-  image_shape: tuple[int, int, int]
-  patch_size: int
-  width: int
-  num_outputs: int | None
+  image_shape: tuple[Count, Count, Count]
+  patch_size: Count
+  width: Count
+  num_outputs: Count | None
   pooling: str = 'class_token'
-  dtype: jnp.dtype = jnp.float32
-  init_scale: float = 1.0
+  dtype: Dtype = jnp.float32
+  init_scale: Positive = 1.0
   input: str = 'image'
 
   @nn.compact

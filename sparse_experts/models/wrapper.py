@@ -7,6 +7,7 @@ from typing import Any
 from sparse_experts.models.objective import Objective
 
 
+@Objective.register
 class Wrapper:
   """An objective made of another: it has all that it does not change.
 

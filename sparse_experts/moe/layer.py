@@ -20,6 +20,7 @@ from sparse_experts.moe.experts import Experts, init
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.record import record as record_of
 from sparse_experts.moe.router import Router
+from sparse_experts.numbers import Count
 from sparse_experts.sharding import constrain
 
 
@@ -66,7 +67,7 @@ class MoE(nn.Module):
 
   make_router: Callable[..., nn.Module]
   make_expert: Callable[..., nn.Module]
-  group_size: int | None = None
+  group_size: Count | None = None
   capacity_rule: CapacityRule = CapacityRule()
   dispatch: Callable[..., Array] = gather
   exact_dispatch: Callable[..., Array] = grouped

@@ -78,11 +78,26 @@ CHIPS = {
 }
 
 
-def parse_topology(name: str) -> tuple[Chip, int]:
+MOST_CHIPS = 2**20  # That a plan is made for.
+
+
+def check_number(num_chips: int) -> None:
+  """Raises ValueError where there are no such chips or too many of them."""
+  if not 1 <= num_chips <= MOST_CHIPS:
+    raise ValueError(
+      f'{num_chips:,} chips: take at least 1 and at most {MOST_CHIPS:,}.'
+    )
+
+
+def parse_topology(name: str, slices: int = 1) -> tuple[Chip, int]:
   """The chip of a topology, and the number of JAX devices, which a mesh has.
 
+  Args:
+    name: such as 'v5p:8x16x16'.
+    slices: so many of it.
+
   Raises:
-    ValueError: no such chip, or not its number of dimensions.
+    ValueError: no such chip, not its number of dimensions, or too many.
 
   Example:
     >>> chip, num_devices = parse_topology('v5p:8x16x16')
@@ -107,5 +122,6 @@ def parse_topology(name: str) -> tuple[Chip, int]:
       f'unknown topology {name!r}: {kind} has {chip.dims} dimensions, as in '
       f"'{kind}:{example}'."
     )
-  num_chips = math.prod(map(int, sizes.split('x')))
+  num_chips = slices * math.prod(map(int, sizes.split('x')))
+  check_number(num_chips)
   return chip, num_chips * chip.devices_per_chip

@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh, Mesh
 from sparse_experts import sharding
 from sparse_experts.models.decoding import check_decodable
 from sparse_experts.models.objective import Objective
+from sparse_experts.numbers import Count
 from sparse_experts.planning import chips, hlo, ledger, topology
 from sparse_experts.training import frozen, state, step
 
@@ -41,12 +42,12 @@ class Run:
   """
 
   model: Objective
-  feature_lengths: Mapping[str, int]
-  batch_size: int
+  feature_lengths: Mapping[str, Count] | None
+  batch_size: Count | None
   optimizer: Callable[..., optax.GradientTransformation]
   learning_rate: optax.Schedule
   placement: sharding.Placement = sharding.DATA_PARALLEL
-  microbatches: int = 1
+  microbatches: Count = 1
   pack: bool = True
   task_ids: bool | str = False
   max_tokens: int | None = None
@@ -118,6 +119,8 @@ STEPS = ('train', 'gradients', 'decode')
 
 def check(run: Run, num_devices: int, what: str = 'train') -> None:
   """Raises ValueError where a run's mesh is not legal on so many devices."""
+  if what not in STEPS:
+    raise ValueError(f'step must be one of {", ".join(STEPS)}, not {what!r}.')
   with run.placement.use_abstract(num_devices) as mesh:
     _step(run, mesh, what)
 
@@ -142,10 +145,7 @@ def precompile(
   Raises:
     ValueError: the mesh is not legal, or the chips are not known.
   """
-  if what not in STEPS:
-    raise ValueError(f'step must be one of {", ".join(STEPS)}, not {what!r}.')
-  chip, num_devices = chips.parse_topology(topology_name)
-  num_devices *= slices
+  chip, num_devices = chips.parse_topology(topology_name, slices)
   check(run, num_devices, what)
   devices = topology.devices(topology_name, slices)
   return {

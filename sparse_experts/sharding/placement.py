@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 MESH_AXES = ('data', 'expert', 'model')
 
-MeshAxes = str | tuple[str, ...] | None
+MeshAxes = str | tuple[str, ...] | list[str] | None
 
 RULES: Mapping[str, MeshAxes] = {
   # Activations.

@@ -25,18 +25,18 @@ from sparse_experts import sharding, storage
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.streams import Batches
 from sparse_experts.models.objective import Objective
-from sparse_experts.training import checksums
+from sparse_experts.training import checksums, directories
 from sparse_experts.training.state import TrainState
 
 
 def directory_of(model_dir: epath.PathLike) -> epath.Path:
   """Where the steps of a run lie."""
-  return epath.Path(model_dir).absolute() / 'checkpoints'
+  return directories.absolute(model_dir) / 'checkpoints'
 
 
 def root_of(path: epath.PathLike) -> epath.Path:
   """The MODEL_DIR of a path that `find` takes."""
-  path = epath.Path(path).absolute()
+  path = directories.absolute(path)
   return path.parent.parent if _names_step(path) else path
 
 
@@ -54,7 +54,7 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int]:
   Raises:
     FileNotFoundError: there is no complete step.
   """
-  path = epath.Path(path).absolute()
+  path = directories.absolute(path)
   directory = directory_of(root_of(path))
   there = steps(root_of(path))
   step = int(path.name) if _names_step(path) else max(there, default=None)
@@ -106,21 +106,30 @@ def load_average(
   path: epath.PathLike, boxed: Any, placed: Any
 ) -> tuple[Any, int]:
   """The average of the parameters (`ema.averaged`), as `load_params`."""
-  path, step = find(path)
+  step = check_average(path, boxed)
+  path, _ = find(path)
   verify(path, 'optimizer')
+  target, placed = _averages(nn.unbox(boxed)), _averages(placed)
+  optimizer = _read_to(path, 'optimizer', target, placed, partial=True)
+  return optimizer['opt_state']['average'], step
+
+
+def check_average(path: epath.PathLike, boxed: Any) -> int:
+  """Raises as `load_average` would, by names and shapes; returns the step."""
+  path, step = find(path)
   saved = _saved_tree(path, 'optimizer')['opt_state']
   if not isinstance(saved, Mapping) or 'average' not in saved:
     raise ValueError(
       f'checkpoint {path} has no average of the parameters; train with '
       "--gin_file=gin/ema.gin, or take those trained: PARAMETERS='trained'."
     )
+  _check_same(path, 'optimizer', _averages(nn.unbox(boxed)), partial=True)
+  return step
 
-  def inside(tree):
-    return {'opt_state': {'average': tree}}
 
-  target, placed = inside(nn.unbox(boxed)), inside(placed)
-  optimizer = _read_to(path, 'optimizer', target, placed, partial=True)
-  return optimizer['opt_state']['average'], step
+def _averages(tree: Any) -> dict[str, Any]:
+  """Where the averages of a tree lie under `optimizer`."""
+  return {'opt_state': {'average': tree}}
 
 
 def restore(
@@ -149,12 +158,38 @@ def restore(
       ('optimizer', optimizer_item),
     )
   )
-  with _reading(path, checked=True):
-    batches.restore(path / 'data')
+  restore_data(model_dir, step, batches)
   return TrainState(params=params, **optimizer)
 
 
-PARAMETERS = {'trained': load_params, 'ema': load_average}
+def restore_data(
+  model_dir: epath.PathLike, step: int, batches: Batches
+) -> None:
+  """`batches` continue where a run's did at `step`; raises as `restore`."""
+  path = directory_of(model_dir) / str(step)
+  with _reading(path, checked=True):
+    batches.restore(path / 'data')
+
+
+def check_params(path: epath.PathLike, boxed: Any) -> int:
+  """Raises as `load_params` would, by names and shapes; returns the step."""
+  path, step = find(path)
+  _check_same(path, 'params', nn.unbox(boxed), partial=False)
+  return step
+
+
+def check_state(path: epath.PathLike, boxed: TrainState) -> None:
+  """Raises as `restore` would, by names and shapes."""
+  check_params(path, boxed.params)
+  path, _ = find(path)
+  _check_same(path, 'optimizer', optimizer_item(nn.unbox(boxed)), partial=False)
+
+
+# How they are read, and looked at.
+PARAMETERS = {
+  'trained': (load_params, check_params),
+  'ema': (load_average, check_average),
+}
 
 
 def restore_params(
@@ -163,11 +198,14 @@ def restore_params(
   dataset: Dataset,
   mesh: Mesh,
   parameters: str = 'trained',
+  dry_run: bool = False,
 ) -> tuple[Any, int]:
   """Unboxed parameters of a checkpoint on a mesh, and its step; see `find`.
 
   Args:
     parameters: those 'trained', or 'ema', the average that `ema.averaged` kept.
+    dry_run: look whether they can be read, by names and shapes, and return
+      None in their place.
 
   Raises:
     FileNotFoundError: no checkpoint. ValueError: of another architecture, or
@@ -179,7 +217,9 @@ def restore_params(
     )
   shapes = dataset.shapes(model.features)
   boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), shapes))
-  load = PARAMETERS[parameters]
+  load, check = PARAMETERS[parameters]
+  if dry_run:
+    return None, check(model_dir, boxed)
   return load(model_dir, boxed, sharding.shardings(boxed, mesh))
 
 

@@ -21,14 +21,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sparse_experts.models.objective import Frozen, Objective
-from sparse_experts.training import checkpoints, checksums
+from sparse_experts.training import checkpoints, checksums, directories
 
 _PART = 2**24  # Bytes read at once.
 
 
 def copy_of(model_dir: epath.PathLike, name: str) -> epath.Path:
   """Where a run keeps the parameters of this name."""
-  return epath.Path(model_dir).absolute() / 'frozen' / name
+  return directories.absolute(model_dir) / 'frozen' / name
 
 
 def abstract(
@@ -59,20 +59,19 @@ def abstract(
   return {name: init(of.objective) for name, of in model.frozen.items()}
 
 
-def load(
+def check(
   model: Objective,
   model_dir: epath.PathLike,
   boxed: Mapping[str, Any],
-  placed: Mapping[str, Any],
   *,
   begun: bool,
-) -> dict[str, Any]:
-  """All frozen parameters, each array where `placed` says.
+) -> None:
+  """Whether `load` will find what is frozen; writes nothing.
 
   Args:
     model: the model.
-    model_dir: of the run; what it does not have yet is copied there.
-    boxed, placed: from `abstract`, and its shardings.
+    model_dir: of the run.
+    boxed: from `abstract`.
     begun: the run has a checkpoint, so it has copies.
 
   Raises:
@@ -80,7 +79,6 @@ def load(
     ValueError: a copy is missing, of another architecture, or not of the
       checkpoint that is asked for. One that is not there any more is not asked.
   """
-  found = {}
   for name, of in model.frozen.items():
     copy = copy_of(model_dir, name)
     if copy.exists():
@@ -90,7 +88,27 @@ def load(
         f'{model_dir} has checkpoints, but not the {name} they were trained '
         f'with, {copy}: restore it, or begin another MODEL_DIR.'
       )
-    else:
+    source = copy if copy.exists() else of.directory
+    checkpoints.check_params(source, boxed[name])
+
+
+def load(
+  model: Objective,
+  model_dir: epath.PathLike,
+  boxed: Mapping[str, Any],
+  placed: Mapping[str, Any],
+) -> dict[str, Any]:
+  """All frozen parameters, once `check` has passed, each where `placed` says.
+
+  Args:
+    model: the model.
+    model_dir: of the run; what it does not have yet is copied there.
+    boxed, placed: from `abstract`, and its shardings.
+  """
+  found = {}
+  for name, of in model.frozen.items():
+    copy = copy_of(model_dir, name)
+    if not copy.exists():
       _copy(of, copy)
     found[name], _ = checkpoints.load_params(copy, boxed[name], placed[name])
   return found

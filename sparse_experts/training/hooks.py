@@ -95,7 +95,7 @@ class Evaluate:
   """The held-out loss of the parameters as they are, written and shown.
 
   Attributes:
-    evaluation: parameters -> metrics with 'loss', see `train.LossEvaluation`.
+    evaluation: parameters -> metrics with 'loss', see `held_out`.
     headline: another of them to show, see `Objective.headline`; or None.
   """
 

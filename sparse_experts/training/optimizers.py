@@ -20,6 +20,7 @@ import optax
 from flax import linen as nn
 
 from sparse_experts.moe.routers.deepseek import BIAS
+from sparse_experts.numbers import NotNegative, Positive, Rate
 from sparse_experts.training import schedules
 
 # What a dimension is to Adafactor. A parameter with a 'whole' dimension keeps a
@@ -47,11 +48,11 @@ def adam(
   names: Any,
   *,
   learning_rate: float | optax.Schedule,
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: Rate = 0.9,
+  b2: Rate = 0.999,
   eps: float = 1e-8,
-  weight_decay: float = 0.0,
-  max_grad_norm: float | None = None,
+  weight_decay: NotNegative = 0.0,
+  max_grad_norm: Positive | None = None,
 ) -> optax.GradientTransformation:
   """Adam (Kingma & Ba 2015), or AdamW where `weight_decay` is not 0.
 
@@ -87,7 +88,7 @@ def adafactor(
   weight_decay_rate: float = 0.0,
   epsilon1: float = 1e-30,
   epsilon2: float = 1e-3,
-  max_grad_norm: float | None = None,
+  max_grad_norm: Positive | None = None,
   roles: Mapping[str, str] = ROLES,
 ) -> optax.GradientTransformation:
   """Adafactor with T5X's defaults, on each slice of a stack by itself.

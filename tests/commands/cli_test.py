@@ -140,14 +140,23 @@ def test_inspect_has_what_papers_print_about_a_recipe():
   assert '1,072,397,568' in text.splitlines()[-1]
 
 
-@pytest.mark.parametrize('name', ['train', 'evaluate', 'infer'])
-def test_dry_run_counts_and_leaves_nothing(name, tmp_path):
-  arguments = (name, QUICKSTART, f'--gin.MODEL_DIR={tmp_path / "run"}')
-  outcome = command.run(*arguments, '--dry_run')
-  assert (outcome.code, outcome.stderr) == (0, '')
-  facts = json.loads(command.run(*arguments, '--dry_run', '--json').stdout)
-  assert f'{facts["total_params"]:,}' in outcome.stdout
+@pytest.mark.parametrize('name', ['train', 'evaluate', 'infer', 'record'])
+@pytest.mark.parametrize('new', [True, False])
+def test_dry_run_counts_and_leaves_nothing(name, new, tmp_path, trained):
+  """Of a run that is there and of one that is not."""
+  model_dir = tmp_path / 'run' if new else trained[0]
+  arguments = (name, command.TINY, f'--gin.MODEL_DIR={model_dir}', '--dry_run')
+  before = sorted(model_dir.rglob('*'))
+  outcome = command.run(*arguments)
+  assert sorted(model_dir.rglob('*')) == before
   assert list(tmp_path.iterdir()) == []
+  if new and name != 'train':
+    assert outcome.code == 2
+    assert 'no complete checkpoint' in outcome.stderr
+    return
+  assert (outcome.code, outcome.stderr) == (0, '')
+  facts = json.loads(command.run(*arguments, '--json').stdout)
+  assert f'{facts["total_params"]:,}' in outcome.stdout
 
 
 def test_search_paths_and_the_current_folder_find_gin_files(

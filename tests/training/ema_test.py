@@ -17,6 +17,7 @@ from sparse_experts import config, sharding
 from sparse_experts.training import (
   checkpoints,
   ema,
+  held_out,
   optimizers,
   saver,
   state,
@@ -200,7 +201,7 @@ def test_evaluation_takes_the_average(model_dir):
   dataset = config.argument(train.train, 'eval_dataset')
   mesh = sharding.make_mesh(2, 4)
   with sharding.use_mesh(mesh):
-    evaluation = train.LossEvaluation(config.value('MODEL'), dataset, mesh)
+    evaluation = held_out.LossEvaluation(config.value('MODEL'), dataset, mesh)
     average = traverse_util.unflatten_dict(averages(model_dir, 3), sep='/')
     loss = evaluation(average)['loss']
     trained = {

@@ -21,6 +21,7 @@ from sparse_experts.models.language import Language
 from sparse_experts.training import (
   checkpoints,
   ema,
+  held_out,
   loop,
   optimizers,
   progress,
@@ -336,13 +337,13 @@ def test_evaluation_adds_in_float64(model, start, monkeypatch):
   """All of its sums, and the last batch too."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with sharding.use_mesh(mesh):
-    evaluation = train.LossEvaluation(model, DATASET, mesh)
+    evaluation = held_out.LossEvaluation(model, DATASET, mesh)
     batches = [{'targets': jnp.float32(n)} for n in (2**24, 1, 1)]
     seen = []
     monkeypatch.setattr(
       evaluation, '_step', lambda params, batch: batches.pop()
     )
-    monkeypatch.setattr(train, 'summary', seen.append)
+    monkeypatch.setattr(held_out, 'summary', seen.append)
     evaluation(start.params)
   assert seen == [{'targets': 2**24 + 2}]
 

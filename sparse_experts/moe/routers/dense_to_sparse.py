@@ -12,6 +12,7 @@ from sparse_experts.moe import losses
 from sparse_experts.moe.assignment import Assignment
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
+from sparse_experts.numbers import Count, Positive
 
 DECAYS = ('exponential', 'linear')
 GATES = ('gumbel', 'softmax')
@@ -62,10 +63,10 @@ class DenseToSparse(Router):
     fairseq_cli/train.py.
   """
 
-  max_temperature: float = 1.0
-  min_temperature: float = 0.5
+  max_temperature: Positive = 1.0
+  min_temperature: Positive = 0.5
   decay: str = 'exponential'
-  decay_steps: int = 10_000
+  decay_steps: Count = 10_000
   hard_from: int | None = None
   threshold: float = 1e-3
   gates: str = 'gumbel'

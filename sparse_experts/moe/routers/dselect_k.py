@@ -14,6 +14,7 @@ from sparse_experts.moe.assignment import Assignment, positions
 from sparse_experts.moe.losses import masked_mean
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
+from sparse_experts.numbers import Positive
 
 # Their code's EPSILON: no logarithm of, and no division by, less.
 _LEAST = 1e-6
@@ -57,7 +58,7 @@ class DSelectK(Router):
 
   k: int = 2
   static: bool = False
-  gamma: float = 1.0
+  gamma: Positive = 1.0
 
   exchangeable = False  # A code is an expert's index.
 
@@ -108,7 +109,7 @@ def select(
   weight_GxSxK: Array,
   *,
   num_experts: int,
-  gamma: float = 1.0,
+  gamma: Positive = 1.0,
   mask_GxS: Array | None = None,
 ) -> tuple[Assignment, Aux]:
   """The mixture of given codes and weights; see `DSelectK`.

@@ -19,6 +19,7 @@ from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, ungated
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
+from sparse_experts.numbers import Count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -215,7 +216,7 @@ class Hash(Router):
     Roller et al. 2021, https://arxiv.org/abs/2106.04426.
   """
 
-  vocab_size: int = 0
+  vocab_size: Count = 0
   table: Callable[[int, int, int], np.ndarray] = RandomTable()
 
   needs = ('token_ids',)

@@ -20,6 +20,7 @@ from sparse_experts.moe.routers.noisy_top_k import (
   gate_of_each,
 )
 from sparse_experts.moe.routers.top_k import route
+from sparse_experts.numbers import NotNegative
 
 
 class Hierarchical(Router):
@@ -60,7 +61,7 @@ class Hierarchical(Router):
   primary_k: int = 2
   expert_groups: int | None = None
   priority: str = 'token'
-  least_noise: float = 0.0
+  least_noise: NotNegative = 0.0
   kernel_init: nn.initializers.Initializer = nn.initializers.zeros
 
   needs = ('rng',)

@@ -11,6 +11,7 @@ from sparse_experts.moe.assignment import Assignment, largest, positions
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
 from sparse_experts.moe.routers.top_k import route
+from sparse_experts.numbers import Count, Rate
 
 
 class NoTokenLeftBehind(Router):
@@ -46,8 +47,8 @@ class NoTokenLeftBehind(Router):
     Fedus et al. 2021, https://arxiv.org/abs/2101.03961, appendix B, Figure 11.
   """
 
-  attempts: int = 4
-  jitter: float = 0.0
+  attempts: Count = 4
+  jitter: Rate = 0.0
   kernel_init: nn.initializers.Initializer = KERNEL_INIT
 
   is_causal = False

@@ -16,6 +16,7 @@ from sparse_experts.moe.assignment import Assignment, is_causal
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
 from sparse_experts.moe.routers.top_k import route
+from sparse_experts.numbers import NotNegative
 
 # Deviations at or below it divide nothing.
 _LEAST = 1e-6
@@ -53,7 +54,7 @@ class NoisyTopK(Router):
 
   k: int = 4
   priority: str = 'token'
-  least_noise: float = 0.0
+  least_noise: NotNegative = 0.0
   kernel_init: nn.initializers.Initializer = nn.initializers.zeros
 
   needs = ('rng',)

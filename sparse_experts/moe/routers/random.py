@@ -11,6 +11,7 @@ from sparse_experts.moe.assignment import Assignment, largest, ungated
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
 from sparse_experts.moe.routers.hash import RandomTable, look_up
+from sparse_experts.numbers import Count
 
 
 class Random(Router):
@@ -53,7 +54,7 @@ class Random(Router):
 
   draw: str = 'token'
   evaluation: str = 'token_ids'
-  vocab_size: int = 0
+  vocab_size: Count = 0
   seed: int = 0
 
   @property

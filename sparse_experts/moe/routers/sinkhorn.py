@@ -15,6 +15,7 @@ from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, largest, positions
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
+from sparse_experts.numbers import Count
 
 
 class Sinkhorn(Router):
@@ -46,7 +47,7 @@ class Sinkhorn(Router):
   """
 
   gates: str = 'softmax'
-  iterations: int = 50
+  iterations: Count = 50
   kernel_init: nn.initializers.Initializer = KERNEL_INIT
 
   is_causal = False
@@ -104,7 +105,7 @@ def log_plan(
   logits_GxSxE: Array,
   *,
   mask_GxS: Array | None = None,
-  iterations: int = 50,
+  iterations: Count = 50,
 ) -> Array:
   """Log of the plan Pi that maximises <Pi, logits> + H(Pi), [G, S, E].
 

@@ -12,6 +12,7 @@ from sparse_experts.moe.assignment import Assignment
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
 from sparse_experts.moe.routers.top_k import route
+from sparse_experts.numbers import Count
 
 
 class TaskGating(Router):
@@ -48,7 +49,7 @@ class TaskGating(Router):
     "task-level".
   """
 
-  num_tasks: int = 0
+  num_tasks: Count = 0
   gates: str = 'all'
   embedding_init: nn.initializers.Initializer = nn.initializers.normal(1.0)
   kernel_init: nn.initializers.Initializer = KERNEL_INIT

@@ -21,6 +21,7 @@ from sparse_experts.moe.assignment import (
 )
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
+from sparse_experts.numbers import Rate
 
 
 class TopK(Router):
@@ -65,7 +66,7 @@ class TopK(Router):
   priority: str = 'choice'
   balance_counts: str = 'first'
   losses_over: str = 'tokens'
-  jitter: float = 0.0
+  jitter: Rate = 0.0
   noise: float = 0.0
   kernel_init: nn.initializers.Initializer = KERNEL_INIT
 

@@ -12,6 +12,7 @@ from sparse_experts.moe.assignment import Assignment, is_causal, largest
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
 from sparse_experts.moe.routers.top_k import route
+from sparse_experts.numbers import NotNegative
 
 
 class VMoE(Router):
@@ -44,7 +45,7 @@ class VMoE(Router):
 
   k: int = 2
   priority: str = 'choice'
-  noise: float = 1.0
+  noise: NotNegative = 1.0
   kernel_init: nn.initializers.Initializer = KERNEL_INIT
 
   @property
