@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 # A dimension of an array, a number of steps: XLA counts elements by int32.
 Count = Annotated[int, Ge(1), Le(2**31 - 1)]
 Natural = Annotated[int, Ge(0)]
-Depth = Annotated[int, Ge(1), Le(10_000)]  # Layers are traced one by one.
+Depth = Annotated[int, Ge(1), Le(1000)]  # Layers are traced one by one.
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 NotNegative = Annotated[float, Ge(0), Lt(math.inf)]
 Rate = Annotated[float, Ge(0), Lt(1)]  # Of what is dropped.

@@ -105,9 +105,11 @@ def layer(
     useful ones; a loop's body counts once), `temp_bytes`, and `tflops` (useful
     ones a second in training).
   """
-  _check(shape, dispatcher_names, experts, choices)
+  if dry_run:
+    _check(shape, dispatcher_names, experts, choices)
+    return []
   rows = []
-  for k in () if dry_run else choices:
+  for k in choices:
     dense = _Program.of_dense(shape, k)
     for num_experts in experts:
       sparse = {
@@ -163,9 +165,9 @@ def compiled_layer(
     A row for each: `dispatcher`, `experts`, `k`, `mesh`,
     `executed_flops_ratio`, and `topology.facts` and `collectives` of one chip.
   """
-  chips_module.parse_topology(topology)
-  _check(shape, dispatcher_names, experts, choices)
   if dry_run:
+    chips_module.parse_topology(topology)
+    _check(shape, dispatcher_names, experts, choices)
     return []
   chips = topology_module.devices(topology)
   rows = []

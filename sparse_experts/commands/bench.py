@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Sequence
 
 from sparse_experts.commands import printing, settings
 
@@ -34,8 +35,8 @@ def run(args: argparse.Namespace) -> None:
     )
   else:
     bench = config.bound(layer_bench.layer)
+  bench(dry_run=True)  # Before the heading of what it will print.
   if args.dry_run:
-    bench(dry_run=True)
     return printing.checked(args)
   rows = bench(on_row=(lambda row: None) if args.json else _printer(on_pod))
   if args.json:
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
 def _decode(args: argparse.Namespace) -> None:
   from sparse_experts import config, console
   from sparse_experts.bench import decode as decode_bench
+  from sparse_experts.models.objective import Objective
+  from sparse_experts.numbers import Count
 
   if args.topology is not None:
     raise ValueError('--topology is for bench layer; decoding is timed here.')
@@ -53,16 +56,17 @@ def _decode(args: argparse.Namespace) -> None:
   given = list(args.bindings)
 
   def models():  # What a model is made of is read from the files as it is made.
-    for experts in (None, *config.value('EXPERTS')):
+    for experts in (None, *config.value('EXPERTS', Sequence[Count])):
       dense = experts is None
       sparse = 'SPARSE_LAYERS=0' if dense else f'NUM_EXPERTS={experts}'
       args.bindings = [*given, sparse]
       settings.parse(args)
-      yield 'dense' if dense else f'{experts} experts', config.value('MODEL')
+      model = config.value('MODEL', Objective)
+      yield 'dense' if dense else f'{experts} experts', model
 
   bench = config.bound(decode_bench.measure, given=('models',))
+  bench(models=models(), dry_run=True)
   if args.dry_run:
-    bench(models=models(), dry_run=True)
     return printing.checked(args)
   widths = (12, 6, 11, 9, 7, 13, 16)
   heading = ('model', 'batch', 'tokens/s', 'ms/step', 'ratio', '(quartiles)')

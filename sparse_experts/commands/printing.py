@@ -22,13 +22,16 @@ def checked(args: argparse.Namespace) -> None:
 def ledger(args: argparse.Namespace, activations: bool = False) -> None:
   """Parameters and arithmetic of the model the parsed gin files describe."""
   from sparse_experts import config
+  from sparse_experts.models.objective import Objective
+  from sparse_experts.numbers import Count
   from sparse_experts.papers import published
   from sparse_experts.planning import ledger, memory
 
   lengths = None
   if config.defined('TASK_FEATURE_LENGTHS'):
-    lengths = config.value('TASK_FEATURE_LENGTHS')
-  model = config.value('MODEL')
+    of = Mapping[str, Count] | None
+    lengths = config.value('TASK_FEATURE_LENGTHS', of)
+  model = config.value('MODEL', Objective)
   facts = ledger.ledger(model, lengths)
   if activations:
     facts['activation_bytes_per_token'] = memory.activations_per_token(

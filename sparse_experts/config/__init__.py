@@ -92,11 +92,15 @@ def _folders(search_paths: Sequence[str]) -> tuple[str, ...]:
   return ('', *search_paths, str(root()))
 
 
-def value(name: str) -> Any:
+def value(name: str, of: Any = None) -> Any:
   """The object that macro `name` describes, e.g. MODEL.
 
+  Args:
+    name: of the macro.
+    of: its type, for one that may be bound to no parameter, which says it.
+
   Raises:
-    ValueError: no file defines it.
+    ValueError: no file defines it, or it is of another type.
   """
   if name not in overrides.macros():
     raise ValueError(
@@ -104,6 +108,8 @@ def value(name: str) -> Any:
       '(`python -m sparse_experts list` names them), or --gin.'
       f'{name}=VALUE.'
     )
+  if of is not None:
+    types.check_macro(name, of)
   return copy.deepcopy(gin.config.parse_value(f'%{name}'))
 
 
@@ -314,6 +320,8 @@ class _Open(io.StringIO):
     _READING.append(self._path)
     return super().__enter__()
 
-  def __exit__(self, *error):
+  def __exit__(self, kind, error, trace):
     _READING.remove(self._path)
-    return super().__exit__(*error)
+    if isinstance(error, SyntaxError) and error.filename is None:
+      error.filename = self._path  # Which its message has, then.
+    return super().__exit__(kind, error, trace)

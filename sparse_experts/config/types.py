@@ -65,6 +65,13 @@ def check() -> None:
         )
 
 
+def check_macro(name: str, hint: Any) -> None:
+  """Holds a macro that no parameter has to a type, as `check` does."""
+  value = _resolved(gin.config._CONFIG[(name, 'gin.macro')]['value'])[1]
+  if not _Parameter(hint, inspect.Parameter.empty).accepts(value):
+    raise ValueError(f'{name} = {_shown(value)} must be {_text(hint)}.')
+
+
 @dataclasses.dataclass(frozen=True)
 class _Parameter:
   """What a parameter takes.
@@ -136,7 +143,7 @@ def _hints(function: Callable) -> Iterator[tuple[str, Any]]:
 
   Names that only a type checker imports are not there to be read.
   """
-  if dataclasses.is_dataclass(function):
+  if inspect.isclass(function) and dataclasses.is_dataclass(function):
     sources = [
       (vars(of).get('__annotations__', {}), vars(sys.modules[of.__module__]))
       for of in reversed(function.__mro__)

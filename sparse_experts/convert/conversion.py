@@ -21,7 +21,7 @@ from flax import traverse_util
 from sparse_experts.convert import native, tensor_map
 from sparse_experts.convert.formats import FORMATS, Checkpoint, look
 from sparse_experts.convert.tensor_map import Places
-from sparse_experts.training import checkpoints
+from sparse_experts.training import checkpoints, directories
 
 _JOURNAL = 'journal.jsonl'
 _TOKENIZER = (  # What a tokenizer of Hugging Face may be written in.
@@ -107,6 +107,7 @@ def convert(
   output = pathlib.Path(output).absolute()
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise ValueError(f'{output} is there already; give another --output.')
+  directories.check_new(output, by='--output')
   given = {
     'gin_files': gin_files,
     'bindings': bindings,

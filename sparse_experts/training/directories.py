@@ -33,8 +33,13 @@ def absolute(path: epath.PathLike) -> epath.Path:
   return path if found else path.absolute()  # Which makes gs:// a local one.
 
 
-def check_new(model_dir: epath.PathLike) -> None:
-  """Raises ValueError where no run can be written; writes nothing itself."""
+def check_new(model_dir: epath.PathLike, by: str = '--gin.MODEL_DIR') -> None:
+  """Raises ValueError where no run can be written; writes nothing itself.
+
+  Args:
+    model_dir: where it is to be written.
+    by: what the user says it by.
+  """
   path = absolute(model_dir)
   if str(path).startswith('gs://'):
     return _check_reachable(path)
@@ -54,8 +59,8 @@ def check_new(model_dir: epath.PathLike) -> None:
     reason = f'no permission in {there}'
   if reason:
     raise ValueError(
-      f'MODEL_DIR {model_dir} cannot be written ({reason}); choose a directory '
-      'that can, by --gin.MODEL_DIR.'
+      f'{model_dir} cannot be written ({reason}); choose a folder that can, by '
+      f'{by}.'
     )
 
 

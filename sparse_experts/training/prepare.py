@@ -79,6 +79,12 @@ def prepare(
   Raises:
     ValueError, OSError: something does not fit the rest, or is not there.
   """
+  if replay is not None:
+    start = replaying.checkpoint_before(model_dir, replay)
+  else:
+    start = max(checkpoints.steps(model_dir), default=None)
+  if start is None and initial_checkpoint is not None:
+    checkpoints.find(initial_checkpoint)
   mesh = placement.mesh
   shapes = dataset.shapes(model.features)
   # Outside the mesh, so that what does not divide over it is found by name.
@@ -100,10 +106,6 @@ def prepare(
     beside = frozen.abstract(model, shapes)
     take_step.eval_shape(nn.unbox(boxed), shapes, key, nn.unbox(beside))
     model.check_data(dataset)
-    if replay is not None:
-      start = replaying.checkpoint_before(model_dir, replay)
-    else:
-      start = max(checkpoints.steps(model_dir), default=None)
     if start is not None:
       at = checkpoints.directory_of(model_dir) / str(start)
       checkpoints.check_state(at, boxed)

@@ -157,7 +157,7 @@ MISTAKES = {
   ),
   'not writable': (
     _train(model_dir='FILE/run'),
-    ['MODEL_DIR FILE/run cannot be written', '--gin.MODEL_DIR'],
+    ['FILE/run cannot be written', '--gin.MODEL_DIR'],
   ),
   'other architecture': (
     _train('--gin.MLP_DIM=64', model_dir='TRAINED'),
