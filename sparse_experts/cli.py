@@ -8,6 +8,7 @@ import logging
 import os
 import pathlib
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 
@@ -54,7 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verbose:
       traceback.print_exc()
     print(f'error: {overrides.first_line(error)}', file=sys.stderr)
+    if args.coordinator:
+      _end_within(20)
     return 2
+
+
+def _end_within(seconds: float) -> None:
+  """Ends a process that failed alone: at exit it would wait for the others."""
+  ending = threading.Timer(seconds, os._exit, (2,))
+  ending.daemon = True
+  ending.start()
 
 
 class _Parser(argparse.ArgumentParser):
