@@ -8,6 +8,7 @@ import logging
 import os
 import pathlib
 import sys
+import threading
 from collections.abc import Sequence
 
 from sparse_experts import __version__, failures
@@ -55,8 +56,20 @@ def _run(argv: Sequence[str]) -> int:
   args, rest = _command_parser(name, command).parse_known_args(argv[1:])
   args.command = name
   args.bindings = _bindings(rest)
-  _prepare(args)
-  return command.run(args) or 0
+  try:
+    _prepare(args)
+    return command.run(args) or 0
+  except Exception:
+    if args.coordinator:
+      _end_within(20)
+    raise
+
+
+def _end_within(seconds: float) -> None:
+  """Ends a process that failed alone: at exit it would wait for the others."""
+  ending = threading.Timer(seconds, os._exit, (2,))
+  ending.daemon = True
+  ending.start()
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sys
 import time
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -64,6 +66,25 @@ def mend_lines(path: epath.Path) -> None:
       f'{path}: half a line at its end, {torn} bytes, was cut off',
       file=sys.stderr,
     )
+
+
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+  """The JSON objects of a file's lines, but for half a one at its end.
+
+  Raises:
+    ValueError: a line is none.
+  """
+  whole, _, _ = path.read_bytes().rpartition(b'\n')
+  found = []
+  for i, line in enumerate(whole.splitlines(), 1):
+    try:
+      found.append(dict(json.loads(line)))
+    except (ValueError, TypeError) as error:
+      raise ValueError(
+        f'{path} is damaged in line {i} ({error}): mend it, or move the file '
+        'elsewhere.'
+      ) from error
+  return found
 
 
 def replace(path: epath.Path, content: bytes) -> None:

@@ -33,6 +33,16 @@ def test_half_a_line_is_cut_off(content, kept, tmp_path, capsys):
   assert [file.name for file in tmp_path.iterdir()] == ['lines.jsonl']
 
 
+def test_a_line_in_the_middle_that_is_damaged_is_named(tmp_path):
+  path = epath.Path(tmp_path / 'lines.jsonl')
+  path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+  assert storage.read_lines(path) == [{'a': 1}, {'a': 2}]
+  for damage in ('{"a": 1}\n{"a": 2\n{}\n', '{"a": 1}\n3\n{}\n'):
+    path.write_text(damage)
+    with pytest.raises(ValueError, match='lines.jsonl is damaged in line 2'):
+      storage.read_lines(path)
+
+
 def test_what_is_not_there_needs_no_mending(tmp_path):
   storage.mend_lines(epath.Path(tmp_path / 'none'))
   assert list(tmp_path.iterdir()) == []

@@ -31,11 +31,12 @@ import pathlib
 import sys
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import tqdm
 from etils import epath
 
+from sparse_experts import storage
 from sparse_experts.data import host_tensorflow
 
 PACKAGES = (
@@ -108,6 +109,7 @@ def load() -> Corpus:
     FileNotFoundError: none of `PACKAGES`, or not the one held out, is
       installed, or they hold no documents.
     ValueError: the cached folder is damaged; the message names it.
+    OSError: the cache cannot be written; before anything is harvested.
 
   >>> load().counts['out_of_domain'].keys()
   dict_keys(['nltk'])
@@ -116,7 +118,7 @@ def load() -> Corpus:
   key = _hash(json.dumps([FORMAT, MIN_CHARACTERS, OUT_OF_DOMAIN, versions]))
   folder = _cache() / f'corpus-{key[:16]}'
   if not folder.exists():
-    _write(_harvest(versions), versions, folder)
+    _write(lambda: _harvest(versions), versions, folder)
   return _open(folder)
 
 
@@ -233,13 +235,19 @@ def _docstrings(
 
 
 def _write(
-  harvest: list[Document], versions: Mapping[str, str], folder: epath.Path
+  harvest: Callable[[], list[Document]],
+  versions: Mapping[str, str],
+  folder: epath.Path,
 ) -> None:
   """Writes the folder whole or not at all; keeps one that is there by then."""
   temporary = folder.parent / f'{folder.name}.{uuid.uuid4().hex}'
-  temporary.mkdir(parents=True)
+  with _writing(folder):  # A harvest is long: who cannot write knows before.
+    made = [parent for parent in temporary.parents if not parent.exists()]
+    temporary.mkdir(parents=True)
   try:
-    _write_files(harvest, versions, temporary)
+    documents = harvest()
+    with _writing(folder):
+      _write_files(documents, versions, temporary)
     try:
       temporary.rename(folder)
     except OSError:
@@ -248,6 +256,17 @@ def _write(
   finally:
     if temporary.exists():
       temporary.rmtree()
+    with contextlib.suppress(OSError):  # What else is in them stays.
+      for parent in made:
+        pathlib.Path(parent).rmdir()
+
+
+def _writing(folder: epath.Path) -> contextlib.AbstractContextManager[None]:
+  return storage.writing(
+    folder,
+    'free space there, or name another folder for what is cached by the '
+    'environment variable SPARSE_EXPERTS_CACHE',
+  )
 
 
 def _write_files(
@@ -289,25 +308,32 @@ def _write_files(
 
 
 def _open(folder: epath.Path) -> Corpus:
-  damaged = f'{folder} is damaged ({{}}): delete the folder and start again'
+  files = {split: folder / f'{split}.tfrecord' for split in SPLITS}
   try:
     description = json.loads((folder / 'corpus.json').read_text())
-  except (FileNotFoundError, json.JSONDecodeError) as error:
-    raise ValueError(damaged.format('no valid corpus.json')) from error
-  files = {split: folder / f'{split}.tfrecord' for split in SPLITS}
+    sizes = {split: description['bytes'][split] for split in SPLITS}
+    corpus = Corpus(
+      path=folder,
+      digest=description['digest'],
+      counts=description['counts'],
+      versions=description['versions'],
+      files=files,
+    )
+  except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+    raise damaged(folder, 'no valid corpus.json') from error
   for split, file in files.items():
-    expected = description['bytes'][split]
     found = file.stat().length if file.exists() else 0
-    if found != expected:
-      raise ValueError(
-        damaged.format(f'{file.name} has {found} bytes instead of {expected}')
+    if found != sizes[split]:
+      raise damaged(
+        folder, f'{file.name} has {found} bytes instead of {sizes[split]}'
       )
-  return Corpus(
-    path=folder,
-    digest=description['digest'],
-    counts=description['counts'],
-    versions=description['versions'],
-    files=files,
+  return corpus
+
+
+def damaged(folder: epath.Path, reason: str) -> ValueError:
+  """The error that names a cached corpus that cannot be read."""
+  return ValueError(
+    f'{folder} is damaged ({reason}): delete the folder and start again'
   )
 
 

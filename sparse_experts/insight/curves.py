@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
+
+from sparse_experts import storage
 
 
 class Curve(NamedTuple):
@@ -26,7 +27,7 @@ def read(model_dir: epath.PathLike) -> dict[str, dict[str, Curve]]:
     'layers/decoder/layers_1/imbalance', ... -> Curve.
 
   Raises:
-    FileNotFoundError: there is none.
+    FileNotFoundError: there is none. ValueError: it is damaged.
   """
   path = epath.Path(model_dir) / 'metrics.jsonl'
   if not path.exists():
@@ -35,10 +36,7 @@ def read(model_dir: epath.PathLike) -> dict[str, dict[str, Curve]]:
       'logged a step.'
     )
   points: dict[str, dict[str, dict[int, float]]] = {}
-  # Without a line that a kill has cut.
-  whole, _, _ = path.read_text().rpartition('\n')
-  for line in whole.splitlines():
-    metrics = json.loads(line)
+  for metrics in storage.read_lines(path):
     name, step = metrics.pop('name'), metrics.pop('step')
     for key, value in metrics.items():
       points.setdefault(name, {}).setdefault(key, {})[step] = value

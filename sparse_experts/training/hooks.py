@@ -104,7 +104,8 @@ class Evaluate:
 
   def __call__(self, run: Run) -> None:
     metrics = self.evaluation(run.state.params)
-    run.write('eval', metrics)
+    if run.step > run.start or not run.start:  # Else no step was taken since.
+      run.write('eval', metrics)
     text = f'step {run.step}  held-out loss {metrics["loss"]:.4f}'
     if self.headline is not None:  # '-name' where less is better.
       name = self.headline.removeprefix('-')

@@ -61,16 +61,11 @@ class Writers:
     """Leaves the lines that a run has written up to a step."""
     if not self._lines.exists():
       return
-    lines = self._lines.read_text().splitlines(keepends=True)
-    try:
-      kept = [line for line in lines if json.loads(line)['step'] <= step]
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(
-        f'{self._lines} is damaged ({error}): mend that line, or move the file '
-        'elsewhere.'
-      ) from error
+    lines = storage.read_lines(self._lines)
+    kept = [line for line in lines if line['step'] <= step]
     if kept != lines:
-      storage.replace(self._lines, ''.join(kept).encode())
+      text = ''.join(json.dumps(line) + '\n' for line in kept)
+      storage.replace(self._lines, text.encode())
 
   def _writing(self):
     return storage.writing(

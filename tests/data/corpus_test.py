@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from sparse_experts.data import corpus
+from sparse_experts.data.tasks import docs
 
 # 20 characters, so that six of them make a document.
 LONG = 'words of some length' * 6
@@ -145,6 +146,19 @@ def test_damage_is_an_error_that_names_the_folder(site):
   (loaded.path / 'corpus.json').write_text('{"digest": ')
   with pytest.raises(ValueError, match='no valid corpus'):
     corpus.load()
+  (loaded.path / 'corpus.json').write_text('{"digest": "a"}')
+  with pytest.raises(ValueError, match='no valid corpus'):
+    corpus.load()
+
+
+def test_a_flipped_bit_in_the_documents_is_named(site):
+  source = docs.DocumentSource()
+  file = pathlib.Path(source.list_shards('train')[0])
+  whole = bytearray(file.read_bytes())
+  whole[len(whole) // 2] ^= 1
+  file.write_bytes(whole)
+  with pytest.raises(ValueError, match='train.tfrecord.* delete the folder'):
+    source.get_dataset('train')
 
 
 def test_failure_while_writing_leaves_nothing(site, tmp_path, monkeypatch):
@@ -154,8 +168,18 @@ def test_failure_while_writing_leaves_nothing(site, tmp_path, monkeypatch):
   monkeypatch.setattr(corpus.json, 'dumps', full_disk)
   folder = corpus.epath.Path(tmp_path / 'cache' / 'corpus')
   with pytest.raises(OSError, match='no space'):
-    corpus._write(corpus._harvest(('alpha', 'beta')), {}, folder)
-  assert list((tmp_path / 'cache').iterdir()) == []
+    corpus._write(lambda: corpus._harvest(('alpha', 'beta')), {}, folder)
+  assert not (tmp_path / 'cache').exists()
+
+
+def test_a_cache_that_cannot_be_written_is_noticed_before_the_harvest(
+  site, tmp_path, monkeypatch, capsys
+):
+  (tmp_path / 'file').touch()
+  monkeypatch.setenv('SPARSE_EXPERTS_CACHE', str(tmp_path / 'file' / 'cache'))
+  with pytest.raises(OSError, match='cannot be written .Not a directory'):
+    corpus.load()
+  assert 'harvesting' not in capsys.readouterr().err
 
 
 def test_threads_that_race_agree_and_leave_one_folder(site, tmp_path):

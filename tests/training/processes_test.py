@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from sparse_experts.training import lease
+
 EIGHT = "--gin.MESH={'data': 2, 'expert': 4}"
 # Balance is of the whole batch, wherever its rows are.
 STEPS = (
@@ -166,3 +168,22 @@ def test_two_processes_stop_at_the_same_step(terminated, tmp_path):
   assert first.stderr.endswith(f'saved step {results["step"]}\n')
   inspect = command.run('inspect', '--json', f'--checkpoint={tmp_path}')
   assert json.loads(inspect.stdout)['step'] == results['step']
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_owner_and_refused_as_one(tmp_path):
+  """What one is told ends both."""
+  held = lease.Lease(tmp_path)
+  processes = _start_two(
+    *('train', command.TINY, f'--gin.MODEL_DIR={tmp_path}', EIGHT),
+    *(command.NO_EVALUATION, '--json'),
+    devices=4,
+  )
+  for process in processes:
+    _, stderr = process.communicate()
+    assert process.returncode == 2
+    assert stderr.splitlines()[-1].startswith(
+      f'error: MODEL_DIR {tmp_path} is being trained in, by process '
+    )
+  held.check()
+  held.close()

@@ -66,10 +66,15 @@ class DocumentSource(seqio.DataSource):
     **_,  # seqio's other arguments are for sources that cache.
   ) -> tf.data.Dataset:
     records = tf.data.TFRecordDataset(self.list_shards(split))
-    columns = tf.io.parse_example(
-      records.batch(1 << 20).get_single_element(),
-      {k: tf.io.FixedLenFeature([], tf.string) for k in ('text', 'domain')},
-    )
+    try:
+      columns = tf.io.parse_example(
+        records.batch(1 << 20).get_single_element(),
+        {k: tf.io.FixedLenFeature([], tf.string) for k in ('text', 'domain')},
+      )
+    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+      raise corpus.damaged(
+        self._corpus.path, f'{split}.tfrecord is not what was written'
+      ) from error
     is_it = columns['domain'][:, None] == tf.constant(corpus.PACKAGES)[None]
     columns['task_id'] = tf.argmax(is_it, 1, tf.int32)
     return arrays.examples(columns, shuffle, seed, shard_info)
