@@ -19,7 +19,6 @@ import glob
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +26,6 @@ from typing import Any, NamedTuple
 from etils import epath
 
 DOCUMENTS = ('paragraph', 'line', 'file')
-_WILDCARDS = re.compile(r'[*?[]')
 
 
 class Row(NamedTuple):
@@ -52,7 +50,8 @@ def find(patterns: str | Sequence[str]) -> list[epath.Path]:
     FileNotFoundError: one of them is no file.
   """
   found = []
-  for pattern in [patterns] if isinstance(patterns, str) else patterns:
+  is_one = isinstance(patterns, (str, os.PathLike))
+  for pattern in [patterns] if is_one else patterns:
     path = epath.Path(pattern).expanduser()
     if path.is_file():
       found.append(path)
@@ -61,7 +60,8 @@ def find(patterns: str | Sequence[str]) -> list[epath.Path]:
       raise FileNotFoundError(
         f'{path} is a folder; name its files, such as {str(path / "*")!r}.'
       )
-    matches = sorted(match for match in _glob(path) if match.is_file())
+    matches = map(epath.Path, glob.iglob(os.fspath(path), recursive=True))
+    matches = sorted(match for match in matches if match.is_file())
     if not matches:
       raise FileNotFoundError(
         f'{pattern!r} is no file and matches none; paths are relative to the '
@@ -69,18 +69,6 @@ def find(patterns: str | Sequence[str]) -> list[epath.Path]:
       )
     found += matches
   return found
-
-
-def _glob(path: epath.Path) -> Iterator[epath.Path]:
-  if '://' not in os.fspath(path):
-    yield from map(epath.Path, glob.iglob(os.fspath(path), recursive=True))
-    return
-  # That of a bucket, which knows no `**`.
-  parts = path.parts
-  wild = [i for i, part in enumerate(parts) if _WILDCARDS.search(part)]
-  if wild:
-    folder = epath.Path(*parts[: wild[0]])
-    yield from folder.glob('/'.join(parts[wild[0] :]))
 
 
 def text_rows(path: epath.Path, documents: str = 'paragraph') -> Iterator[Row]:

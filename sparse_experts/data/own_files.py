@@ -131,7 +131,10 @@ def text_task(
     of = seqio.Feature(vocabularies.named(vocabulary))
     source = FileSource(files, 'text', documents=documents)
     rekey, _, cut = preprocessors.from_text(getattr(preprocessors, objective))
-    steps = [rekey, _tokenized]
+    steps = [
+      rekey,
+      functools.partial(preprocessors.tokenize, copy_pretokenized=False),
+    ]
     if arrays.is_python(of.vocabulary):
       source = arrays.TokenSource(source, rekey, {'targets': of})
       # And not the texts that they were.
@@ -148,17 +151,6 @@ def text_task(
 
   name = _name('text', files, objective, documents, vocabulary)
   return _register(name, files, add)
-
-
-def _tokenized(dataset, output_features):
-  """As seqio's, which keeps 256 documents in a saved position; few here."""
-  import tensorflow as tf
-
-  encode = output_features['targets'].vocabulary.encode_tf
-  return dataset.map(
-    lambda example: {'targets': encode(example['targets'])},
-    num_parallel_calls=tf.data.AUTOTUNE,
-  )
 
 
 # Of each task that is registered, what its files were then.

@@ -41,6 +41,20 @@ def from_text(
   ]
 
 
+def tokenize(
+  dataset: tf.data.Dataset,
+  output_features: Features,
+  copy_pretokenized: bool = True,
+) -> tf.data.Dataset:
+  """As seqio's, which keeps 256 examples in each saved position; here are few."""
+  encode = functools.partial(
+    seqio.preprocessors.tokenize_impl,
+    output_features=output_features,
+    copy_pretokenized=copy_pretokenized,
+  )
+  return dataset.map(encode, num_parallel_calls=tf.data.AUTOTUNE)
+
+
 def span_corruption(
   dataset: tf.data.Dataset,
   sequence_length: Lengths,

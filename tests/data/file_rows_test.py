@@ -7,7 +7,7 @@ import re
 
 import pytest
 from etils import epath
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_experts.data import file_rows
@@ -124,6 +124,7 @@ table = names.flatmap(
 )
 
 
+@settings(deadline=None)
 @given(table, st.booleans())
 def test_any_table_reads_back(tmp_path_factory, table, marked):
   header, values = table
@@ -137,6 +138,7 @@ def test_any_table_reads_back(tmp_path_factory, table, marked):
   assert read == values
 
 
+@settings(deadline=None)
 @given(st.lists(st.fixed_dictionaries({'a': text, 'b/c': text}), min_size=1))
 def test_any_objects_read_back(tmp_path_factory, objects):
   path = epath.Path(tmp_path_factory.getbasetemp() / 'objects.jsonl')

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 import seqio
 import tensorflow as tf
 
-from sparse_experts.data import metrics
+from sparse_experts.data import metrics, preprocessors
 from sparse_experts.data.tasks import arrays
 
 NO_LABEL = '<unk>'  # The target of a test split without labels, as in T5.
@@ -120,10 +120,13 @@ def add(
     feature: seqio.Feature(vocabulary, add_eos=benchmark.ends)
     for feature in ('inputs', 'targets')
   }
+  # Of a source in memory positions are small; those of TFDS stay as they were.
+  in_memory = isinstance(source, arrays.ArraySource)
+  tokenize = preprocessors if in_memory else seqio.preprocessors
   steps = [
     functools.partial(as_text, benchmark=benchmark),
     *([ask] if ask else []),
-    functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=True),
+    functools.partial(tokenize.tokenize, copy_pretokenized=True),
   ]
   if arrays.is_python(vocabulary) and ask is None:
     source, steps = arrays.TokenSource(source, steps[0], features), []
