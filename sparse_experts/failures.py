@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 import re
-import signal
 import sys
 import tempfile
 import traceback
@@ -18,23 +16,6 @@ EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
 USER, INTERNAL, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141  # 128 + the signal.
 _NO_MEMORY = 'RESOURCE_EXHAUSTED|[Oo]ut of memory'
 _PACKAGE = pathlib.Path(__file__).resolve().parent
-
-
-def catch_interrupts() -> None:
-  """Ctrl-C ends the process with one line from now on, whatever it interrupts.
-
-  At once: what is written appears whole or not at all, and a KeyboardInterrupt
-  inside the import of a library may be anything by the time it arrives. What
-  has something to finish, such as a run, takes the signal over for that time.
-  """
-
-  def stop(*_):
-    with contextlib.suppress(Exception):  # It may be in the midst of printing.
-      sys.stdout.flush()
-    os.write(2, b'interrupted\n')
-    os._exit(INTERRUPTED)
-
-  signal.signal(signal.SIGINT, stop)
 
 
 def end(error: BaseException, verbose: bool) -> int:
