@@ -50,6 +50,8 @@ def _explained(error: BaseException) -> tuple[int, str]:
     )
   if isinstance(error, EXPECTED) or overrides.lacks_argument(error):
     return USER, line
+  if isinstance(error, OverflowError):  # Of what XLA counts by.
+    return USER, f'a size is too large: {line[:200]}; take a smaller one.'
   if _of_files(error):
     return USER, f'a file cannot be read or written: {line[:300]}'
   return INTERNAL, (
