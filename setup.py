@@ -95,6 +95,6 @@ setuptools.setup(
     'precompile': ['libtpu'],  # Compiles for TPU pods; x86 Linux only.
   },
   entry_points={
-    'console_scripts': ['sparse_experts = sparse_experts.cli:main']
+    'console_scripts': ['sparse_experts = sparse_experts.__main__:main']
   },
 )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
+from typing import IO
 
 # What says of itself what is wrong, in a line that a user can act on.
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
 USER, INTERNAL, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141  # 128 + the signal.
+_NO_MEMORY = 'RESOURCE_EXHAUSTED|[Oo]ut of memory'
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
@@ -23,7 +26,8 @@ def end(error: BaseException, verbose: bool) -> int:
     verbose: also print the traceback.
   """
   if isinstance(error, BrokenPipeError):  # Nobody reads what is printed.
-    return _silent()
+    _send_nowhere(sys.stdout, sys.stderr)
+    return BROKEN_PIPE
   if any(isinstance(of, KeyboardInterrupt) for of in _causes(error)):
     print('interrupted', file=sys.stderr)
     return INTERRUPTED
@@ -38,7 +42,7 @@ def _explained(error: BaseException) -> tuple[int, str]:
   from sparse_experts.config import overrides
 
   line = overrides.first_line(error)
-  if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in line:
+  if isinstance(error, MemoryError) or re.search(_NO_MEMORY, line):
     return USER, (
       f'out of memory in {_where(error)}: {line[:200]}; take a smaller '
       'BATCH_SIZE, more MICROBATCHES or REMAT, a smaller model, or split it '
@@ -46,6 +50,8 @@ def _explained(error: BaseException) -> tuple[int, str]:
     )
   if isinstance(error, EXPECTED) or overrides.lacks_argument(error):
     return USER, line
+  if isinstance(error, OverflowError):  # Of what XLA counts by.
+    return USER, f'a size is too large: {line[:200]}; take a smaller one.'
   if _of_files(error):
     return USER, f'a file cannot be read or written: {line[:300]}'
   return INTERNAL, (
@@ -54,15 +60,14 @@ def _explained(error: BaseException) -> tuple[int, str]:
   )
 
 
-def _silent() -> int:
-  """Lets what is still to be printed, at exit too, go nowhere."""
+def _send_nowhere(*streams: IO[str]) -> None:
+  """What is still to be printed there, at exit too, goes nowhere."""
   nowhere = os.open(os.devnull, os.O_WRONLY)
-  for stream in (sys.stdout, sys.stderr):
+  for stream in streams:
     try:
       os.dup2(nowhere, stream.fileno())
     except (OSError, ValueError):  # A stream that is no file.
       continue
-  return BROKEN_PIPE
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

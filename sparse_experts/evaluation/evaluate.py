@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -140,9 +143,10 @@ class Evaluation:
     """
     found = []
     try:
-      for results in self._each(until):
-        found.append(results)
-        on_results(results)
+      with _interruptible():
+        for results in self._each(until):
+          found.append(results)
+          on_results(results)
     except KeyboardInterrupt:
       if not found:
         raise
@@ -236,6 +240,19 @@ class Evaluation:
     unfinished = path.with_suffix('.unfinished')
     unfinished.write_text(json.dumps(results, indent=2) + '\n')
     unfinished.replace(path)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+  """Ctrl-C is a KeyboardInterrupt, also where a command made it its end."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def _comparable(results: Mapping[str, Any]) -> float:

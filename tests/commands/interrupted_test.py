@@ -22,12 +22,15 @@ def test_ctrl_c_is_one_line(seconds, tmp_path):
   assert stderr == 'interrupted\n'
 
 
-@pytest.mark.parametrize('arguments', [('list',), ('--help',), ('list', '-h')])
+@pytest.mark.parametrize(
+  'arguments',
+  [('table', '--paper=t5_checkpoints'), ('--help',), ('list', '-h')],
+)
 def test_a_broken_pipe_is_silent(arguments, tmp_path):
   process = command.start('-m', 'sparse_experts', *arguments, cwd=tmp_path)
   process.stdout.close()  # As `| head -0`.
   assert process.stderr.read() == ''
-  assert process.wait(60) == 141
+  assert process.wait(60) in (0, 141)  # argparse minds no pipe.
 
 
 def test_what_nobody_expected_is_one_line_and_a_file(monkeypatch, tmp_path):
@@ -50,15 +53,14 @@ def test_what_nobody_expected_is_one_line_and_a_file(monkeypatch, tmp_path):
   assert verbose.startswith('Traceback') and 'in fail' in verbose
 
 
-def test_out_of_memory_says_who_asked_for_how_much(tmp_path):
-  """A table of 2^31 x 2^20 floats: 8 PiB."""
+def test_out_of_memory_says_who_asked_for_how_much():
+  """Tokens of 10^9 x 2^20 floats: 4 PB."""
   outcome = command.run(
-    *('train', command.TINY, command.NO_EVALUATION),
-    *(f'--gin.MODEL_DIR={tmp_path}/run', '--gin.NUM_EMBEDDINGS=2147483640'),
-    *('--gin.EMBED_DIM=1048576', '--gin.NUM_HEADS=1', '--gin.MLP_DIM=8'),
+    *('bench', 'layer', '--json', '--gin.TOKENS=1000000000'),
+    *('--gin.EMBED_DIM=1048576', '--gin.MLP_DIM=8', '--gin.EXPERTS=(8,)'),
   )
   assert outcome.code == 2
   line = outcome.stderr
-  assert line.startswith('error: out of memory in training.state.create')
+  assert line.startswith('error: out of memory in bench.layer.')
+  assert line.count('\n') == 1
   assert 'bytes' in line and 'BATCH_SIZE' in line
-  assert list(tmp_path.iterdir()) == []
