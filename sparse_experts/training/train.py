@@ -120,8 +120,7 @@ def train(
   built_mesh = placement.mesh
   with contextlib.ExitStack() as closing:
     if replay is None:
-      lease = Lease(model_dir)
-      closing.callback(lease.close)
+      lease = closing.enter_context(contextlib.closing(Lease(model_dir)))
     # Outside the mesh, so that what does not divide over it is found by name.
     with expert_check.checking():
       boxed, built_optimizer = state.abstract(
@@ -130,8 +129,7 @@ def train(
         functools.partial(optimizer, learning_rate=learning_rate),
       )
     closing.enter_context(placement.use())
-    preemption = Preemption()
-    closing.callback(preemption.close)
+    preemption = closing.enter_context(contextlib.closing(Preemption()))
     run, saver = _begin(
       model,
       model_dir,
