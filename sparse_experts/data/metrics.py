@@ -138,7 +138,9 @@ def multirc(targets: Sequence[Member], predictions: Sequence[str]) -> Scores:
   return {'f1a': score['f1'], 'em': _mean(map(all, questions.values()))}
 
 
-def record(targets: Sequence[Member], predictions: Sequence[str]) -> Scores:
+def squad_by_group(
+  targets: Sequence[Member], predictions: Sequence[str]
+) -> Scores:
   """As `squad`, once a group: ReCoRD's examples repeat, one for each answer."""
   firsts = {}
   for (group, answers), prediction in _pairs(targets, predictions):

@@ -122,7 +122,7 @@ def brier_score(p_BxW: np.ndarray, label_B: np.ndarray) -> float:
   return float(((p_BxW - right_BxW) ** 2).sum(1).mean())
 
 
-def summary(p_BxW: np.ndarray, label_B: np.ndarray) -> dict[str, Any]:
+def measures(p_BxW: np.ndarray, label_B: np.ndarray) -> dict[str, Any]:
   """Every number of this file, and the bins of a diagram.
 
   ECE is of 10 bins of equal width, RMS of bins of 100 examples (the last in
@@ -143,7 +143,7 @@ def summary(p_BxW: np.ndarray, label_B: np.ndarray) -> dict[str, Any]:
 
 
 def plot(bins: Sequence[Mapping[str, Any]], path: os.PathLike | str) -> None:
-  """Draws a reliability diagram of `summary`'s bins into an image file.
+  """Draws a reliability diagram of `measures`' bins into an image file.
 
   Raises:
     ImportError: matplotlib is not installed.

@@ -203,7 +203,7 @@ def judged_options(task, examples, log_likelihoods):
     The task's metrics; the numbers of 'examples' and of 'ties', examples whose
     most probable options are several, of which the first is taken: where that
     is all of them, metrics say how often the first option is right; and
-    `calibration.summary`, or None where no one option is right.
+    `calibration.measures`, or None where no one option is right.
 
   Raises:
     ValueError: a log-likelihood is not finite.
@@ -229,7 +229,7 @@ def judged_options(task, examples, log_likelihoods):
   if min(labels) < 0:  # Several options are right, or nobody knows.
     return metrics, ranking, None
   p_BxW = calibration.probabilities(log_likelihoods)
-  return metrics, ranking, calibration.summary(p_BxW, np.array(labels))
+  return metrics, ranking, calibration.measures(p_BxW, np.array(labels))
 
 
 def _judged(dataset: Dataset):

@@ -16,7 +16,7 @@ import numpy as np
 from sparse_experts.insight import routing
 from sparse_experts.insight.curves import Curve
 from sparse_experts.insight.records import Records
-from sparse_experts.insight.routing import Path, Table
+from sparse_experts.insight.routing import Matrix, Path
 from sparse_experts.moe import FATES, Record
 
 if typing.TYPE_CHECKING:
@@ -54,8 +54,8 @@ def load(records: Records) -> Figure:
   load_NxE = np.full((len(loads), E), np.nan)
   for n, load_E in enumerate(loads):
     load_NxE[n, : len(load_E)] = load_E
-  table = Table(tuple(records.layers), tuple(map(str, range(E))), load_NxE)
-  return _heat_map(table, label='share of choices', xlabel='expert', low=0)
+  matrix = Matrix(tuple(records.layers), tuple(map(str, range(E))), load_NxE)
+  return _heat_map(matrix, label='share of choices', xlabel='expert', low=0)
 
 
 def load_over_time(steps: np.ndarray, load_TxE: np.ndarray) -> Figure:
@@ -141,22 +141,22 @@ def confidence(records: Records) -> Figure:
   return figure
 
 
-def specialisation(table: Table) -> Figure:
+def specialisation(matrix: Matrix) -> Figure:
   """Of the tokens of each row, the share that goes to each expert."""
-  return _heat_map(table, label='share of tokens', xlabel='expert', low=0)
+  return _heat_map(matrix, label='share of tokens', xlabel='expert', low=0)
 
 
-def coactivation(table: Table) -> Figure:
+def coactivation(matrix: Matrix) -> Figure:
   """Of the tokens that chose expert i (down), the share that chose j."""
   return _heat_map(
-    table, label='share of its tokens', xlabel='also chose', ylabel='expert'
+    matrix, label='share of its tokens', xlabel='also chose', ylabel='expert'
   )
 
 
-def transitions(table: Table) -> Figure:
+def transitions(matrix: Matrix) -> Figure:
   """Of the tokens at expert i of a layer (down), the share at j of the next."""
   return _heat_map(
-    table, label='share of its tokens', xlabel='expert of the next layer',
+    matrix, label='share of its tokens', xlabel='expert of the next layer',
     ylabel='expert of a layer', low=0,
   )  # fmt: skip
 
@@ -221,15 +221,15 @@ def _styles():
 
 
 def _heat_map(
-  table: Table, *, label: str, xlabel: str, ylabel: str = '', low=None
+  matrix: Matrix, *, label: str, xlabel: str, ylabel: str = '', low=None
 ) -> Figure:
-  figure, axes = _axes(height=min(1.0 + 0.22 * len(table.rows), 6.5))
+  figure, axes = _axes(height=min(1.0 + 0.22 * len(matrix.rows), 6.5))
   image = axes.imshow(
-    table.values, aspect='auto', cmap='cividis', interpolation='nearest',
+    matrix.values, aspect='auto', cmap='cividis', interpolation='nearest',
     vmin=low,
   )  # fmt: skip
-  _few_ticks(axes.xaxis, table.columns, most=16)
-  _few_ticks(axes.yaxis, table.rows, most=40)
+  _few_ticks(axes.xaxis, matrix.columns, most=16)
+  _few_ticks(axes.yaxis, matrix.rows, most=40)
   axes.set(xlabel=xlabel, ylabel=ylabel)
   _scale(axes, image, label)
   return figure

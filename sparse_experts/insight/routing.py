@@ -19,7 +19,7 @@ from sparse_experts.moe import FATES, Record
 HOT = 2.0  # Times the mean load.
 
 
-class Table(NamedTuple):
+class Matrix(NamedTuple):
   """Numbers with names: values, [rows, columns]."""
 
   rows: tuple[str, ...]
@@ -101,7 +101,7 @@ def line_lengths(record: Record) -> np.ndarray:
   return chosen_BxLxE.reshape(-1, record.group_size, E).sum(1).astype(int)
 
 
-def coactivation(record: Record) -> Table:
+def coactivation(record: Record) -> Matrix:
   """Row i, column j: of the tokens that chose expert i, the share that chose j.
 
   NaN on the diagonal and for experts that nobody chose. OLMoE, section 5.2:
@@ -112,7 +112,7 @@ def coactivation(record: Record) -> Table:
   np.fill_diagonal(both_ExE, np.nan)
   count_Ex1 = chosen_BLxE.sum(0)[:, None]
   share_ExE = both_ExE / np.where(count_Ex1, count_Ex1, np.nan)
-  return Table(experts(record), experts(record), share_ExE)
+  return Matrix(experts(record), experts(record), share_ExE)
 
 
 def experts(record: Record) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ def experts(record: Record) -> tuple[str, ...]:
   return tuple(map(str, range(record.num_experts)))
 
 
-def overview(records: Records) -> Table:
+def overview(records: Records) -> Matrix:
   """One row a layer; columns are numbers of `summary`, 0 where not reported."""
   columns = (
     *('imbalance', 'hot', 'dead', 'dropped', 'left_out', 'fill'),
@@ -128,7 +128,7 @@ def overview(records: Records) -> Table:
   )
   rows = {name: summary(layer) for name, layer in records.layers.items()}
   values = [[row.get(name, 0.0) for name in columns] for row in rows.values()]
-  return Table(tuple(rows), columns, np.array(values))
+  return Matrix(tuple(rows), columns, np.array(values))
 
 
 class Path(NamedTuple):
@@ -180,7 +180,7 @@ def paths(records: Records, stack: str, most: int = 20) -> list[Path]:
   ]
 
 
-def transitions(first: Record, second: Record) -> Table:
+def transitions(first: Record, second: Record) -> Matrix:
   """Of the tokens with each first choice in a layer, the share with each in
   another; NaN in rows of experts that no token chose."""
   E, F = first.num_experts, second.num_experts
@@ -190,7 +190,7 @@ def transitions(first: Record, second: Record) -> Table:
   np.add.at(count_ExE, (a_BxL[both_BxL], b_BxL[both_BxL]), 1)
   count_Ex1 = count_ExE.sum(1, keepdims=True)
   share_ExE = count_ExE / np.where(count_Ex1, count_Ex1, np.nan)
-  return Table(experts(first), experts(second), share_ExE)
+  return Matrix(experts(first), experts(second), share_ExE)
 
 
 def _in_stack(layer: str, stack: str) -> bool:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sparse_experts.insight.records import Records
-from sparse_experts.insight.routing import Table, chosen, experts, is_padding
+from sparse_experts.insight.routing import Matrix, chosen, experts, is_padding
 from sparse_experts.insight.token_classes import CLASSES, classify
 from sparse_experts.models.layout import LayerId
 from sparse_experts.moe import Record
@@ -21,7 +21,7 @@ from sparse_experts.moe import Record
 
 def share_by_label(
   record: Record, label_BxL: np.ndarray, names: Sequence[str]
-) -> Table:
+) -> Matrix:
   """Of the tokens with each label, the share that chose each expert.
 
   N_{e, label} / N_label of OLMoE, sections 5.3 and 5.4, over all K choices, so
@@ -34,14 +34,14 @@ def share_by_label(
   """
   counts_RxE, tokens_R = _count_labels(record, label_BxL, len(names))
   seen = np.flatnonzero(tokens_R)
-  return Table(
+  return Matrix(
     tuple(names[i] for i in seen),
     experts(record),
     counts_RxE[seen] / tokens_R[seen, None],
   )
 
 
-def by_domain(records: Records, layer: str) -> Table:
+def by_domain(records: Records, layer: str) -> Matrix:
   """Domain specialisation of a layer (OLMoE, section 5.3): rows are domains.
 
   Raises:
@@ -60,14 +60,14 @@ def by_domain(records: Records, layer: str) -> Table:
   )
 
 
-def by_class(records: Records, layer: str) -> Table:
+def by_class(records: Records, layer: str) -> Matrix:
   """Specialisation by spelling: rows are `token_classes.CLASSES`."""
   return share_by_label(
     records.layers[layer], _classes(records, layer), CLASSES
   )
 
 
-def by_token(records: Records, layer: str, least: int = 8) -> Table:
+def by_token(records: Records, layer: str, least: int = 8) -> Matrix:
   """Vocabulary specialisation of a layer (OLMoE, section 5.4).
 
   Rows are the tokens that occur at least so often, the most frequent first.
@@ -78,7 +78,7 @@ def by_token(records: Records, layer: str, least: int = 8) -> Table:
   counts_VxE, tokens_V = _count_labels(record, tokens_BxL, size)
   order = np.argsort(-tokens_V, kind='stable')
   order = order[tokens_V[order] >= max(least, 1)]
-  return Table(
+  return Matrix(
     tuple(piece(records, layer, i) for i in order),
     experts(record),
     counts_VxE[order] / tokens_V[order, None],
@@ -97,15 +97,15 @@ def vocabulary_specialisation(
   return float(values_VxE.max(1).mean()) if len(values_VxE) else 0.0
 
 
-def row_entropy(table: Table) -> dict[str, float]:
+def row_entropy(matrix: Matrix) -> dict[str, float]:
   """Entropy in nats of each row over its columns (ST-MoE, Table 14).
 
   log(E) is routing that does not care, 0 is one expert.
   """
-  total = table.values.sum(1, keepdims=True)
-  share = table.values / np.where(total, total, 1)
+  total = matrix.values.sum(1, keepdims=True)
+  share = matrix.values / np.where(total, total, 1)
   terms = share * np.log(np.where(share > 0, share, 1))
-  return dict(zip(table.rows, (-terms.sum(1)).tolist()))
+  return dict(zip(matrix.rows, (-terms.sum(1)).tolist()))
 
 
 class Expert(NamedTuple):

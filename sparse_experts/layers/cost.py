@@ -134,7 +134,7 @@ def calls(
   under_way = [made]  # Calls made by each of those under way.
   roots: list[nn.Module | None] = [None]  # Of calls under way: who was applied.
 
-  def record(call, args, kwargs, context):
+  def note(call, args, kwargs, context):
     module = context.module
     if module.scope is None:
       return call(*args, **kwargs)
@@ -160,7 +160,7 @@ def calls(
     under_way[-1].append(Call(module, (shape,), told, within))
     return result
 
-  with nn.intercept_methods(record):
+  with nn.intercept_methods(note):
     result = init()
   return result, _by_path(made)
 

@@ -55,7 +55,7 @@ def matrix(
     [[3.0], [3.0]]
   """
   rows = current()
-  w = rows.read(module, name, init, tuple(shape))
+  w = rows.declared(module, name, init, tuple(shape))
   return rows.product(x, w.astype(x.dtype), num_inputs)
 
 
@@ -88,7 +88,7 @@ def vector(
     [[1.0, 2.0], [3.0, 4.0], [3.0, 4.0]]
   """
   rows = current()
-  v = rows.read(module, name, init, tuple(shape))
+  v = rows.declared(module, name, init, tuple(shape))
   return rows.spread(v, x)
 
 
@@ -103,7 +103,7 @@ class Shared:
 
   mask_dims: tuple[int, ...] = (-2,)
 
-  def read(self, module, name, init, shape) -> Array:
+  def declared(self, module, name, init, shape) -> Array:
     """The parameter, declared if it is not yet."""
     return module.param(name, init, shape, jnp.float32)
 
@@ -136,7 +136,7 @@ class Grouped:
   product_of_groups: Callable[[Array, Array, Array], Array]
   mask_dims: tuple[int, ...] = ()
 
-  def read(self, module, name, init, shape) -> Array:
+  def declared(self, module, name, init, shape) -> Array:
     """The parameters of all experts, [E, *shape], which are there already."""
     stacked = module.get_variable('params', name)
     if stacked.shape != (len(self.sizes_E), *shape):

@@ -112,7 +112,7 @@ def edit_distance(
   B, T = labels_BxT.shape
   ahead_1xI = jnp.arange(T + 1)[None]  # I is T + 1: how many labels there are.
 
-  def read(distance_BxI, token):
+  def advance(distance_BxI, token):
     id_B, is_read_B = token
     is_other_BxT = labels_BxT != id_B[:, None]
     swapped_BxT = distance_BxI[:, :-1] + is_other_BxT
@@ -124,6 +124,6 @@ def edit_distance(
 
   distance_BxI = jnp.broadcast_to(ahead_1xI, (B, T + 1))
   distance_BxI, _ = jax.lax.scan(
-    read, distance_BxI, (path_BxL.T, is_read_BxL.T)
+    advance, distance_BxI, (path_BxL.T, is_read_BxL.T)
   )
   return jnp.take_along_axis(distance_BxI, lengths_B[:, None], axis=1)[:, 0]

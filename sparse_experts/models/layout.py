@@ -71,12 +71,8 @@ class LayerId:
     return self._rank() < other._rank()
 
   def _rank(self) -> tuple[bool, str, int, str]:
-    return (
-      not self.stack.endswith('encoder'),
-      self.stack,
-      self.index,
-      self.kind,
-    )
+    reads = not self.stack.endswith('encoder')
+    return (reads, self.stack, self.index, self.kind)
 
 
 class BlockPath(NamedTuple):
@@ -243,8 +239,7 @@ def kinds(
       )
     if every > num_layers:
       raise ValueError(
-        f'sparse_layers={every} makes none of the {num_layers} layers sparse; '
-        '0 says so.'
+        f'sparse_layers={every} makes none of {num_layers} sparse; 0 says so.'
       )
     return tuple(
       every > 0 and i % every == every - 1 for i in range(num_layers)

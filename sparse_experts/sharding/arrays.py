@@ -22,7 +22,7 @@ def spec(
     ValueError: a name is in no rule, a dimension does not divide over its mesh
       axes, or two are split over the same one.
   """
-  rules = current().table
+  rules = current().all_rules
   if len(names) != len(shape):
     raise ValueError(f'{what} has shape {tuple(shape)} but axis names {names}.')
   entries: list[MeshAxes] = []

@@ -136,7 +136,7 @@ class Placement:
         )
 
   @functools.cached_property
-  def table(self) -> Mapping[str, MeshAxes]:
+  def all_rules(self) -> Mapping[str, MeshAxes]:
     """`RULES` with what these rules override."""
     return {**RULES, **self.rules}
 
@@ -159,7 +159,7 @@ class Placement:
 
   def axes(self, name: str) -> tuple[str, ...]:
     """The mesh axes that a logical axis is split over."""
-    return axes_of(self.table[name])
+    return axes_of(self.all_rules[name])
 
   def sizes_on(self, num_devices: int) -> dict[str, int]:
     """Devices along every mesh axis, of so many; raises as `mesh` does."""
@@ -207,7 +207,7 @@ class Placement:
 
   @property
   def _used(self) -> set[str]:
-    values = (*self.table.values(), *self.optimizer_rules.values())
+    values = (*self.all_rules.values(), *self.optimizer_rules.values())
     return {axis for value in values for axis in axes_of(value)}
 
 

@@ -25,7 +25,7 @@ class Partitioner(partitioning.PjitPartitioner):
     model_axes = placement.axes('mlp')
     super().__init__(
       num_partitions=math.prod(placement.mesh.shape[a] for a in model_axes),
-      logical_axis_rules=tuple(placement.table.items()),
+      logical_axis_rules=tuple(placement.all_rules.items()),
     )
 
   @property

@@ -43,13 +43,13 @@ def test_equal_mass_by_hand():
 
 def test_ties_are_the_first_option():
   p = np.full((2, 4), 0.25)
-  assert calibration.summary(p, np.array([0, 3]))['accuracy'] == 0.5
+  assert calibration.measures(p, np.array([0, 3]))['accuracy'] == 0.5
 
 
 def test_perfect_and_opposite():
   right, wrong = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
   label = np.array([0])
-  good, bad = (calibration.summary(p, label) for p in (right, wrong))
+  good, bad = (calibration.measures(p, label) for p in (right, wrong))
   for name in ('expected_calibration_error', 'rms_calibration_error'):
     assert (good[name], bad[name]) == (0, 1)
   assert (good['brier_score'], bad['brier_score']) == (0, 2)
@@ -73,7 +73,7 @@ def test_rms_is_of_bins_of_100_examples_and_of_ten_at_least(
     right = round(each * (confidence + 0.1 * (-1) ** b))
     p += [[confidence, *[(1 - confidence) / 4] * 4]] * each
     label += [0] * right + [1] * (each - right)
-  found = calibration.summary(np.array(p), np.array(label))
+  found = calibration.measures(np.array(p), np.array(label))
   assert found['rms_calibration_error'] == pytest.approx(0.1)
 
 
@@ -127,7 +127,7 @@ def test_calibrated_answers_have_no_error():
   """Ten answers at .7, of which seven are right."""
   p = np.tile([0.7, 0.3], (10, 1))
   label = np.array([0] * 7 + [1] * 3)
-  found = calibration.summary(p, label)
+  found = calibration.measures(p, label)
   assert found['expected_calibration_error'] == pytest.approx(0)
 
 
@@ -155,7 +155,7 @@ def test_bad_bins():
 
 def test_plot(tmp_path):
   file = tmp_path / 'diagram.png'
-  calibration.plot(calibration.summary(P, LABEL)['bins'], file)
+  calibration.plot(calibration.measures(P, LABEL)['bins'], file)
   assert file.read_bytes().startswith(b'\x89PNG')
 
 

@@ -168,7 +168,7 @@ def test_no_words_on_both_sides_have_none_in_common():
   nothing = {'em': 100, 'f1': 0}
   assert metrics.squad([['the']], ['...']) == nothing
   assert metrics.trivia_qa([['\u2018']], ['a `']) == nothing
-  assert metrics.record([Member('1', ['An'])], ['']) == nothing
+  assert metrics.squad_by_group([Member('1', ['An'])], ['']) == nothing
 
 
 def test_trivia_qa_and_squad_differ_in_hyphens():
@@ -211,7 +211,7 @@ def test_record_counts_a_question_once():
   """Of three examples two are the same question, answered right and wrong."""
   both = Member('1', ['Ann', 'Bob'])
   targets = [both, both, Member('2', ['Eve'])]
-  assert metrics.record(targets, ['Bob', 'Joe', 'Joe']) == {
+  assert metrics.squad_by_group(targets, ['Bob', 'Joe', 'Joe']) == {
     'em': 50,
     'f1': 50,
   }

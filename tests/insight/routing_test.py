@@ -67,9 +67,9 @@ def first_choices(*experts, num_experts=2):
   )
 
 
-def assert_table(table, rows, columns, values):
-  assert (table.rows, table.columns) == (tuple(rows), tuple(columns))
-  np.testing.assert_allclose(table.values, values, 1e-12)
+def assert_matrix(matrix, rows, columns, values):
+  assert (matrix.rows, matrix.columns) == (tuple(rows), tuple(columns))
+  np.testing.assert_allclose(matrix.values, values, 1e-12)
 
 
 # One layer.
@@ -104,9 +104,9 @@ def test_hot_and_dead():
 
 
 def test_overview():
-  table = routing.overview(RECORDS)
-  assert table.rows == (LAYER,)
-  row = dict(zip(table.columns, table.values[0]))
+  matrix = routing.overview(RECORDS)
+  assert matrix.rows == (LAYER,)
+  row = dict(zip(matrix.columns, matrix.values[0]))
   assert row['imbalance'] == pytest.approx(4 / 3)
   assert row['log_z'] == 3
 
@@ -121,7 +121,7 @@ def test_lines_and_first_choices():
 
 def test_coactivation():
   # Chosen by {0 1}, {0 1}, {0 1}, {1}, {0 2}: N = 4, 4, 1.
-  assert_table(
+  assert_matrix(
     routing.coactivation(TOY),
     '012',
     '012',
@@ -153,15 +153,15 @@ def test_paths():
 
 def test_transitions():
   first, second = (TWO.layers[f'decoder/layers_{i}'] for i in (0, 1))
-  table = routing.transitions(first, second)
-  assert_table(table, '01', '01', [[1 / 2, 1 / 2], [0, 1]])
+  matrix = routing.transitions(first, second)
+  assert_matrix(matrix, '01', '01', [[1 / 2, 1 / 2], [0, 1]])
 
 
 # Specialisation.
 
 
 def test_by_token():
-  assert_table(
+  assert_matrix(
     specialisation.by_token(RECORDS, LAYER, least=2),
     ('▁the', '0.5'),
     '012',
@@ -173,7 +173,7 @@ def test_by_token():
 
 
 def test_by_class():
-  assert_table(
+  assert_matrix(
     specialisation.by_class(RECORDS, LAYER),
     ('sentinel', 'number', 'stop word'),
     '012',
@@ -183,7 +183,7 @@ def test_by_class():
 
 def test_by_domain():
   # Three tokens of numpy, two of scipy, and padding that says jax.
-  assert_table(
+  assert_matrix(
     specialisation.by_domain(RECORDS, LAYER),
     ('numpy', 'scipy'),
     '012',

@@ -9,8 +9,8 @@ from paths import ROOT
 
 from sparse_experts.insight import curves
 
-# Of the validation split: what is guessed without the input, and a limit between
-# it and what the recipe's file says that it reaches, with room for other seeds.
+# Of the validation split: what is guessed without the input, and a limit
+# between it and what the recipe's file says, with room for other seeds.
 BETTER = {
   'classification': {'accuracy': (0.1, 0.8)},
   'contrastive': {'accuracy': (1 / 64, 0.2)},
@@ -31,9 +31,9 @@ def train(file, model_dir, *bindings):
     if name not in ('XLA_FLAGS', 'JAX_DISABLE_MOST_OPTIMIZATIONS')
   }
   given = [f'--gin.MODEL_DIR={model_dir}', *(f'--gin.{b}' for b in bindings)]
+  command = [sys.executable, '-m', 'sparse_experts', 'train']
   subprocess.run(
-    [sys.executable, '-m', 'sparse_experts', 'train', f'--gin_file={file}']
-    + given,
+    [*command, f'--gin_file={file}', *given],
     env={**theirs, 'PYTHONPATH': str(ROOT)},
     check=True,
   )
@@ -46,7 +46,7 @@ def train(file, model_dir, *bindings):
 def test_a_small_recipe_learns_what_its_inputs_say(name, tmp_path):
   bindings = []
   if name == 'distillation':
-    train('gin/quickstart.gin', tmp_path / 'teacher')
+    train('gin/quickstart.gin', tmp_path / 'teacher', 'TRAIN_STEPS=200')
     bindings = [f'TEACHER={tmp_path / "teacher"}']
   found = train(f'gin/small/{name}.gin', tmp_path / 'run', *bindings)
   for metric, (chance, limit) in BETTER[name].items():

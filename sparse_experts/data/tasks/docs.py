@@ -115,7 +115,7 @@ def add_docs_task(
   )
 
 
-def summary(dataset: tf.data.Dataset) -> tf.data.Dataset:
+def opening_paragraph(dataset: tf.data.Dataset) -> tf.data.Dataset:
   """'summarize: ' + a text without its opening paragraph -> that paragraph.
 
   Texts of one paragraph have nothing to summarise and are left out.
@@ -167,7 +167,7 @@ add_docs_task(
   features=('targets',),
 )
 for _name, _fields, _metric in (
-  ('docs_summary', summary, metrics.rouge),
+  ('docs_summary', opening_paragraph, metrics.rouge),
   ('docs_domain', domain, metrics.accuracy),
 ):
   add_docs_task(

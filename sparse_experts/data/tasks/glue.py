@@ -185,7 +185,7 @@ SUPER_GLUE = (
   ),
   _row(
     'super_glue_record', 'super_glue/record:1.0.2', 'query entities passage',
-    (), (metrics.record,), prepare=one_answer_each, targets='{answer}',
+    (), (metrics.squad_by_group,), prepare=one_answer_each, targets='{answer}',
     answers='answers', group='{idx/passage} {idx/query}',
   ),
   _row('super_glue_rte', 'super_glue/rte:1.0.2', 'hypothesis premise', _RTE),
