@@ -121,8 +121,7 @@ def train(
     if replay is None:
       directories.check_new(model_dir)
       if not dry_run:
-        lease = Lease(model_dir)
-        closing.callback(lease.close)
+        lease = closing.enter_context(contextlib.closing(Lease(model_dir)))
     ready = prepare(
       model,
       model_dir,
@@ -143,8 +142,7 @@ def train(
         checkpoints.restore_data(model_dir, ready.start, batches)
       next(ready.feed)
       return {}
-    preemption = Preemption()
-    closing.callback(preemption.close)
+    preemption = closing.enter_context(contextlib.closing(Preemption()))
     run = _begin(
       ready,
       model,
