@@ -128,10 +128,7 @@ def train(
   )
   with placement.use(), contextlib.ExitStack() as closing:
     if dry_run:
-      if ready.start is not None:
-        batches = ready.feed.batches
-        checkpoints.restore_data(model_dir, ready.start, batches)
-      next(ready.feed)
+      _draw(ready, model_dir)
       return {}
     run = _begin(
       ready,
@@ -163,6 +160,13 @@ def train(
     before = [guard, trace.stop, log.add, Every(log_period, log), *evaluation]
     after = [preemption, Every(checkpoint_period, save), trace.start]
     return loop(run, [*before, *hooks, *after])
+
+
+def _draw(ready: Prepared, model_dir: str) -> None:
+  """Draws the batch that the run would begin with."""
+  if ready.start is not None:
+    checkpoints.restore_data(model_dir, ready.start, ready.feed.batches)
+  next(ready.feed)
 
 
 def _begin(
