@@ -137,10 +137,7 @@ def train(
     )
     closing.enter_context(placement.use())
     if dry_run:
-      if ready.start is not None:
-        batches = ready.feed.batches
-        checkpoints.restore_data(model_dir, ready.start, batches)
-      next(ready.feed)
+      _draw(ready, model_dir)
       return {}
     preemption = closing.enter_context(contextlib.closing(Preemption()))
     run = _begin(
@@ -173,6 +170,13 @@ def train(
     before += [Every(log_period, log), *evaluation]
     after = [preemption, Every(checkpoint_period, save), trace.start]
     return loop(run, [*before, *hooks, *after])
+
+
+def _draw(ready: Prepared, model_dir: str) -> None:
+  """Draws the batch that the run would begin with."""
+  if ready.start is not None:
+    checkpoints.restore_data(model_dir, ready.start, ready.feed.batches)
+  next(ready.feed)
 
 
 def _begin(

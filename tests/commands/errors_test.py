@@ -241,7 +241,7 @@ MISTAKES = {
   ),
   'dropout': (
     _train('--gin.DROPOUT_RATE=1.5'),
-    ['dropout_rate=1.5 must be at least 0, none, and below 1'],
+    ['DROPOUT_RATE = 1.5', 'dropout_rate) must be float at least 0, below 1'],
   ),
   'no experts': (
     _train('--gin.NUM_EXPERTS=0'),

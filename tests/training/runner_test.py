@@ -196,7 +196,7 @@ def test_skipped_steps_in_a_row_stop_the_run(tmp_path):
   """Also where each is saved; what was saved is as good as ever."""
   outcome = command.run(
     *('train', command.TINY, f'--gin.MODEL_DIR={tmp_path}'),
-    *(command.NO_EVALUATION, '--gin.Z_LOSS=1e999'),
+    *(command.NO_EVALUATION, '--gin.Z_LOSS=1e38'),
     *('--gin.CHECKPOINT_PERIOD=1', '--gin.LOG_PERIOD=1'),
     '--gin.train.train.max_skipped_in_a_row=3',
   )
