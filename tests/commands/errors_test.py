@@ -185,11 +185,17 @@ MISTAKES = {
   ),
   'truncated parameters': (
     _train(model_dir='TRUNCATED'),
-    ['TRUNCATED/checkpoints/2 is damaged or incomplete', 'begin another MODEL_DIR'],
+    [
+      'TRUNCATED/checkpoints/2 is damaged or incomplete',
+      'begin another MODEL_DIR',
+    ],
   ),
   'truncated parameters to evaluate': (
     _run('evaluate', model_dir='TRUNCATED'),
-    ['TRUNCATED/checkpoints/2 is damaged or incomplete', 'begin another MODEL_DIR'],
+    [
+      'TRUNCATED/checkpoints/2 is damaged or incomplete',
+      'begin another MODEL_DIR',
+    ],
   ),
   'no optimizer': (
     _train(model_dir='NO_OPTIMIZER'),

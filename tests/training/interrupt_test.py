@@ -1,7 +1,6 @@
 """Ctrl-C is SIGTERM: the run saves, says one line, and goes on later."""
 
 import json
-import os
 import pathlib
 import signal
 import time
