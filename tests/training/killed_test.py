@@ -6,9 +6,9 @@ import os
 import command
 import pytest
 
-STEPS = 30
-# In tens; 50 take five minutes.
-KILLS = int(os.environ.get('SPARSE_EXPERTS_KILLS', '10'))
+STEPS = 15
+# In fives; 50 take some minutes.
+KILLS = int(os.environ.get('SPARSE_EXPERTS_KILLS', '5'))
 
 # Its children find everything imported, and nothing begun.
 KILLING = """
@@ -49,17 +49,16 @@ def live(pid, model_dir):
   os.kill(pid, signal.SIGKILL)
   return os.waitpid(pid, 0)[1]
 
-while killed < 10:
+while killed < 5:
   model_dir, ended = folder / str(runs), False
-  while killed < 10 and not ended:
+  while killed < 5 and not ended:
     status = live(begin(model_dir), model_dir)
     ended = status != signal.SIGKILL
     if ended:
       assert status == 0, (folder / 'said.txt').read_text()[-3000:]
     else:
       killed += 1
-      names = [path.name for path in model_dir.glob('checkpoints/*')]
-      moments.append(sorted(names)[-1:])
+      moments.append(steps(model_dir)[-1:])
   runs += ended
 if not ended:
   _, status = os.waitpid(begin(model_dir), 0)
@@ -91,14 +90,13 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seed', range(KILLS // 10))
-def test_killed_at_ten_random_moments(seed, whole, tmp_path):
+@pytest.mark.parametrize('seed', range(KILLS // 5))
+def test_killed_at_five_random_moments(seed, whole, tmp_path):
   process = command.start('-c', KILLING, str(tmp_path), str(seed), *ARGUMENTS)
   stdout, stderr = process.communicate()
   assert process.returncode == 0, stderr
   found = json.loads(stdout.splitlines()[-1])
-  print(found)
-  assert len(found['moments']) == 10
+  assert len(found['moments']) == 5
   for i in range(found['runs']):
     model_dir = tmp_path / str(i)
     command.assert_same_bits(
@@ -107,6 +105,6 @@ def test_killed_at_ten_random_moments(seed, whole, tmp_path):
     assert curve(whole) == curve(model_dir)
     # Three steps are kept, and nothing half-written.
     kept = [path.name for path in model_dir.glob('checkpoints/*')]
-    assert sorted(kept) == ['28', '29', '30']
+    assert sorted(kept) == ['13', '14', '15']
     names = {path.name for path in model_dir.iterdir()}
     assert names == {path.name for path in whole.iterdir()}
