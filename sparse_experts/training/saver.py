@@ -47,6 +47,43 @@ class DataHandler(ocp.CheckpointHandler):
     args.batches.restore(directory)
 
 
+class ArraysHandler(ocp.StandardCheckpointHandler):
+  """Writes arrays, and remembers what failed.
+
+  Orbax tells of it once all processes have met, and where one has failed, they
+  never do.
+
+  Attributes:
+    failures: of this process.
+  """
+
+  def __init__(self):
+    super().__init__()
+    self.failures: list[Exception] = []
+
+  async def async_save(self, directory, *args, **kwargs):
+    futures = await super().async_save(directory, *args, **kwargs)
+    return [_Watched(future, self.failures) for future in futures or ()]
+
+
+@dataclasses.dataclass
+class _Watched(ocp.future.Future):
+  """A write whose failure is put down."""
+
+  future: ocp.future.Future
+  failures: list[Exception]
+
+  def result(self, timeout: int | None = None) -> Any:
+    try:
+      return self.future.result(timeout)
+    except Exception as error:
+      self.failures.append(error)
+      raise
+
+  def cancel(self) -> None:
+    self.future.cancel()
+
+
 class Saver:
   """Writes the checkpoints of one run.
 
@@ -63,8 +100,9 @@ class Saver:
     self._announcer: threading.Thread | None = None
     self._model_dir, self._step, self._failed = model_dir, 0, False
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for item in ('params', 'optimizer'):
-      registry.add(item, ocp.args.StandardSave, ocp.StandardCheckpointHandler)
+    self._handlers = {item: ArraysHandler() for item in ('params', 'optimizer')}
+    for item, handler in self._handlers.items():
+      registry.add(item, ocp.args.StandardSave, handler)
     registry.add('data', DataArgs, DataHandler)
     with storage.writing(
       f'MODEL_DIR {model_dir}',
@@ -142,9 +180,12 @@ class Saver:
 
   def _wait(self) -> None:
     with self._saving():
+      while self._announcer is not None and self._announcer.is_alive():
+        self._announcer.join(0.1)
+        for handler in self._handlers.values():
+          for failure in handler.failures:
+            raise failure
       self._manager.wait_until_finished()
-    if self._announcer is not None:
-      self._announcer.join()
 
   def _announce(self, step: int) -> None:
     try:
