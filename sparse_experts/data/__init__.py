@@ -1,1 +1,1 @@
-"""Data: the embedded corpus, vocabularies, objectives, tasks and batches."""
+"""Data: the documentation corpora, vocabularies, objectives, tasks and batches."""
