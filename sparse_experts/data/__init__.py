@@ -1,1 +1,1 @@
-"""Data: the documentation corpora, vocabularies, objectives, tasks and batches."""
+"""Data: documentation corpora, vocabularies, objectives, tasks and batches."""

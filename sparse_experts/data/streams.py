@@ -59,7 +59,7 @@ class Batches(Iterator[Batch]):
 
   Attributes:
     identity: what the global stream is a function of, with the digests of
-      their data; must be the same in all processes of a run.
+      its data; must be the same in all processes of a run.
     streams: those that this process has open.
 
   >>> from sparse_experts.data.features.text import Text
