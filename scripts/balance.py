@@ -18,6 +18,8 @@ import statistics
 import subprocess
 import sys
 
+from sparse_experts.data import corpus
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'results' / 'balance.md'
 SMALL = {
@@ -124,9 +126,9 @@ def main():
 
 `python scripts/balance.py --steps={args.steps}`
 
-Span corruption on the documentation corpus with a small encoder-decoder of
-8 experts in every second block, {args.steps} steps of 16 x 128 tokens, one
-seed. Imbalance is the largest over the mean load of a layer's experts, before
+Span corruption on the documentation corpus (small, digest
+{corpus.load().digest}) with a small encoder-decoder of 8 experts in every second
+block, {args.steps} steps of 16 x 128 tokens, one seed. Imbalance is the largest over the mean load of a layer's experts, before
 any capacity, the mean over sparse layers; 1 is balance. "Without" is the same
 router in training without what balances it. Noisy top-k, four of eight experts
 at first chosen by noise alone, is balanced in training either way; held-out

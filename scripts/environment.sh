@@ -1,5 +1,5 @@
-# Sourced by the other scripts: makes or updates the virtual environment and
-# sets VENV. PYTHON chooses the interpreter; an interpreter of another version
+# Sourced by the other scripts: makes or updates the virtual environment, fetches
+# the small documentation corpus (`docs/corpus.md`), and sets VENV. PYTHON chooses the interpreter; an interpreter of another version
 # than that of .venv gets a folder of its own, .venv-3.12 say.
 # Usage: EXTRA=test; source scripts/environment.sh (EXTRA may be empty)
 
@@ -23,3 +23,6 @@ if [ ! -e "$STAMP" ] || [ setup.py -nt "$STAMP" ]; then
   "$VENV/bin/pip" install --quiet --disable-pip-version-check -e ".${EXTRA:+[$EXTRA]}"
   touch "$STAMP"
 fi
+# A request where it is not there yet. Who has no index can take the tasks that do
+# without; a task that does not says the same again.
+"$VENV/bin/python" -m sparse_experts corpus > /dev/null || true

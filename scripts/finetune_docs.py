@@ -215,6 +215,7 @@ def page(seeds, base, args):
 --eval_batches={args.eval_batches}`, \
 {core_seconds(args) / args.seeds / 60:.0f} minutes of one core for a seed.
 
+On the documentation corpus (small, digest {corpus.load().digest}).
 Pre-trained by span corruption, then fine-tuned by `gin/finetune/docs.gin`; mean
 over seeds, standard deviation in brackets. `docs_domain` is the package that a
 text is from, the likeliest of 24 or what is written greedily; its baseline is

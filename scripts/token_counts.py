@@ -8,7 +8,7 @@ One count a line, from id 0, of the tokens that a router is asked about: inputs
 of the encoder and of the decoder, padding left out. Batches are training's own,
 of 64 rows. By default it counts 400 batches of docs_span_corruption, about one
 epoch, in half a minute; sparse_experts/data/assets/docs_8k_counts.txt was made
-so.
+of docs_installed_span_corruption.
 """
 
 import pathlib

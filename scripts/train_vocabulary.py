@@ -4,7 +4,7 @@
     python scripts/train_vocabulary.py OUTPUT --input 'book/*.txt' [--pieces=N]
     python scripts/train_vocabulary.py OUTPUT --input a.csv --fields text,label
 
-Without --input it is that of the embedded corpus' training split, and OUTPUT is
+Without --input it is of docs_installed_lm's training split, and OUTPUT is
 sparse_experts/data/assets/docs_8k.model unless given. Ids mean nothing without
 their vocabulary: retrain under a new name, or every checkpoint is lost. Takes
 less than a minute; the same texts give the same file.
@@ -95,7 +95,8 @@ def main() -> None:
   args = parser.parse_args()
   try:
     if not args.input:
-      texts = (document['text'] for document in corpus.documents('train'))
+      documents = corpus.documents('train', 'installed')
+      texts = (document['text'] for document in documents)
     elif args.output is None:
       raise ValueError('--input needs OUTPUT, such as mine.model.')
     else:

@@ -23,6 +23,7 @@ COMMANDS = {
   'report': 'one HTML page about a run: curves, routing, samples, config',
   'convert': 'a checkpoint from or to T5X, Hugging Face, or our own format',
   'table': 'a table of a paper, published beside computed',
+  'corpus': 'fetch a documentation corpus, once, and say what it holds',
   'list': 'name recipes, tasks, routers and dispatchers',
   'equivalence': 'routers x dispatchers x meshes against a numpy oracle',
   'bench': 'time a sparse layer or decoding, or compile a layer for a TPU pod',

@@ -1,8 +1,10 @@
-"""Gin files of earlier versions, such as a run's, read as today's."""
+"""What earlier versions wrote, such as a run's gin file, read as today's."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 # Modules, below `sparse_experts`, and classes of theirs by the names that files
 # give them. A module keeps its old name there, unless a class of it is renamed.
@@ -59,6 +61,39 @@ def translate(text: str) -> str:
     for of in renamed:
       text = re.sub(rf'\b{re.escape(of)}\b', NAMES[of], text)
   return _placed(text)
+
+
+def installed(task_name: str) -> str:
+  """Today's name of a task on the documentation of the installed packages.
+
+  Example:
+    >>> installed('docs_lm')
+    'docs_installed_lm'
+  """
+  return re.sub('^docs_', 'docs_installed_', task_name)
+
+
+def batches(
+  saved: Mapping[str, Any], today: Mapping[str, Any]
+) -> dict[str, Any]:
+  """What batches were saved of, with today's names where it is the same data.
+
+  Args:
+    saved: an identity of `streams.Batches`, written by some version.
+    today: that of the batches which are to continue.
+  """
+  names = {
+    name: installed(name)
+    for name, digest in saved['corpus'].items()
+    if today['corpus'].get(installed(name)) == digest
+  }
+  renamed = {
+    'task': names.get(saved['task'], saved['task']),
+    'corpus': {names.get(k, k): v for k, v in saved['corpus'].items()},
+    'task_names': [names.get(k, k) for k in saved.get('task_names', [])],
+  }
+  # Once there were none of these.
+  return {'task_ids': 0, 'pad': 0, 'start': 0, **saved, **renamed}
 
 
 def _placed(text: str) -> str:

@@ -1,1 +1,1 @@
-"""Data: the embedded corpus, vocabularies, objectives, tasks and batches."""
+"""Data: documentation corpora, vocabularies, objectives, tasks and batches."""

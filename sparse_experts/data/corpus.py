@@ -1,62 +1,64 @@
-"""The embedded corpus: the documentation of the packages this project uses.
+"""Documentation corpora: the docstrings of scientific Python packages.
 
-Real English that is there wherever the project is installed, without a
-download: the docstrings of the scientific Python packages it depends on, some
-26,000 documents and 24 million characters. They are read with `ast`, never
-imported, once per set of package versions, into a folder of the user's cache.
+Real English that is the same for everybody: the docstrings of wheels pinned by
+SHA-256 (`wheels.py`), with one digest on every Python.
+
+  small      24 packages; the tasks docs_...
+  large      62 packages, those of small among them; docs_large_...
+  installed  packages as they are installed (`installed.py`): for who has no
+             package index, and other text with other versions;
+             docs_installed_...
+
+They are read with `ast`, never imported, once, into a folder of the user's
+cache, and offline from then on.
 
     $SPARSE_EXPERTS_CACHE, else $XDG_CACHE_HOME/sparse_experts,
     else ~/.cache/sparse_experts
-      corpus-<key>/          key: package versions and the format below
-        corpus.json          digest, counts, versions, file sizes
-        <split>.tfrecord     tf.train.Example of text, domain and name
+      wheels/              what `fetch` has fetched
+      corpus-<key>/        key: what it is harvested from, and the format below
+        corpus.json        digest, counts, versions, file sizes
+        <split>.tfrecord   tf.train.Example of text, domain and name
 
-A document is one docstring; its domain is the package it comes from. Documents
-that open with the same paragraph are variants of one text (the old and new
-version of an API, a function and its wrapper), so the hash of the opening
-paragraph decides the split: a variant of a training document is never a
-validation document.
+A document is one docstring; its domain is the package it comes from. Of those
+that say nearly the same one stays (`docstrings.without_near_duplicates`; in
+`installed` only equal ones go). Documents that open with the same paragraph are
+variants of one text (the old and new version of an API, a function and its
+wrapper), so the hash of the opening paragraph decides the split: a variant of a
+training document is never a validation document, nor is it in another corpus.
 """
 
-import ast
 import contextlib
 import dataclasses
-import gc
+import functools
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import pathlib
 import sys
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import tqdm
 from etils import epath
 
 from sparse_experts import storage
-from sparse_experts.data import host_tensorflow
+from sparse_experts.data import docstrings, host_tensorflow, installed, wheels
 
-PACKAGES = (
-  'absl', 'clu', 'einops', 'etils', 'flax', 'gin', 'h5py', 'jax', 'jaxlib',
-  'keras', 'ml_collections', 'nltk', 'numpy', 'opt_einsum', 'optax', 'orbax',
-  'pyglove', 'scipy', 'seqio', 'tensorboard', 'tensorflow',
-  'tensorflow_datasets', 'tensorflow_text', 'treescope',
-)  # fmt: skip
+# What the tasks of each corpus begin with.
+PREFIXES = {
+  'small': 'docs',
+  'large': 'docs_large',
+  'installed': 'docs_installed',
+}
 
 # The one package about human language instead of arrays, so a change of subject
-# and of authors; large enough (5% of the text) for a steady loss.
+# and of authors; large enough (5% of the text of small) for a steady loss.
 OUT_OF_DOMAIN = 'nltk'
 
 SPLITS = ('train', 'validation', 'test', 'out_of_domain')
 
 # Raise it when the documents or their files change for the same packages.
 FORMAT = 1
-
-# Shorter docstrings are labels ('See base class.'), not text.
-MIN_CHARACTERS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,35 +100,84 @@ class Corpus:
   files: Mapping[str, epath.Path]
 
 
-def load() -> Corpus:
-  """Returns the corpus, harvesting it first where it is not cached.
+def domains(name: str = 'small') -> tuple[str, ...]:
+  """The packages that documents may be from; a task id is an index of these.
 
-  Harvesting takes about half a minute. Several processes may do so at once:
-  the first to finish provides the folder, the others discard theirs. Reading a
-  cached corpus imports no TensorFlow.
+  Args:
+    name: of a corpus, one of `PREFIXES`.
+
+  >>> domains()[:3], len(domains('large'))
+  (('ase', 'darts', 'deepchem'), 62)
+  """
+  if name == 'installed':
+    return installed.PACKAGES
+  return tuple(wheel.domain for wheel in wheels.pinned(name))
+
+
+def load(name: str = 'small') -> Corpus:
+  """Returns a corpus, harvesting it first where it is not cached.
+
+  Harvesting takes about half a minute, that of large three. Several processes
+  may do so at once: the first to finish provides the folder, the others discard
+  theirs. Nothing is fetched, see `fetch`. Reading a cached corpus imports no
+  TensorFlow.
+
+  Args:
+    name: of a corpus, one of `PREFIXES`.
 
   Raises:
-    FileNotFoundError: none of `PACKAGES`, or not the one held out, is
-      installed, or they hold no documents.
-    ValueError: the cached folder is damaged; the message names it.
+    FileNotFoundError: the wheels are not here; none of `PACKAGES`, or not the
+      one held out, is installed; or they hold no documents.
+    ValueError: the cached folder or a wheel is damaged; the message names it.
     OSError: the cache cannot be written; before anything is harvested.
 
   >>> load().counts['out_of_domain'].keys()
   dict_keys(['nltk'])
   """
-  versions = _versions()
-  key = _hash(json.dumps([FORMAT, MIN_CHARACTERS, OUT_OF_DOMAIN, versions]))
-  folder = _cache() / f'corpus-{key[:16]}'
+  folder = _folder(name)
   if not folder.exists():
-    _write(lambda: _harvest(versions), versions, folder)
+    harvest = (
+      _of_installed
+      if name == 'installed'
+      else functools.partial(_of_wheels, name)
+    )
+    _write(harvest, _versions(name), folder, wheels.DIGESTS.get(name))
   return _open(folder)
 
 
-def documents(split: str) -> Iterator[dict[str, str]]:
+def fetch(name: str = 'small') -> Corpus:
+  """Returns a corpus, fetching its wheels first where they are needed.
+
+  Args:
+    name: of a corpus, one of `PREFIXES`.
+
+  Raises:
+    FileNotFoundError: pip cannot fetch them.
+    (The others are those of `load`.)
+  """
+  if to_fetch(name):
+    wheels.fetch(wheels.pinned(name), wheel_folder())
+  return load(name)
+
+
+def to_fetch(name: str = 'small') -> list[wheels.Wheel]:
+  """The wheels that `fetch` would fetch; none for a corpus that is cached."""
+  if name == 'installed' or _folder(name).exists():
+    return []
+  return wheels.missing(wheels.pinned(name), wheel_folder())
+
+
+def wheel_folder() -> epath.Path:
+  """Where the wheels are."""
+  return _cache() / 'wheels'
+
+
+def documents(split: str, name: str = 'small') -> Iterator[dict[str, str]]:
   """Yields the documents of a split as dicts of text, domain and name.
 
   Args:
     split: one of `SPLITS`.
+    name: of a corpus, one of `PREFIXES`.
 
   >>> next(documents('out_of_domain'))['domain']
   'nltk'
@@ -134,7 +185,7 @@ def documents(split: str) -> Iterator[dict[str, str]]:
   if split not in SPLITS:
     raise ValueError(f'unknown split {split!r}; the splits are {SPLITS}')
   tf = host_tensorflow.load()
-  file = os.fspath(load().files[split])
+  file = os.fspath(load(name).files[split])
   for record in tf.data.TFRecordDataset(file).as_numpy_iterator():
     features = tf.train.Example.FromString(record).features.feature
     yield {k: v.bytes_list.value[0].decode() for k, v in features.items()}
@@ -147,99 +198,82 @@ def _cache() -> epath.Path:
   return epath.Path(root).expanduser() / 'sparse_experts'
 
 
-def _versions() -> dict[str, str]:
-  """The installed packages among `PACKAGES`, with their versions."""
-  distributions = importlib.metadata.packages_distributions()
-  versions = {
-    package: importlib.metadata.version(distributions[package][0])
-    for package in PACKAGES
-    if package in distributions
-  }
-  if len(versions) < 2 or OUT_OF_DOMAIN not in versions:
-    raise FileNotFoundError(
-      f'the corpus needs {OUT_OF_DOMAIN!r} and at least one other package of '
-      f'corpus.PACKAGES, but only {sorted(versions)} are installed: run '
-      '`pip install sparse_experts` with its dependencies'
-    )
-  return versions
+def _versions(name: str) -> dict[str, str]:
+  """Of the packages of a corpus."""
+  if name == 'installed':
+    return installed.versions(OUT_OF_DOMAIN)
+  return {wheel.domain: wheel.version for wheel in wheels.pinned(name)}
 
 
-def _harvest(packages: Iterable[str]) -> list[Document]:
-  """All documents of the packages, without exact duplicates, in their order."""
-  files = [
-    (package, root, file)
-    for package in packages
-    for root in importlib.util.find_spec(package).submodule_search_locations
-    for file in sorted(pathlib.Path(root).rglob('*.py'))
-  ]
-  quiet = not sys.stderr.isatty()
-  if quiet:
-    print(
-      f'harvesting docstrings from {len(files)} files (once, half a minute)',
-      file=sys.stderr,
-    )
+def _folder(name: str) -> epath.Path:
+  """Where a corpus is, or will be."""
+  made_of = _versions(name)
+  if name != 'installed':
+    found = wheels.pinned(name)
+    made_of = [wheels.DIGESTS[name], [wheel.sha256 for wheel in found]]
+  key = [FORMAT, docstrings.MIN_CHARACTERS, OUT_OF_DOMAIN, made_of]
+  return _cache() / f'corpus-{_hash(json.dumps(key))[:16]}'
+
+
+def _of_installed() -> list[Document]:
+  """The documents of installed packages, without exact duplicates."""
+  names = _versions('installed')
   unique = {}
-  with _without_garbage_collection(), warnings.catch_warnings():
-    # Other people's invalid escapes.
-    warnings.simplefilter('ignore')
-    for package, root, file in tqdm.tqdm(
-      files, desc='harvesting docstrings', unit=' files', disable=quiet
-    ):
-      for document in _docstrings(package, pathlib.Path(root), file):
-        unique.setdefault(document.text, document)
+  for document in _harvest({name: installed.sources(name) for name in names}):
+    unique.setdefault(document.text, document)
   if not unique:
     raise FileNotFoundError(
-      f'no docstrings found in {sorted(packages)}: install these packages with '
+      f'no docstrings found in {sorted(names)}: install these packages with '
       'their .py sources'
     )
   return list(unique.values())
 
 
-@contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-  """Syntax trees have no cycles, and looking for some takes a third longer."""
-  gc.disable()
-  try:
-    yield
-  finally:
-    gc.enable()
-
-
-def _docstrings(
-  package: str, root: pathlib.Path, file: pathlib.Path
-) -> Iterator[Document]:
-  parts = file.relative_to(root).with_suffix('').parts
-  module = '.'.join((package, *(p for p in parts if p != '__init__')))
-  try:
-    tree = ast.parse(file.read_bytes())
-  except SyntaxError:
-    # Templates and files for other versions of Python.
-    return
-  pending = [(module, tree)]
-  while pending:
-    name, node = pending.pop()
-    if isinstance(
-      node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    ):
-      if node is not tree:
-        name = f'{name}.{node.name}'
-      lines = (ast.get_docstring(node) or '').splitlines()
-      text = '\n'.join(line.rstrip() for line in lines).strip()
-      if len(text) >= MIN_CHARACTERS:
-        yield Document(text=text, domain=package, name=name)
-    pending.extend(
-      (name, child)
-      for child in reversed(list(ast.iter_child_nodes(node)))
-      if isinstance(child, ast.stmt | ast.ExceptHandler)
+def _of_wheels(name: str) -> list[Document]:
+  """The documents of a pinned corpus."""
+  found, folder = wheels.pinned(name), wheel_folder()
+  wheels.check(name, found, folder)
+  packages = {wheel.domain: wheels.sources(wheel, folder) for wheel in found}
+  return list(
+    docstrings.without_near_duplicates(
+      _harvest(packages), lambda document: document.text
     )
+  )
+
+
+def _harvest(
+  packages: Mapping[str, Iterable[tuple[str, bytes]]],
+) -> Iterator[Document]:
+  """All documents of packages, given as modules and their sources."""
+  quiet = not sys.stderr.isatty()
+  if quiet:
+    print(
+      f'harvesting the docstrings of {len(packages)} packages, once',
+      file=sys.stderr,
+    )
+  with docstrings.parsing():
+    for package, sources in tqdm.tqdm(
+      packages.items(), 'harvesting docstrings', unit=' packages', disable=quiet
+    ):
+      for module, source in sources:
+        for name, text in docstrings.docstrings(source, module):
+          yield Document(text=text, domain=package, name=name)
 
 
 def _write(
   harvest: Callable[[], list[Document]],
   versions: Mapping[str, str],
   folder: epath.Path,
+  digest: str | None = None,
 ) -> None:
-  """Writes the folder whole or not at all; keeps one that is there by then."""
+  """Writes the folder whole or not at all; keeps one that is there by then.
+
+  Args:
+    harvest: finds all documents.
+    versions: of the packages.
+    folder: to be written.
+    digest: that they must have.
+  """
   temporary = folder.parent / f'{folder.name}.{uuid.uuid4().hex}'
   with _writing(folder):  # A harvest is long: who cannot write knows before.
     made = [parent for parent in temporary.parents if not parent.exists()]
@@ -247,7 +281,13 @@ def _write(
   try:
     documents = harvest()
     with _writing(folder):
-      _write_files(documents, versions, temporary)
+      found = _write_files(documents, versions, temporary)
+    if digest and found != digest:
+      raise ValueError(
+        f'Python {sys.version.split()[0]} harvests another corpus (digest '
+        f'{found}) than the pinned one ({digest}), whose numbers could not be '
+        f'compared: take another Python, or {wheels.INSTALLED}'
+      )
     try:
       temporary.rename(folder)
     except OSError:
@@ -270,8 +310,9 @@ def _writing(folder: epath.Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _write_files(
-  harvest: list[Document], versions: Mapping[str, str], folder: epath.Path
-) -> None:
+  documents: list[Document], versions: Mapping[str, str], folder: epath.Path
+) -> str:
+  """Writes what a folder holds; returns the digest of the documents."""
   tf = host_tensorflow.load()
   digest = hashlib.sha256()
   counts = {split: {} for split in SPLITS}
@@ -284,7 +325,7 @@ def _write_files(
     }
     # In the order of their hashes packages mix, so a reader that does not
     # shuffle, or only a little, sees all of them.
-    for document in sorted(harvest, key=lambda d: _hash(d.text)):
+    for document in sorted(documents, key=lambda d: _hash(d.text)):
       split, domain = document.split, document.domain
       counts[split][domain] = counts[split].get(domain, 0) + 1
       fields = dataclasses.asdict(document)
@@ -305,6 +346,7 @@ def _write_files(
     'bytes': {s: (folder / f'{s}.tfrecord').stat().length for s in SPLITS},
   }
   (folder / 'corpus.json').write_text(json.dumps(description, indent=2))
+  return description['digest']
 
 
 def _open(folder: epath.Path) -> Corpus:

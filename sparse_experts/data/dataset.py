@@ -25,7 +25,7 @@ class Dataset:
     split: of the task.
     pack: several examples share a row.
     task_ids: rows say the task of every token, for routers that need it. True:
-      what the task knows, as the embedded ones do (the domain of the document).
+      what the task knows, as docs_... do (the domain of the document).
       'mixture': the number of a mixture's task among them all, sorted by name.
     shuffle: in training.
     seed: of order and noise, in training.
@@ -110,7 +110,7 @@ class Dataset:
     )
 
   def corpus(self) -> dict[str, str]:
-    """Digests of the embedded corpora it reads, by task."""
+    """Digests of the data it reads, by task, where its source has one."""
     return examples.digests(self.mixture_or_task_name, self.modules)
 
   def task_names(self) -> tuple[str, ...]:

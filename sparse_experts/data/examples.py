@@ -7,6 +7,7 @@ import re
 import typing
 from collections.abc import Collection, Mapping, Sequence
 
+from sparse_experts import earlier
 from sparse_experts.data import host_tensorflow, tasks
 
 if typing.TYPE_CHECKING:
@@ -85,7 +86,7 @@ def task_names(
   not depend on how the mixture was put together.
 
   >>> task_names('docs_lm')[:3]
-  ('absl', 'clu', 'einops')
+  ('ase', 'darts', 'deepchem')
   >>> task_names('docs_lm', 'mixture')
   ('docs_lm',)
   """
@@ -112,6 +113,26 @@ def digests(task_name: str, modules: Sequence[str] = ()) -> dict[str, str]:
     # `seqio.DataSource` has none: a source that can tell declares one.
     if hasattr(type(subtask.source), 'digest')
   }
+
+
+def installed(saved: Mapping[str, str]) -> dict[str, str]:
+  """Tasks that once read the installed packages, and what they are called now.
+
+  Args:
+    saved: digests of tasks' data, see `digests`.
+
+  Returns:
+    Today's name of each whose data, as it was, is here.
+  """
+  found = {}
+  for name, digest in saved.items():
+    today = earlier.installed(name)
+    try:
+      if today != name and digests(today)[today] == digest:
+        found[name] = today
+    except (ValueError, OSError):  # No such task, or its data is not here.
+      continue
+  return found
 
 
 def check_savable(

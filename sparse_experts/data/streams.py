@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from sparse_experts.data import host_tensorflow
+from sparse_experts import earlier
+from sparse_experts.data import examples, host_tensorflow
 from sparse_experts.data.features.base import Features
 from sparse_experts.data.rows import Rows
 
@@ -58,7 +59,7 @@ class Batches(Iterator[Batch]):
 
   Attributes:
     identity: what the global stream is a function of, with the digests of
-      embedded corpora; must be the same in all processes of a run.
+      its data; must be the same in all processes of a run.
     streams: those that this process has open.
 
   >>> from sparse_experts.data.features.text import Text
@@ -197,15 +198,18 @@ class Batches(Iterator[Batch]):
       raise FileNotFoundError(f'no saved batches: {file} does not exist')
     saved = json.loads(file.read_text())
     drawn = saved.pop('batches_drawn')
-    for name in ('task_ids', 'pad', 'start'):  # Once there were none.
-      saved.setdefault(name, 0)
-    saved.setdefault('task_names', [])
+    saved = earlier.batches(saved, self.identity)
     for key, ours in self.identity.items():
       if saved[key] != ours:
+        before = examples.installed(saved[key]) if key == 'corpus' else {}
         raise ValueError(
           f'the batches saved in {directory} have {key} {saved[key]!r}, these '
           f'have {ours!r}: restore with the saved value, or start the data '
           'anew in another directory'
+          + ''.join(
+            f'; what {name} was is {task} now (--gin.MIXTURE_OR_TASK_NAME)'
+            for name, task in before.items()
+          )
         )
     tf = host_tensorflow.load()
     prefixes = {i: self._prefix(directory, i) for i in self.streams}

@@ -23,7 +23,7 @@ MT5_MODEL = 'gs://t5-data/vocabs/mc4.250000/sentencepiece.model'
 
 @functools.cache
 def docs() -> 'seqio.SentencePieceVocabulary':
-  """8,000 pieces trained on the embedded corpus, part of this package.
+  """8,000 pieces trained on installed documentation, part of this package.
 
   Lossless: newlines, indentation and any other text survive a round trip, see
   scripts/train_vocabulary.py.

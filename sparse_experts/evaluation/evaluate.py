@@ -39,7 +39,7 @@ class Evaluation:
   options are ranked.
 
   Results of a checkpoint are 'task', 'split', 'step', 'checkpoint_saved_at',
-  'corpus' (digests of embedded ones), 'capacity_factor', 'metrics' (see
+  'corpus' (digests of data), 'capacity_factor', 'metrics' (see
   `sums.summary`), 'task_metrics', 'ranking' and 'calibration' of tasks
   whose options are ranked (see `task_evaluators.judged_options`) and 'score',
   the mean of the task's metrics; if it has none, or the model writes no text,

@@ -50,7 +50,7 @@ def streams_written(
 def check_same_on_all_processes(identity: Mapping[str, Any]) -> None:
   """Raises ValueError where processes would read different data.
 
-  Hosts with other versions of packages have another embedded corpus.
+  Hosts with other versions of packages have another corpus of these.
   """
   text = json.dumps(identity, sort_keys=True)
   digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)

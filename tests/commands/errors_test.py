@@ -7,12 +7,12 @@ import shutil
 import command
 import pytest
 
-# Outside of pytest, which would hide what libraries log. None of the corpus's
-# packages is there.
+# Outside of pytest, which would hide what libraries log. No corpus is there, no
+# package to make one of.
 RUN_ALL = """
-import json, pathlib, sys, traceback
+import json, os, pathlib, sys, traceback
 from sparse_experts import cli
-from sparse_experts.data import corpus
+from sparse_experts.data import installed
 
 def files():
   return {
@@ -20,7 +20,8 @@ def files():
     for path in pathlib.Path().rglob('*')
   }
 
-corpus.PACKAGES = ()
+installed.PACKAGES = ()
+os.environ['SPARSE_EXPERTS_CACHE'] = 'nothing'
 ends, before = [], files()
 for arguments in json.load(sys.stdin):
   try:
@@ -121,9 +122,20 @@ MISTAKES = {
     _train('--gin.NUM_EMBEDDINGS=300'),
     ["'tiny_sums' has 359 token ids", 'embeds only 300', 'at least 359'],
   ),
-  'empty corpus': (
+  'no corpus': (
     _train(
       '--gin.MIXTURE_OR_TASK_NAME=docs_domain', '--gin.NUM_EMBEDDINGS=8192'
+    ),
+    [
+      'the small documentation corpus is not here',
+      '`python -m sparse_experts corpus small`',
+      'docs_installed_',
+    ],
+  ),
+  'empty corpus': (
+    _train(
+      '--gin.MIXTURE_OR_TASK_NAME=docs_installed_domain',
+      '--gin.NUM_EMBEDDINGS=8192',
     ),
     ["the corpus needs 'nltk'", 'only [] are installed', 'pip install'],
   ),

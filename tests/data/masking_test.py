@@ -175,9 +175,9 @@ def test_evaluation_is_the_same_twice_and_fills_up():
   *_, last = whole = list(data.evaluation(FEATURES))
   for x, y in zip(whole, data.evaluation(FEATURES)):
     np.testing.assert_array_equal(x['tokens'], y['tokens'])
-  # 465 documents.
-  assert (last['tokens'] != 0).any(1).sum() == 65
-  assert not last['weights'][65:].any()
+  # 614 documents.
+  assert (last['tokens'] != 0).any(1).sum() == 14
+  assert not last['weights'][14:].any()
 
 
 def test_padding_and_labels_of_any_kind():

@@ -38,13 +38,13 @@ def _span_batches(**changes):
 
 def _lm_batches(**changes):
   """The quickest to open."""
-  return _span_batches(
-    task_name='docs_lm',
-    feature_lengths={'targets': 32},
-    features=Text(),
-    pack=False,
-    **changes,
-  )
+  arguments = {
+    'task_name': 'docs_lm',
+    'feature_lengths': {'targets': 32},
+    'features': Text(),
+    'pack': False,
+  }
+  return _span_batches(**arguments | changes)
 
 
 def _take(stream, count):
@@ -266,6 +266,31 @@ def test_restoring_another_stream_is_refused(
     stream.restore(other)
 
 
+def test_a_stream_of_the_installed_packages_continues_by_their_name(tmp_path):
+  def stream(name):
+    return _lm_batches(task_name=name)
+
+  first = stream('docs_installed_lm')
+  next(first)
+  first.save(tmp_path)
+  # As it was written when these tasks had no name of their own.
+  file = tmp_path / 'batches.json'
+  text = file.read_text()
+  assert text.count('docs_installed_lm') == 2
+  file.write_text(text.replace('docs_installed_lm', 'docs_lm'))
+  with pytest.raises(
+    ValueError, match='corpus .* what docs_lm was is docs_installed_lm now'
+  ):
+    stream('docs_lm').restore(tmp_path)
+  again = stream('docs_installed_lm')
+  again.restore(tmp_path)
+  _assert_equal([next(first)], [next(again)])
+  digest = first.identity['corpus']['docs_installed_lm']
+  file.write_text(file.read_text().replace(digest, 'of another day'))
+  with pytest.raises(ValueError, match='anew in another directory$'):
+    stream('docs_lm').restore(tmp_path)
+
+
 def test_the_corpus_is_part_of_the_identity(saved):
   stream, _ = saved
   digest = corpus.load().digest
@@ -339,7 +364,7 @@ def test_more_streams_than_files_are_refused(tmp_path, forget_new_tasks):
 
 
 def test_eval_batches_are_the_split_once_in_order_and_padded():
-  arguments = ('docs_domain', 'test', {'inputs': 16, 'targets': 8})
+  arguments = ('docs_domain', 'test', {'inputs': 16, 'targets': 10})
   all_batches = list(streams.eval_batches(*arguments, 50, TextToText()))
   count = sum(corpus.load().counts['test'].values())
   assert len(all_batches) == -(-count // 50)

@@ -6,6 +6,7 @@ import tensorflow_datasets as tfds
 
 from sparse_experts.data import (
   corpus,
+  examples,
   metrics,
   preprocessors,
   streams,
@@ -21,7 +22,7 @@ LENGTHS = {
   'docs_prefix_lm': {'inputs': 32, 'targets': 32},
   'docs_lm': {'targets': 64},
   'docs_summary': {'inputs': 64, 'targets': 32},
-  'docs_domain': {'inputs': 64, 'targets': 8},
+  'docs_domain': {'inputs': 64, 'targets': 10},
 }
 
 
@@ -44,8 +45,26 @@ def _texts(name, split='test', batch_size=8):
 
 def test_every_docs_task_is_tested():
   masked = {'docs_masked', 'docs_next_sentence'}  # masking_test.py has these.
-  found = {n for n in tasks.names() if n.startswith('docs_')}
-  assert set(LENGTHS) == found - masked
+  found = {name for name in tasks.names() if name.startswith('docs_')}
+  assert found == {
+    prefix + name.removeprefix('docs')
+    for prefix in corpus.PREFIXES.values()
+    for name in {*LENGTHS, *masked}
+  }
+
+
+@pytest.mark.parametrize('name', ['large', 'installed'])
+def test_tasks_on_other_corpora_know_their_packages(name):
+  of_lm = tasks.find(f'{corpus.PREFIXES[name]}_lm').source
+  assert of_lm.task_names == corpus.domains(name)
+  masked = tasks.find(f'{corpus.PREFIXES[name]}_masked')
+  classes = masked.output_features['domain'].vocabulary.vocab_size
+  assert classes == len(corpus.domains(name))
+
+
+def test_tasks_on_the_installed_packages_read_them():
+  digests = examples.digests('docs_installed_lm')
+  assert digests == {'docs_installed_lm': corpus.load('installed').digest}
 
 
 @pytest.mark.parametrize('name', LENGTHS)

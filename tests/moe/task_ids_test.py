@@ -16,7 +16,7 @@ from sparse_experts.data.features.text import Text, TextToText
 
 VOCABULARY = vocabularies.byte()
 LENGTHS = {'inputs': 20, 'targets': 20}
-NLTK = corpus.PACKAGES.index('nltk')
+NLTK = corpus.domains().index('nltk')
 
 
 def documents():
@@ -141,7 +141,7 @@ def test_the_embedded_tasks_say_the_domain(task, lengths, features):
     real = batch[f'{tokens}_tokens'] > 0
     assert (batch[name][real] == NLTK).all() and (batch[name][~real] == 0).all()
   ids = first('validation', task_ids=True)['decoder_task_ids']
-  assert ids.max() < len(corpus.PACKAGES) and len(set(ids.ravel())) > 3
+  assert ids.max() < len(corpus.domains()) and len(set(ids.ravel())) > 3
   assert NLTK not in ids
 
 
@@ -151,7 +151,7 @@ def test_ids_are_the_domains():
     streams.eval_batches(
       'docs_domain',
       'validation',
-      {'inputs': 32, 'targets': 8},
+      {'inputs': 32, 'targets': 10},
       32,
       TextToText(),
       task_ids=True,
@@ -164,7 +164,7 @@ def test_ids_are_the_domains():
     ).removesuffix('</s>')
     names.add(text)
     for stack in ('encoder', 'decoder'):
-      assert corpus.PACKAGES[batch[f'{stack}_task_ids'][row, 0]] == text
+      assert corpus.domains()[batch[f'{stack}_task_ids'][row, 0]] == text
   assert len(names) > 3
 
 

@@ -1,6 +1,6 @@
-"""Tasks on the embedded corpus: three objectives, summaries, domains.
+"""Tasks on the documentation corpora: three objectives, summaries, domains.
 
-Registering is cheap; the corpus is harvested when a task is first read.
+Registering is cheap; a corpus is harvested when a task is first read.
 
   docs_span_corruption  T5's objective; inputs and targets
   docs_prefix_lm        a text and its continuation; inputs and targets
@@ -8,8 +8,12 @@ Registering is cheap; the corpus is harvested when a task is first read.
   docs_summary          'summarize: ' + documentation -> its opening paragraph
   docs_domain           'domain: ' + documentation -> the package it is from
 
+They read the small corpus. docs_large_lm and so on are the same tasks on the
+large one, docs_installed_lm and so on on that of the installed packages; see
+`corpus`.
+
 The task id of a token, for routers that need it, is the domain of its document:
-the index of its package in `corpus.PACKAGES`.
+the index of its package in `corpus.domains`.
 """
 
 import functools
@@ -27,7 +31,7 @@ SHUFFLE_BUFFER = 256
 
 
 class DocumentSource(seqio.DataSource):
-  """The documents of the corpus: examples of 'text', 'domain' and 'task_id'.
+  """The documents of a corpus: examples of 'text', 'domain' and 'task_id'.
 
   All documents of a split are held in memory and shuffled by index, so a
   shuffle is complete and the state of an iterator holds no text.
@@ -36,14 +40,15 @@ class DocumentSource(seqio.DataSource):
     task_names: what the task ids mean.
   """
 
-  task_names = corpus.PACKAGES
-
-  def __init__(self):
+  def __init__(self, name: str = 'small'):
+    """A source of the corpus of that name, one of `corpus.PREFIXES`."""
     super().__init__(corpus.SPLITS, caching_permitted=False)
+    self._name = name
+    self.task_names = corpus.domains(name)
 
   @functools.cached_property
   def _corpus(self) -> corpus.Corpus:
-    return corpus.load()
+    return corpus.load(self._name)
 
   @property
   def digest(self) -> str:
@@ -75,13 +80,13 @@ class DocumentSource(seqio.DataSource):
       raise corpus.damaged(
         self._corpus.path, f'{split}.tfrecord is not what was written'
       ) from error
-    is_it = columns['domain'][:, None] == tf.constant(corpus.PACKAGES)[None]
+    is_it = columns['domain'][:, None] == tf.constant(self.task_names)[None]
     columns['task_id'] = tf.argmax(is_it, 1, tf.int32)
     return arrays.examples(columns, shuffle, seed, shard_info)
 
 
-# One for all tasks: it looks for the cached corpus once.
-_SOURCE = DocumentSource()
+# One for all tasks on a corpus: it looks for the cached one once.
+_SOURCES = {name: DocumentSource(name) for name in corpus.PREFIXES}
 
 
 def add_docs_task(
@@ -91,8 +96,9 @@ def add_docs_task(
   *,
   features: Sequence[str] | Mapping[str, seqio.Feature] = ('inputs', 'targets'),
   metric_fns: Sequence[Callable] = (),
+  corpus_name: str = 'small',
 ) -> seqio.Task:
-  """Registers a task on the documents of the corpus.
+  """Registers a task on the documents of a corpus.
 
   Args:
     name: of the task.
@@ -102,10 +108,11 @@ def add_docs_task(
     features: what the preprocessors yield; with what they are, where that is
       not tokens which end with EOS.
     metric_fns: seqio metrics, functions of (targets, predictions).
+    corpus_name: one of `corpus.PREFIXES`.
   """
   return seqio.TaskRegistry.add(
     name,
-    source=_SOURCE,
+    source=_SOURCES[corpus_name],
     preprocessors=preprocessors,
     output_features=dict(features)
     if isinstance(features, Mapping)
@@ -137,47 +144,51 @@ def opening_paragraph(dataset: tf.data.Dataset) -> tf.data.Dataset:
   return texts.filter(lambda p, _: tf.strings.length(p[1]) > 0).map(fields)
 
 
-@seqio.map_over_dataset
-def domain(example):
+def domain(dataset: tf.data.Dataset, names: Sequence[str]) -> tf.data.Dataset:
   """'domain: ' + a text -> the name of its package, of all packages' names."""
-  return {
-    'inputs': tf.strings.join(['domain: ', example['text']]),
-    'targets': example['domain'],
-    'task_id': example['task_id'],
-    'options': tf.constant(corpus.PACKAGES),
-    'label': example['task_id'],
-    'normalise': False,
-  }
+
+  def fields(example):
+    return {
+      'inputs': tf.strings.join(['domain: ', example['text']]),
+      'targets': example['domain'],
+      'task_id': example['task_id'],
+      'options': tf.constant(names),
+      'label': example['task_id'],
+      'normalise': False,
+    }
+
+  return dataset.map(fields, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-add_docs_task(
-  'docs_span_corruption',
-  preprocessors.from_text(preprocessors.span_corruption, with_tasks=True),
-  vocabularies.docs(),
-)
-add_docs_task(
-  'docs_prefix_lm',
-  preprocessors.from_text(preprocessors.prefix_lm, with_tasks=True),
-  vocabularies.docs(),
-)
-add_docs_task(
-  'docs_lm',
-  preprocessors.from_text(preprocessors.lm, with_tasks=True),
-  vocabularies.docs(),
-  features=('targets',),
-)
-for _name, _fields, _metric in (
-  ('docs_summary', opening_paragraph, metrics.rouge),
-  ('docs_domain', domain, metrics.accuracy),
-):
-  add_docs_task(
-    _name,
-    [
-      _fields,
-      functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=True),
-      seqio.preprocessors.append_eos_after_trim,
-      preprocessors.task_ids,
-    ],
-    vocabularies.docs(),
-    metric_fns=[_metric],
+for _corpus, _prefix in corpus.PREFIXES.items():
+  _add = functools.partial(
+    add_docs_task, vocabulary=vocabularies.docs(), corpus_name=_corpus
   )
+  for _name, _objective, _features in (
+    ('span_corruption', preprocessors.span_corruption, ('inputs', 'targets')),
+    ('prefix_lm', preprocessors.prefix_lm, ('inputs', 'targets')),
+    ('lm', preprocessors.lm, ('targets',)),
+  ):
+    _add(
+      f'{_prefix}_{_name}',
+      preprocessors.from_text(_objective, with_tasks=True),
+      features=_features,
+    )
+  for _name, _fields, _metric in (
+    ('summary', opening_paragraph, metrics.rouge),
+    (
+      'domain',
+      functools.partial(domain, names=corpus.domains(_corpus)),
+      metrics.accuracy,
+    ),
+  ):
+    _add(
+      f'{_prefix}_{_name}',
+      [
+        _fields,
+        functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=True),
+        seqio.preprocessors.append_eos_after_trim,
+        preprocessors.task_ids,
+      ],
+      metric_fns=[_metric],
+    )

@@ -1,7 +1,7 @@
-"""Tasks on the embedded corpus for masked language with a second head.
+"""Tasks on the documentation corpora for masked language with a second head.
 
   docs_masked         a run of a documentation text; 'domain' int32 [], the
-                      index of its package in `corpus.PACKAGES`
+                      index of its package in `corpus.domains`
   docs_next_sentence  two runs; 'next_sentence' int32 [], 1 where the second
                       follows the first, 0 where it is another text's
 
@@ -24,11 +24,14 @@ def domain(example):
   return {**example, 'domain': example['task_id'], 'tokens_task_ids': ids}
 
 
-def add_masked_task(name, examples, label: str, num_classes: int) -> seqio.Task:
+def add_masked_task(
+  corpus_name: str, name: str, examples, label: str, num_classes: int
+) -> seqio.Task:
   """Registers a task of masked text with one label.
 
   Args:
-    name: of the task.
+    corpus_name: one of `corpus.PREFIXES`.
+    name: of the task, after that prefix.
     examples: seqio preprocessors, from a document's 'tokens' to rows with the
       label.
     label: its feature.
@@ -37,7 +40,7 @@ def add_masked_task(name, examples, label: str, num_classes: int) -> seqio.Task:
   vocabulary = vocabularies.docs()
   ids = functools.partial(seqio.Feature, add_eos=False)
   return docs.add_docs_task(
-    name,
+    f'{corpus.PREFIXES[corpus_name]}_{name}',
     [
       functools.partial(
         seqio.preprocessors.rekey,
@@ -54,18 +57,18 @@ def add_masked_task(name, examples, label: str, num_classes: int) -> seqio.Task:
       'weights': seqio.ContinuousFeature(dtype=tf.float32, rank=1),
       label: ids(seqio.PassThroughVocabulary(num_classes), rank=0),
     },
+    corpus_name=corpus_name,
   )
 
 
-add_masked_task(
-  'docs_masked',
-  [masking.passages, domain],
-  'domain',
-  len(corpus.PACKAGES),
-)
-add_masked_task(
-  'docs_next_sentence',
-  [masking.sentence_pairs],
-  'next_sentence',
-  2,
-)
+for _corpus in corpus.PREFIXES:
+  add_masked_task(
+    _corpus,
+    'masked',
+    [masking.passages, domain],
+    'domain',
+    len(corpus.domains(_corpus)),
+  )
+  add_masked_task(
+    _corpus, 'next_sentence', [masking.sentence_pairs], 'next_sentence', 2
+  )
