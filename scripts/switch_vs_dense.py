@@ -158,7 +158,8 @@ def write_page(curves, steps, args):
 `python scripts/switch_vs_dense.py --steps={args.steps} --seeds={args.seeds}`
 
 Span corruption on the documentation corpus (small, digest
-{corpus.load().digest}), the validation split, in nats per target token; Switch at its evaluation capacity factor of 2. A seed fixes
+{corpus.load().digest}), the validation split, in nats per target
+token; Switch at its evaluation capacity factor of 2. A seed fixes
 initialisation and data order; within a seed both models see the same batches.
 
 | model | parameters | active | train FLOPs per token |
