@@ -130,10 +130,10 @@ Span corruption on the documentation corpus (small, digest
 {corpus.load().digest}) with a small encoder-decoder of 8 experts in
 every second block, {args.steps} steps of 16 x 128 tokens, one seed.
 Imbalance is the largest over the mean load of a layer's experts, before any
-capacity, the mean over sparse layers; 1 is balance. "Without" is the same router
-in training without what balances it. Noisy top-k, four of eight experts at first
-chosen by noise alone, is balanced in training either way; held-out text,
-without noise, shows its losses.
+capacity, the mean over sparse layers; 1 is balance. "Without" is the same
+router in training without what balances it. Noisy top-k, four of eight experts
+at first chosen by noise alone, is balanced in training either way; held-out
+text, without noise, shows its losses.
 
 | method | file | imbalance | without | held out | held-out loss, nats |
 |---|---|---|---|---|---|
