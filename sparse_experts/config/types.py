@@ -136,7 +136,7 @@ def _hints(function: Callable) -> Iterator[tuple[str, Any]]:
 
   Names that only a type checker imports are not there to be read.
   """
-  if dataclasses.is_dataclass(function):
+  if inspect.isclass(function) and dataclasses.is_dataclass(function):
     sources = [
       (vars(of).get('__annotations__', {}), vars(sys.modules[of.__module__]))
       for of in reversed(function.__mro__)
