@@ -17,6 +17,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import gin.config
+import gin.config_parser
+
 import gin
 from sparse_experts import earlier
 from sparse_experts.config import order, overrides, provenance, types

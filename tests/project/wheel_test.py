@@ -46,5 +46,6 @@ def test_the_installed_wheel_answers_from_anywhere(tmp_path, capsys):
   assert cli.main(['inspect', '--gin_file=gin/quickstart.gin', '--json']) == 0
   assert json.loads(output) == json.loads(capsys.readouterr().out)
   assert (site / 'sparse_experts/data/assets/docs_8k.model').exists()
+  assert (site / 'sparse_experts/py.typed').exists()
   # gin-config's package is named gin: nothing of ours may land in it.
   assert not (site / 'gin').exists()
