@@ -71,6 +71,7 @@ setuptools.setup(
   ],
   extras_require={
     'test': [
+      'PyYAML',
       'basedpyright==1.40.2',  # Its number of errors is held.
       'hypothesis',
       'ipykernel',

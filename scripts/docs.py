@@ -15,6 +15,7 @@ the ledger counts. A header's first sentence is a file's row.
 
 import argparse
 import collections
+import inspect
 import pathlib
 import re
 import sys
@@ -22,7 +23,7 @@ import textwrap
 
 import imports_picture
 
-from sparse_experts import config
+from sparse_experts import config, convert, moe, sharding
 from sparse_experts.commands import table
 from sparse_experts.papers import published
 
@@ -98,6 +99,26 @@ def of_files(*patterns):
   )
 
 
+def names():
+  """What packages export, each with the first line of its documentation."""
+  text = []
+  for package in (moe, sharding, convert):
+    exported = ((name, getattr(package, name)) for name in package.__all__)
+    found = [
+      (f'`{name}`', documentation(value)) for name, value in sorted(exported)
+    ]
+    table_of = rows(('name', 'what'), ('---', '---'), *found)
+    text.append(f'### `{package.__name__}`\n\n{table_of}')
+  return '\n'.join(text)
+
+
+def documentation(value):
+  """The first line of what a function or class says; a constant is itself."""
+  if callable(value) and value.__module__.startswith('sparse_experts'):
+    return inspect.getdoc(value).partition('\n')[0].rstrip('.')
+  return f'a constant, {type(value).__name__}'
+
+
 def paper(name, computed):
   """A paper's table, published beside computed, and why some disagree.
 
@@ -143,6 +164,7 @@ PARTS = {
   'routers': ('docs/routers.md', routers),
   'recipes': ('docs/recipes.md', lambda: of_files('gin/models/*/*.gin')),
   'papers': ('docs/recipes.md', papers),
+  'names': ('docs/names.md', names),
   'tasks': (
     'docs/finetuning.md',
     lambda: of_files('gin/tasks/*.gin', 'gin/tasks/*/*.gin'),
