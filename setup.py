@@ -38,6 +38,7 @@ setuptools.setup(
   ],
   package_dir=DATA_PACKAGES,
   package_data={
+    'sparse_experts': ['py.typed'],
     'sparse_experts.data': ['assets/*.csv', 'assets/*.model', 'assets/*.txt'],
     **{package: ['*.gin'] for package in DATA_PACKAGES},
   },
@@ -70,6 +71,8 @@ setuptools.setup(
   ],
   extras_require={
     'test': [
+      'PyYAML',
+      'basedpyright==1.40.2',  # Its number of errors is held.
       'hypothesis',
       'ipykernel',
       'matplotlib',

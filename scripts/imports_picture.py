@@ -4,7 +4,7 @@ Rooms stand on a staircase, in the order of imports. A line leaves a room to the
 right, and at every number on it turns down to a room that it imports: nothing
 can point up, as `tests/project/structure_test.py` holds.
 
-  .venv/bin/python scripts/imports_picture.py
+  bash scripts/docs.sh --write rooms
 """
 
 import collections
@@ -123,7 +123,3 @@ def _caption(height):
   yield f'<text class="words title" x="24" y="{y}">{title}</text>'
   for i, line in enumerate(WORDS, 1):
     yield f'<text class="words" x="24" y="{y + 4 + 22 * i}">{line}</text>'
-
-
-if __name__ == '__main__':
-  PICTURE.write_text(draw(count_imports()))

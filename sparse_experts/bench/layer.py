@@ -53,7 +53,7 @@ class Layer:
       **self._dispatch(dispatcher),
     )
 
-  def _dispatch(self, name: str):
+  def _dispatch(self, name: str) -> dict[str, Any]:
     dispatch = dispatchers.load(name)
     if name == 'grouped':
       dispatch = functools.partial(dispatch, buffer_factor=self.buffer_factor)

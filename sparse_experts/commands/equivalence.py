@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
   settings.parse(args)
   asked = config.bound(equivalence.Table)()
   routers = {}
-  for name in asked.routers or config.routers():
+  for name in asked.routers or config.routers(settings.search_paths(args)):
     settings.parse(args, f'gin/routers/{name}.gin')
     routers[name] = config.now('ROUTER')
   if args.dry_run:

@@ -13,12 +13,11 @@ def run(args: argparse.Namespace) -> None:
   from sparse_experts.moe import dispatchers
 
   settings.refuse(args, 'list takes no gin file and no binding.')
-  folder = config.root()
-  recipes = sorted((folder / 'gin').rglob('*.gin'))
+  paths = settings.search_paths(args)
   facts = {
-    'recipes': [str(path.relative_to(folder)) for path in recipes],
+    'recipes': config.files(paths),
     'tasks': tasks.names(),
-    'routers': config.routers(),
+    'routers': config.routers(paths),
     'dispatchers': dispatchers.names(),
   }
   if args.json:

@@ -15,14 +15,14 @@ def parse(args: argparse.Namespace, *more_files: str) -> None:
       f'{args.command} needs --gin_file=FILE; `python -m sparse_experts list` '
       'names those that come with the package.'
     )
-  config.parse(files, args.bindings, _search_paths(args))
+  config.parse(files, args.bindings, search_paths(args))
 
 
 def trace(args: argparse.Namespace):
   """Where what `parse` has read is from, see `config.trace`."""
   from sparse_experts import config
 
-  return config.trace(args.gin_file, args.bindings, _search_paths(args))
+  return config.trace(args.gin_file, args.bindings, search_paths(args))
 
 
 def refuse(args: argparse.Namespace, line: str) -> None:
@@ -31,5 +31,6 @@ def refuse(args: argparse.Namespace, line: str) -> None:
     raise ValueError(line)
 
 
-def _search_paths(args: argparse.Namespace) -> list[str]:
+def search_paths(args: argparse.Namespace) -> list[str]:
+  """The folders of --gin_search_paths."""
   return [path for path in args.gin_search_paths.split(',') if path]

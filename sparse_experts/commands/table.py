@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from sparse_experts.commands import printing, settings
 
@@ -14,9 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  from sparse_experts import config
   from sparse_experts.papers import published
-  from sparse_experts.planning import ledger
 
   settings.refuse(
     args, 'table takes --paper=TABLE alone; its rows name recipes.'
@@ -27,20 +26,7 @@ def run(args: argparse.Namespace) -> None:
       f'--paper must be one of {", ".join(tables)}, not {args.paper!r}.'
     )
   table = tables[args.paper]
-  rows = []
-  for row in table.rows:
-    config.parse([row.file], row.bindings, [])
-    facts = ledger.ledger(
-      config.value('MODEL'), config.value('TASK_FEATURE_LENGTHS')
-    )
-    rows.append(
-      {
-        'model': row.model,
-        'recipe': row.file,
-        'bindings': list(row.bindings),
-        'values': published.compare(row, facts),
-      }
-    )
+  rows = list(map(computed, table.rows))
   if args.json:
     return printing.as_json(
       {'table': args.paper, 'title': table.title, 'rows': rows}
@@ -49,3 +35,19 @@ def run(args: argparse.Namespace) -> None:
   printing.compared(
     'model', [(row['model'], value) for row in rows for value in row['values']]
   )
+
+
+def computed(row) -> dict[str, Any]:
+  """A row of a `published.Table`, and what the ledger makes of its recipe."""
+  from sparse_experts import config
+  from sparse_experts.papers import published
+  from sparse_experts.planning import ledger
+
+  config.parse([row.file], row.bindings, [])
+  model, lengths = config.value('MODEL'), config.value('TASK_FEATURE_LENGTHS')
+  return {
+    'model': row.model,
+    'recipe': row.file,
+    'bindings': list(row.bindings),
+    'values': published.compare(row, ledger.ledger(model, lengths)),
+  }

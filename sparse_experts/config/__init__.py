@@ -17,6 +17,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import gin.config
+import gin.config_parser
+
 import gin
 from sparse_experts import earlier
 from sparse_experts.config import order, overrides, provenance, types
@@ -30,9 +33,30 @@ def root() -> pathlib.Path:
   return data if data.exists() else _PACKAGE.parent
 
 
-def routers() -> list[str]:
-  """The routers there is a file for in gin/routers/."""
-  return sorted(path.stem for path in (root() / 'gin/routers').glob('*.gin'))
+def files(search_paths: Sequence[str] = ()) -> list[str]:
+  """What `parse` finds in folders `gin/`, as it is given them.
+
+  Args:
+    search_paths: further folders that have a `gin/`, as `parse` takes them.
+  """
+  folders = map(pathlib.Path, _folders(search_paths))
+  return sorted(
+    {
+      str(path.relative_to(folder))
+      for folder in folders
+      for path in (folder / 'gin').rglob('*.gin')
+    }
+  )
+
+
+def routers(search_paths: Sequence[str] = ()) -> list[str]:
+  """The routers there is a file for in gin/routers/, ours and one's own.
+
+  Args:
+    search_paths: as in `files`.
+  """
+  paths = map(pathlib.PurePath, files(search_paths))
+  return [path.stem for path in paths if str(path.parent) == 'gin/routers']
 
 
 def parse(

@@ -13,6 +13,9 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import gin.config
+import gin.config_parser
+
 import gin
 from sparse_experts import earlier
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import annotated_types
+import gin.config
 import pydantic
 from pydantic_core import core_schema
 
@@ -30,7 +31,7 @@ _STRICT = pydantic.ConfigDict(
 )  # No text for a number, no 1 for True.
 _DATA = (int, float, bool, str, bytes, list, tuple, dict, set, types.NoneType)
 _UNIONS = (typing.Union, types.UnionType)
-_CONTAINERS = (
+_CONTAINERS: tuple[Any, ...] = (
   *(list, tuple, dict, set, frozenset),
   *(collections.abc.Sequence, collections.abc.Mapping),
 )

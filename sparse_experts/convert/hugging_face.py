@@ -67,7 +67,13 @@ def read(path: pathlib.Path) -> Found:
 def source_places(
   model: Language, names: Iterable[str], tensors: Iterable[str]
 ) -> dict[str, Place]:
-  """Where plain parameters lie."""
+  """Where plain parameters lie.
+
+  Args:
+    model: whose parameters they are, and so whose architecture.
+    names: of its plain parameters.
+    tensors: as of other formats; not read.
+  """
   del tensors
   return tensor_map.theirs(ARCHITECTURES[_kind(model)].table, names)
 

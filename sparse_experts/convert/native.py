@@ -43,7 +43,13 @@ def read(path: pathlib.Path) -> Found:
 def source_places(
   model: Language, names: Iterable[str], tensors: Iterable[str]
 ) -> dict[str, Place]:
-  """Where plain parameters lie in a checkpoint with these tensors."""
+  """Where plain parameters lie in a checkpoint with these tensors.
+
+  Args:
+    model: whose parameters they are.
+    names: of its plain parameters.
+    tensors: names of the checkpoint's.
+  """
   blocks = (layout.split_path(name.split('/')) for name in tensors)
   scanned = {at.stack for at in blocks if at and at.scanned}
   return tensor_map.ours(model, names, scanned)

@@ -105,7 +105,13 @@ class Writer:
       (folder / INDEX).write_text(json.dumps(index, indent=2))
 
   def write(self, name: str, index: tuple, array: np.ndarray) -> None:
-    """Writes a whole tensor; `index` is ()."""
+    """Writes a whole tensor; `index` is ().
+
+    Args:
+      name: of `shapes`.
+      index: ().
+      array: of its shape, written as float32.
+    """
     assert index == (), index
     with self._files[name].open('r+b') as file:
       file.seek(self._begin[name])

@@ -53,7 +53,13 @@ def read(path: pathlib.Path) -> Found:
 def source_places(
   model: Language, names: Iterable[str], tensors: Iterable[str]
 ) -> dict[str, Place]:
-  """Where plain parameters lie in a checkpoint with these tensors."""
+  """Where plain parameters lie in a checkpoint with these tensors.
+
+  Args:
+    model: whose parameters they are.
+    names: of its plain parameters.
+    tensors: names of the checkpoint's.
+  """
   return _scanned(target_places(model, names), tensors)
 
 
@@ -196,7 +202,11 @@ class Writer:
     )
 
   def write(self, name: str, index: tuple, array) -> None:
-    """Writes a part of a parameter."""
+    """Writes a part of a parameter.
+
+    Args:
+      name, index, array: as of `zarr.Writer.write`.
+    """
     self._arrays.write(f'target/{name}', index, array)
 
   def finish(self, gin: str) -> None:

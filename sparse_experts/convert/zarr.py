@@ -79,7 +79,13 @@ class Writer:
     self.chunks = {name: _chunks(part) for name, part in parts.items()}
 
   def write(self, name: str, index: tuple, array: np.ndarray) -> None:
-    """Writes the part of an array at an index of integers and slices."""
+    """Writes the part of an array at an index of integers and slices.
+
+    Args:
+      name: of `shapes`.
+      index: integers and slices, for the first axes.
+      array: that part, written as float32.
+    """
     folder = self._folder / name.replace('/', '.')
     store = ts.open(
       {

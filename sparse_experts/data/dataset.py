@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 
 from sparse_experts.data import examples, streams, token_text
 from sparse_experts.data.features.base import Features
@@ -119,13 +120,15 @@ class Dataset:
       self.mixture_or_task_name, self.task_ids, self.modules
     )
 
-  def pieces(self, feature: str, ids: Sequence[int]) -> dict[int, str]:
+  def pieces(
+    self, feature: str, ids: Sequence[int] | np.ndarray
+  ) -> dict[int, str]:
     """The text of each token id by itself."""
     return token_text.token_pieces(
       self.mixture_or_task_name, feature, ids, self.modules
     )
 
-  def text(self, feature: str, ids: Sequence[int]) -> str:
+  def text(self, feature: str, ids: Sequence[int] | np.ndarray) -> str:
     """The text of token ids of a feature."""
     return token_text.decode_tokens(
       self.mixture_or_task_name, feature, ids, self.modules

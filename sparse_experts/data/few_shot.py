@@ -163,9 +163,9 @@ def _prompts(
   """A seqio preprocessor: 'inputs' with k of a pool before them."""
   import tensorflow as tf
 
-  pool = pool()
+  examples = pool()
   places = {}
-  for i, (question, _) in enumerate(pool):
+  for i, (question, _) in enumerate(examples):
     places.setdefault(question, []).append(i)
   feature = output_features['inputs']
   tokens = feature.vocabulary.encode
@@ -174,8 +174,8 @@ def _prompts(
   def text(index, inputs):
     inputs = inputs.decode()
     itself = places.get(inputs, ())
-    drawn = draw(len(pool), k, seed=seed, index=int(index), exclude=itself)
-    shots = [pool[i] for i in drawn]
+    drawn = draw(len(examples), k, seed=seed, index=int(index), exclude=itself)
+    shots = [examples[i] for i in drawn]
     fit = bisect.bisect_right(
       range(k + 1), room, key=lambda n: len(tokens(prompt(inputs, shots[:n])))
     )

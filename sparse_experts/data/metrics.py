@@ -52,6 +52,10 @@ def f1(
   What is no class of the targets counts as the opposite of its target, as in
   T5.
 
+  Args:
+    targets, predictions: classes by name, one of each for an example.
+    positive: the class that F1 is of.
+
   >>> f1(['yes', 'yes', 'no'], ['yes', 'no', 'maybe'], positive='yes')
   {'f1': 50.0}
   """
@@ -66,7 +70,12 @@ def f1(
 def macro_f1(
   targets: Sequence[str], predictions: Sequence[str], *, classes: Sequence[str]
 ) -> Scores:
-  """Unweighted mean over classes of their F1 (CB)."""
+  """Unweighted mean over classes of their F1 (CB).
+
+  Args:
+    targets, predictions: classes by name, one of each for an example.
+    classes: all, those too that no target has.
+  """
   scores = [_class_f1(targets, predictions, name) for name in classes]
   return {'macro_f1': float(np.mean(scores))}
 

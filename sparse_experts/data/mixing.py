@@ -62,7 +62,16 @@ def add(
   temperature: float = 1.0,
   maximum: float | None = None,
 ) -> str:
-  """As `mixture`, of tasks at hand and arguments that are known to be good."""
+  """As `mixture`, of tasks at hand and arguments that are known to be good.
+
+  Args:
+    name: new, or that of the same mixture.
+    found: tasks, and mixtures for the tasks that they are of.
+    by, temperature, maximum: as of `mixture`.
+
+  Raises:
+    ValueError: another mixture has the name.
+  """
   host_tensorflow.load()
   import seqio
 
@@ -92,7 +101,12 @@ def rate(
   temperature: float = 1.0,
   maximum: float | None = None,
 ) -> float:
-  """The rate of a task in a mixture, see `mixture`."""
+  """The rate of a task in a mixture, see `mixture`.
+
+  Args:
+    task: of a mixture.
+    by, temperature, maximum: as of `mixture`.
+  """
   if by == 'equal':
     return 1.0
   if 'train' not in task.splits:

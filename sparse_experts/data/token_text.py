@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
+
 from sparse_experts.data import host_tensorflow, tasks
 from sparse_experts.data.special_tokens import NO_TOKEN, T5, SpecialTokens
 
@@ -76,7 +78,7 @@ def check_vocabulary(
 def decode_tokens(
   task_name: str,
   feature: str,
-  ids: Sequence[int],
+  ids: Sequence[int] | np.ndarray,
   modules: Sequence[str] = (),
 ) -> str:
   """The text of token ids, sentinels included, without the padding.
@@ -100,7 +102,7 @@ def decode_tokens(
 def token_pieces(
   task_name: str,
   feature: str,
-  ids: Sequence[int],
+  ids: Sequence[int] | np.ndarray,
   modules: Sequence[str] = (),
 ) -> dict[int, str]:
   """The text of each token id by itself.

@@ -63,6 +63,12 @@ def rank_options(
 
   The choice is its argmax over W; `choose` takes it of a row's own options.
   Rows with fewer are filled up with options of padding, which score -inf.
+
+  Args:
+    model, params: unboxed parameters.
+    batch: questions, B rows.
+    options_BxWxT: int32, W options of at most T tokens, padded.
+    per_token: divide by an option's number of tokens.
   """
 
   def score(options_BxT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +47,7 @@ def read(model_dir: epath.PathLike) -> dict[str, dict[str, Curve]]:
   }
 
 
-def layers(curves: dict[str, Curve]) -> list[str]:
+def layers(curves: Mapping[str, Curve]) -> list[str]:
   """The sparse layers that curves tell of, in the order they were written."""
   names = (
     key.removeprefix('layers/').rpartition('/')[0]
@@ -57,7 +58,7 @@ def layers(curves: dict[str, Curve]) -> list[str]:
 
 
 def load_over_time(
-  curves: dict[str, Curve], layer: str
+  curves: Mapping[str, Curve], layer: str
 ) -> tuple[np.ndarray, np.ndarray]:
   """Steps [T], and the load of each expert of a layer at each, [T, E]."""
   loads = []

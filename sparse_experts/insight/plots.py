@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -213,7 +214,7 @@ def _axes(height: float = 2.9):
   return figure, axes
 
 
-def _styles():
+def _styles() -> Iterator[dict[str, Any]]:
   """Colour and dashes of one line after another; 24 differ."""
   for i in itertools.count():
     colour, dashes = COLOURS[i % 6], _DASHES[(i + i // 6) % 4]

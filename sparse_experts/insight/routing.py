@@ -144,6 +144,11 @@ def paths(records: Records, stack: str, most: int = 20) -> list[Path]:
 
   Tokens that miss a layer's experts, as padding does, are left out.
 
+  Args:
+    records: of a split.
+    stack: its name, such as 'decoder'.
+    most: paths at most.
+
   Raises:
     ValueError: the stack has no sparse layer.
   """

@@ -71,6 +71,11 @@ def by_token(records: Records, layer: str, least: int = 8) -> Matrix:
   """Vocabulary specialisation of a layer (OLMoE, section 5.4).
 
   Rows are the tokens that occur at least so often, the most frequent first.
+
+  Args:
+    records: of a split.
+    layer: its name.
+    least: occurrences of a token.
   """
   tokens_BxL = records.tokens[_stack(layer)]
   size = int(tokens_BxL.max()) + 1
@@ -92,6 +97,9 @@ def vocabulary_specialisation(
 
   The mean over tokens of the vocabulary that occur at least so often of the
   share that goes to the most frequent expert of each.
+
+  Args:
+    records, layer, least: as of `by_token`.
   """
   values_VxE = by_token(records, layer, least).values
   return float(values_VxE.max(1).mean()) if len(values_VxE) else 0.0
@@ -127,6 +135,11 @@ def expert_table(records: Records, layer: str, tokens: int = 8) -> list[Expert]:
 
   and its `label` is the class (`token_classes`) with the largest such term, ''
   where no class has more than its share.
+
+  Args:
+    records: of a split.
+    layer: its name.
+    tokens: of each expert, at most.
   """
   record = records.layers[layer]
   ids_BxL = records.tokens[_stack(layer)]

@@ -193,7 +193,11 @@ class Attention(nn.Module):
     bias_1xHxLxM: Array | None = None,
     **_,
   ) -> Cost:
-    """Of queries with keys (and with distances) and of weights with values."""
+    """Of queries with keys (and with distances) and of weights with values.
+
+    Args:
+      x_BxLxD, memory_BxMxD, bias_1xHxLxM: as of a call, by shape alone.
+    """
     B, L, _ = x_BxLxD.shape
     logits = B * self.num_heads * L * memory_BxMxD.shape[1]
     biased = self.relative or bias_1xHxLxM is not None
@@ -272,6 +276,13 @@ def relative_buckets(
   distances: Array, *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> Array:
   """Bucket of each distance (key position minus query position), int32.
+
+  Args:
+    distances: int32, of any shape.
+    bidirectional: half of the buckets are for keys after the query; else they
+      are as those at it.
+    num_buckets: in all.
+    max_distance: from which on distances share the last bucket.
 
   Example:
     >>> relative_buckets(jnp.array([0, -1, -2, 5]), bidirectional=False,

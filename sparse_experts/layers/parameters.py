@@ -104,11 +104,21 @@ class Shared:
   mask_dims: tuple[int, ...] = (-2,)
 
   def declared(self, module, name, init, shape) -> Array:
-    """The parameter, declared if it is not yet."""
+    """The parameter, declared if it is not yet.
+
+    Args:
+      module, name, init, shape: as of `vector`.
+    """
     return module.param(name, init, shape, jnp.float32)
 
   def product(self, x: Array, w: Array, num_inputs: int) -> Array:
-    """The last axes of x times the first of w."""
+    """The last axes of x times the first of w.
+
+    Args:
+      x: rows; their last `num_inputs` axes are contracted.
+      w: one matrix, [inputs, outputs], of any axes each.
+      num_inputs: axes of the inputs.
+    """
     contracting = tuple(range(x.ndim - num_inputs, x.ndim))
     return jax.lax.dot_general(
       x, w, ((contracting, tuple(range(num_inputs))), ((), ()))
@@ -137,7 +147,14 @@ class Grouped:
   mask_dims: tuple[int, ...] = ()
 
   def declared(self, module, name, init, shape) -> Array:
-    """The parameters of all experts, [E, *shape], which are there already."""
+    """The parameters of all experts, [E, *shape], which are there already.
+
+    Args:
+      module, name, init, shape: as of `vector`, of one expert.
+
+    Raises:
+      ValueError: what is there has another shape.
+    """
     stacked = module.get_variable('params', name)
     if stacked.shape != (len(self.sizes_E), *shape):
       raise ValueError(
@@ -149,7 +166,13 @@ class Grouped:
     return stacked
 
   def product(self, x: Array, w: Array, num_inputs: int) -> Array:
-    """The last axes of x times those of its rows' matrices."""
+    """The last axes of x times those of its rows' matrices.
+
+    Args:
+      x: rows; their last `num_inputs` axes are contracted.
+      w: a matrix for each expert, [E, inputs, outputs].
+      num_inputs: axes of the inputs.
+    """
     self._check(x)
     rows, inputs = x.shape[:-num_inputs], math.prod(x.shape[-num_inputs:])
     sizes_E = self.sizes_E

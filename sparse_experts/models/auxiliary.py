@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from sparse_experts.letters import Array
 from sparse_experts.models.layout import LayerId
@@ -21,7 +22,7 @@ SCOPES = ('group', 'microbatch', 'batch', 'batch_so_far', 'last_step')
 BALANCE = 'load_balance'  # The loss that a `Balance` is.
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Totals:
   """What a step's losses are divided by, known before its first gradient.
 
@@ -48,7 +49,7 @@ class Totals:
   part: Array | None = None
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Statistics:
   """What microbatches tell one another before the first gradient.
 
@@ -90,7 +91,7 @@ def of_layers(
     losses = {loss: share * value for loss, value in aux.losses.items()}
     if BALANCE in losses and balance_over != 'group':
       losses[BALANCE] = _balance({name: aux}, balance_over, totals)
-    return aux.replace(losses=losses)
+    return dataclasses.replace(aux, losses=losses)
 
   return {name: of_layer(name, aux) for name, aux in auxes.items()}
 
@@ -107,6 +108,12 @@ def over_layers(
   f and P are means over layers, too, before they are multiplied. Other losses
   are the mean over a stack's layers then, and those of two stacks add. Experts
   in attention are layers of their own kind, which add likewise.
+
+  Args:
+    auxes: of `of_layers`, by the layers' names.
+    layer_reduction: 'sum', 'mean' or 'joint'.
+    balance_over: as in `of_layers`.
+    totals: as in `of_layers`.
   """
   joint = layer_reduction == 'joint'
   with_loss: dict[tuple[str, tuple[str, ...]], dict[str, Aux]] = {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import flax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from sparse_experts.letters import Array
 from sparse_experts.models import layout
@@ -47,14 +47,14 @@ def update_biases(
     Wang et al. 2024, https://arxiv.org/abs/2408.15664, Algorithm 1.
     DeepSeek-AI 2024 (V3), https://arxiv.org/abs/2412.19437, section 2.1.2.
   """
-  flat = flax.traverse_util.flatten_dict(params, keep_empty_nodes=True)
+  flat = traverse_util.flatten_dict(params, keep_empty_nodes=True)
   biases = [path for path in flat if path[-1] == BIAS]
   if not biases:
     raise ValueError(
       f'bias_rate={rate} moves the biases of routers, but none has one: set '
       'DeepSeek.balance_bias=True, or bias_rate=0.'
     )
-  masks = flax.traverse_util.flatten_dict(trained or {})
+  masks = traverse_util.flatten_dict(trained or {})
   for path in biases:
     loads = [
       layer_sums[str(layer)]['chosen_E']
@@ -64,4 +64,4 @@ def update_biases(
     direction = jnp.sign(load.mean(-1, keepdims=True) - load)
     moved = flat[path] + rate * direction
     flat[path] = jnp.where(masks.get(path, True), moved, flat[path])
-  return flax.traverse_util.unflatten_dict(flat)
+  return traverse_util.unflatten_dict(flat)

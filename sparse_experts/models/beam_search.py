@@ -6,9 +6,9 @@ import dataclasses
 import functools
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from sparse_experts.data.special_tokens import NO_TOKEN, T5, SpecialTokens
 from sparse_experts.letters import Array
@@ -17,7 +17,7 @@ from sparse_experts.models.token_loop import MapRows, Step, write
 from sparse_experts.moe.assignment import largest
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Beams:
   """The hypotheses of a beam search, the best first.
 

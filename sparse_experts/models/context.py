@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import flax
+from flax import struct
 
 from sparse_experts.letters import Array
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Context:
   """What every block of a stack sees beside the tokens' representations.
 
@@ -41,10 +41,8 @@ class Context:
   attend_memory_BxLxM: Array | None = None
   bias_1xHxLxM: Array | None = None
   positions_B: Array | None = None
-  capacity_factor: float | None = flax.struct.field(
-    pytree_node=False, default=None
-  )
-  deterministic: bool = flax.struct.field(pytree_node=False, default=True)
-  record: bool = flax.struct.field(pytree_node=False, default=False)
-  cache: str = flax.struct.field(pytree_node=False, default='none')
-  cache_length: int = flax.struct.field(pytree_node=False, default=0)
+  capacity_factor: float | None = struct.field(pytree_node=False, default=None)
+  deterministic: bool = struct.field(pytree_node=False, default=True)
+  record: bool = struct.field(pytree_node=False, default=False)
+  cache: str = struct.field(pytree_node=False, default='none')
+  cache_length: int = struct.field(pytree_node=False, default=0)

@@ -29,7 +29,14 @@ class Decodable(Protocol):
   def decode(
     self, params: Any, batch: Any, keys_B: Array | None, *, max_tokens: int
   ) -> tuple[Array, Array]:
-    """Answers, int32 [B, T], and their log-probabilities, float32 [B]."""
+    """Answers, int32 [B, T], and their log-probabilities, float32 [B].
+
+    Args:
+      params: unboxed.
+      batch: questions, as `features.prompt` makes them, B rows.
+      keys_B: a random key for each row; None where nothing is drawn.
+      max_tokens: T, of an answer.
+    """
 
 
 def check_decodable(objective: Any) -> None:

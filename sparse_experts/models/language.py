@@ -124,6 +124,11 @@ class Language(Objective):
 
     Exact by default: nothing is dropped, so a row's score does not depend on
     its neighbours. A capacity_factor scores as the papers evaluate.
+
+    Args:
+      params: unboxed.
+      batch: of `features`, B rows.
+      capacity_factor: of all sparse layers; None drops nothing.
     """
     logits_BxLxV, _ = self.apply(params, batch, capacity_factor=capacity_factor)
     log_prob_BxL, _, _ = likelihood(

@@ -10,7 +10,7 @@ from flax import linen as nn
 from sparse_experts.data.special_tokens import T5, SpecialTokens
 from sparse_experts.layers.embed import TokenEmbed
 from sparse_experts.layers.linear import Linear
-from sparse_experts.letters import Array
+from sparse_experts.letters import Array, Dtype
 from sparse_experts.models.context import Context
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.numbers import Count, Positive
@@ -105,7 +105,7 @@ class LanguageModel(nn.Module):
     return {name: stack for name, stack in stacks.items() if stack is not None}
 
   @property
-  def dtype(self) -> jnp.dtype:
+  def dtype(self) -> Dtype:
     """Of the activations."""
     return self.embed.dtype
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,13 +85,13 @@ class BlockPath(NamedTuple):
     scanned: the array has a leading axis of repeats.
   """
 
-  stack: tuple[Hashable, ...]
+  stack: tuple[str, ...]
   index: int
-  rest: tuple[Hashable, ...] = ()
+  rest: tuple[str, ...] = ()
   scanned: bool = False
 
   @property
-  def path(self) -> tuple[Hashable, ...]:
+  def path(self) -> tuple[str, ...]:
     """The path, put together."""
     return (*self.block, *self.rest)
 
@@ -101,7 +101,7 @@ class BlockPath(NamedTuple):
     return '/'.join(map(str, self.stack))
 
   @property
-  def block(self) -> tuple[Hashable, ...]:
+  def block(self) -> tuple[str, ...]:
     """The path of the block."""
     scan = (PERIOD,) if self.scanned else ()
     return (*self.stack, *scan, block_name(self.index))
@@ -112,7 +112,7 @@ def block_name(index: int) -> str:
   return f'{_BLOCK}{index}'
 
 
-def split_path(path: Sequence[Hashable]) -> BlockPath | None:
+def split_path(path: Sequence[str]) -> BlockPath | None:
   """Takes the path of a parameter apart; None if it is of no block.
 
   Example:
@@ -131,13 +131,13 @@ def split_path(path: Sequence[Hashable]) -> BlockPath | None:
   return None
 
 
-def block_of(path: Sequence[Hashable]) -> tuple[Hashable, ...]:
+def block_of(path: Sequence[str]) -> tuple[str, ...]:
   """The part of a path up to its block; () outside all blocks."""
   at = split_path(path)
   return at.block if at else ()
 
 
-def stack_of(path: Sequence[Hashable], stacks: Iterable[str]) -> str | None:
+def stack_of(path: Sequence[str], stacks: Iterable[str]) -> str | None:
   """Which of these stacks a parameter is in, its norm too; None: in none.
 
   Example:
@@ -148,7 +148,7 @@ def stack_of(path: Sequence[Hashable], stacks: Iterable[str]) -> str | None:
   return next((s for s in stacks if name.startswith(f'{s}/')), None)
 
 
-def stacks_of(paths: Iterable[Sequence[Hashable]]) -> list[str]:
+def stacks_of(paths: Iterable[Sequence[str]]) -> list[str]:
   """The stacks that parameters of these paths are in, as they run.
 
   Example:
@@ -160,7 +160,7 @@ def stacks_of(paths: Iterable[Sequence[Hashable]]) -> list[str]:
   return sorted(found, key=lambda stack: LayerId(stack, 0))
 
 
-def is_scanned(path: Sequence[Hashable]) -> bool:
+def is_scanned(path: Sequence[str]) -> bool:
   """Whether a path leads into the blocks that a scan repeats."""
   return PERIOD in path
 
@@ -201,6 +201,7 @@ def layers_at(params: Mapping[str, Any], path: Sequence[str]) -> list[LayerId]:
     ['layers_1', 'layers_2']
   """
   at = split_path(path)
+  assert at is not None, path
   kind = at.rest[1] if at.rest[0] == 'attention' else FFN
   indices = [at.index]
   if at.scanned:

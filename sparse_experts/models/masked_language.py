@@ -109,7 +109,7 @@ class MaskedLanguage(Objective):
   def totals(self, batch: Batch) -> Totals:
     """As `Objective.totals`, and the weight of each head."""
     weights = {name: self._weights(name, batch).sum() for name in self._heads}
-    return super().totals(batch).replace(weights=weights)
+    return dataclasses.replace(super().totals(batch), weights=weights)
 
   def measure(self, outputs: Outputs, batch: Batch, totals: Totals) -> Judged:
     """The heads' losses, and how often they are right."""

@@ -1,4 +1,7 @@
-"""Objective: what a batch is worth. Everything trains through it."""
+"""Objective: what a batch is worth. Everything trains through it.
+
+It has more than 350 lines because what all objectives are given is said here.
+"""
 
 from __future__ import annotations
 
@@ -126,8 +129,14 @@ class Objective(abc.ABC):
     """What a batch's loss is divided by, float32: targets, rows, frames."""
     raise NotImplementedError
 
-  def measure(self, outputs: Any, batch: Batch, totals: Totals) -> Judged:
-    """The loss of the outputs, and what people want to know of them."""
+  def measure(self, outputs: Any, /, batch: Batch, totals: Totals) -> Judged:
+    """The loss of the outputs, and what people want to know of them.
+
+    Args:
+      outputs: of the module, as `outputs` returns them.
+      batch: of `features`.
+      totals: what a step's losses are divided by, see `totals`.
+    """
     raise NotImplementedError
 
   @property
@@ -139,7 +148,7 @@ class Objective(abc.ABC):
     return None
 
   def rewards(
-    self, outputs: Any, batch: Batch
+    self, outputs: Any, /, batch: Batch
   ) -> dict[str, tuple[Array, Array]]:
     """By stack, the reward of each token and its weight, float32 [B, L]."""
     raise ValueError(
@@ -147,7 +156,7 @@ class Objective(abc.ABC):
       'take another router of gin/routers/.'
     )
 
-  def predictions(self, outputs: Any, batch: Batch) -> tuple[Array, Array]:
+  def predictions(self, outputs: Any, /, batch: Batch) -> tuple[Array, Array]:
     """Logits [..., V] of what is predicted, and weights [...] of each."""
     raise ValueError(
       f'{type(self).__name__} predicts no distribution: it can neither be '
@@ -219,7 +228,15 @@ class Objective(abc.ABC):
     train: bool,
     step: Array | None = None,
   ) -> tuple[Any, Any]:
-    """What the module computes, and every sparse layer's Aux; see `loss`."""
+    """What the module computes, and every sparse layer's Aux; see `loss`.
+
+    Args:
+      params: unboxed.
+      batch: of `features`; each array begins with B.
+      rng: of dropout, jitter and routers that draw; None: nothing is drawn.
+      train: training's capacity factor and draws, or evaluation's.
+      step: int32 scalar, which routers that anneal read; None outside training.
+    """
     factor = self.capacity_factor_train if train else self.capacity_factor_eval
     return self.apply(
       params, batch, rng, train=train, step=step, capacity_factor=factor
@@ -228,7 +245,18 @@ class Objective(abc.ABC):
   def judge(
     self, outputs: Any, auxes: Any, batch: Batch, totals: Totals
   ) -> tuple[Array, Sums]:
-    """Loss and sums of what `outputs` returns; see `loss`."""
+    """Loss and sums of what `outputs` returns; see `loss`.
+
+    Args:
+      outputs, auxes: of `outputs`, on this batch.
+      batch: the batch.
+      totals: what losses are divided by; where this is a microbatch, of all of
+        its step.
+
+    Raises:
+      ValueError: no router returns a loss that has a weight, or one learns by
+        reward and there is none.
+    """
     judged = self.measure(outputs, batch, totals)
     counted = auxiliary.counts(auxes)
     auxes = auxiliary.of_layers(auxes, self.balance_over, totals)
@@ -280,6 +308,9 @@ class Objective(abc.ABC):
     """What the loss of a step needs to know of all its microbatches first.
 
     A forward pass with the draws of `loss`; arguments as there.
+
+    Args:
+      params, batch, rng, step: as of `loss`, so that its draws are these.
     """
     _, auxes = self.outputs(params, batch, rng, train=True, step=step)
     return Statistics(balance=auxiliary.counts(auxes))
@@ -324,7 +355,17 @@ class Objective(abc.ABC):
     capacity_factor: float | None = None,
     record: bool = False,
   ) -> tuple[Any, dict[str, Aux]]:
-    """The module on a batch, by default exactly: nothing is dropped."""
+    """The module on a batch, by default exactly: nothing is dropped.
+
+    Args:
+      params: unboxed.
+      batch: of `features`; each array begins with B.
+      rng: of whatever draws; None where nothing does.
+      train: dropout and routers draw.
+      step: int32 scalar; None outside training.
+      capacity_factor: of all sparse layers; None drops nothing.
+      record: fill `Aux.record`.
+    """
     return self.module.apply(
       {'params': params},
       batch,

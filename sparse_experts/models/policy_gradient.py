@@ -13,6 +13,7 @@ REINFORCE has gain = pain = log pi(choice).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -49,7 +50,7 @@ def losses(
       loss: (term_BxL * weights_BxL).sum() / total_weight
       for loss, term_BxL in terms(reward_BxL, **aux.decisions).items()
     }
-    return aux.replace(losses={**aux.losses, **more})
+    return dataclasses.replace(aux, losses={**aux.losses, **more})
 
   return {name: with_losses(name, aux) for name, aux in auxes.items()}
 
@@ -62,6 +63,12 @@ def terms(
   pain: Array | None = None,
 ) -> dict[str, Array]:
   """What each token adds to the losses 'value' and 'policy'.
+
+  Args:
+    reward_BxL: what each token earned, float32; no gradient passes it.
+    value: the reward that was expected, [B, L].
+    gain, pain: surrogates of the choice's log-probability, [B, L], where the
+      reward is above and below what was expected; None: no policy learns.
 
   Example:
     >>> half = jnp.log(jnp.array([0.5]))  # Of two experts, at even odds.

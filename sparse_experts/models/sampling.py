@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from sparse_experts.data.special_tokens import NO_TOKEN, T5, SpecialTokens
 from sparse_experts.letters import Array
 from sparse_experts.models.token_loop import MapRows, Step, write
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Answers:
   """What sampling has written, one answer a row.
 
@@ -124,7 +124,16 @@ class Sampling:
   def draw(
     self, keys_B: Array | None, position: Array, logits_BxV: Array
   ) -> Array:
-    """A token for each row, int32 [B]."""
+    """A token for each row, int32 [B].
+
+    Args:
+      keys_B: a random key for each row; None at temperature 0.
+      position: int32 scalar, of the token in its answer.
+      logits_BxV: float32.
+
+    Raises:
+      ValueError: there are no keys, and the temperature is above 0.
+    """
     if self.temperature == 0:
       return jnp.argmax(logits_BxV, -1).astype(jnp.int32)
     if keys_B is None:

@@ -144,6 +144,11 @@ class SpeechEncoder(nn.Module):
 def side_by_side(frames_BxIxZ: Array, lengths_B: Array, size: int) -> Array:
   """Runs of `size` frames as one vector each, zeros where no frame is.
 
+  Args:
+    frames_BxIxZ: float.
+    lengths_B: int32, frames of each row.
+    size: frames of a run.
+
   Example:
     >>> frames = jnp.arange(1.0, 7).reshape(1, 3, 2)
     >>> side_by_side(frames, jnp.array([3]), 2).tolist()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax
 import numpy as np
+from flax import struct
 
 from sparse_experts import moe
 from sparse_experts.letters import Array
@@ -14,7 +14,7 @@ from sparse_experts.models.layout import LayerId
 Sums = dict[str, Any]
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Mean:
   """A mean of what many batches hold: sums that add; float32 scalars.
 

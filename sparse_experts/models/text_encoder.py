@@ -8,7 +8,7 @@ from flax import linen as nn
 from sparse_experts.data.special_tokens import T5, SpecialTokens
 from sparse_experts.layers.cost import Cost
 from sparse_experts.layers.embed import TokenEmbed
-from sparse_experts.letters import Array
+from sparse_experts.letters import Array, Dtype
 from sparse_experts.models.transformer import Context, Stack
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.sharding import constrain
@@ -94,6 +94,6 @@ class TextEncoder(nn.Module):
     return self.special_tokens.is_token(tokens_BxL)
 
   @property
-  def dtype(self) -> jnp.dtype:
+  def dtype(self) -> Dtype:
     """Of the activations."""
     return self.embed.dtype

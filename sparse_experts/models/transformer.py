@@ -211,7 +211,7 @@ class Stack(nn.Module):
       bias_1xHxLxM = self.make_shared_bias(
         bidirectional=not self.causal, name='relative_bias'
       )(context.queries_BxL, context.keys_BxM)
-      context = context.replace(bias_1xHxLxM=bias_1xHxLxM)
+      context = dataclasses.replace(context, bias_1xHxLxM=bias_1xHxLxM)
 
     N = self.num_layers
     kinds = layout.kinds(N, self.sparse_layers)
@@ -291,7 +291,22 @@ def run_blocks(
   x_BxLxD: Array,
   context: Context,
 ) -> tuple[Array, dict[str, Aux]]:
-  """Applies these blocks in turn; call it inside a compact method."""
+  """Applies these blocks in turn; call it inside a compact method.
+
+  Args:
+    make_block: is given `sparse` and `name`.
+    indices: of the blocks in their stack, in the order they run.
+    kinds: of all blocks of the stack, False or 0 dense, see `layout.kinds`.
+    remat: of REMAT_POLICIES.
+    x_BxLxD: activations.
+    context: what all blocks see.
+
+  Returns:
+    Activations, and the Aux of each sparse layer by its `LayerId` in no stack.
+
+  Raises:
+    ValueError: no such `remat`.
+  """
   if remat not in REMAT_POLICIES:
     raise ValueError(
       f'remat must be one of {", ".join(REMAT_POLICIES)}, not {remat!r}.'

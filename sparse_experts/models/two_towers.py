@@ -17,7 +17,7 @@ from sparse_experts.data.special_tokens import T5, SpecialTokens
 from sparse_experts.layers.cost import Cost
 from sparse_experts.layers.embed import TokenEmbed
 from sparse_experts.layers.linear import Linear
-from sparse_experts.letters import Array
+from sparse_experts.letters import Array, Dtype
 from sparse_experts.models.layout import LayerId
 from sparse_experts.models.text_encoder import TextEncoder
 from sparse_experts.models.transformer import Stack
@@ -173,7 +173,7 @@ class TwoTowers(nn.Module):
     }
 
   @property
-  def dtype(self) -> jnp.dtype:
+  def dtype(self) -> Dtype:
     """Of the activations of the left tower."""
     return self.left.dtype
 
@@ -242,7 +242,7 @@ class TextTower(nn.Module):
     return {'encoder': self.encoder}
 
   @property
-  def dtype(self) -> jnp.dtype:
+  def dtype(self) -> Dtype:
     """Of the activations."""
     return self.embed.dtype
 

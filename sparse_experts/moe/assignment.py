@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from sparse_experts.letters import Array
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Assignment:
   """Which tokens meet which experts, with which gate, in which order.
 
@@ -28,7 +28,7 @@ class Assignment:
   expert_GxSxK: Array
   gate_GxSxK: Array
   position_GxSxK: Array
-  num_experts: int = flax.struct.field(pytree_node=False)
+  num_experts: int = struct.field(pytree_node=False)
 
   def chosen(self) -> Array:
     """Boolean [G, S, K]: the choice exists."""
@@ -41,7 +41,7 @@ class Assignment:
     return self.chosen() & (self.position_GxSxK < capacity)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class SoftAssignment:
   """Slots that are mixtures of tokens, and tokens that are mixtures of slots.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import errors, struct
 from flax import linen as nn
 
 from sparse_experts import sharding
@@ -22,7 +23,7 @@ UNGROUPED = (
 )
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Experts:
   """E experts, a function of their parameters.
 
@@ -39,8 +40,8 @@ class Experts:
 
   params: Any
   key: Array | None
-  module: nn.Module = flax.struct.field(pytree_node=False)
-  deterministic: bool = flax.struct.field(pytree_node=False, default=True)
+  module: nn.Module = struct.field(pytree_node=False)
+  deterministic: bool = struct.field(pytree_node=False, default=True)
 
   @property
   def stacked(self) -> int:
@@ -79,7 +80,7 @@ class Experts:
     rows = parameters.Grouped(x_RxD.shape[0], group_sizes_E, product)
     try:
       return self._apply(self.params, self.key, x_RxD, rows)
-    except flax.errors.ScopeParamShapeError as error:
+    except errors.ScopeParamShapeError as error:
       raise ValueError(
         f'this expert cannot be grouped: {type(self.module).__name__} declares '
         f'{_which(error)} by itself, and not by layers.parameters; declare it '
@@ -87,14 +88,20 @@ class Experts:
       ) from error
 
   def apply(self, params: Any, key: Array | None, x_xD: Array) -> Array:
-    """One expert on any tokens."""
+    """One expert on any tokens.
+
+    Args:
+      params: of this expert, without an axis of experts.
+      key: of its draws; None where nothing is drawn.
+      x_xD: tokens, [..., D].
+    """
     return self._apply(params, key, x_xD, parameters.Shared(mask_dims=()))
 
   def fold_in(self, number: Array | int) -> Experts:
     """The same experts with other draws, if they draw."""
     if self.key is None:
       return self
-    return self.replace(key=jax.random.fold_in(self.key, number))
+    return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
 
   def _apply(self, params, key, x_xD, rows) -> Array:
     with parameters.use(rows):
@@ -106,7 +113,7 @@ class Experts:
       )
 
 
-def _which(error: flax.errors.ScopeParamShapeError) -> str:
+def _which(error: errors.ScopeParamShapeError) -> str:
   """Flax's words for the parameter: 'parameter "bias" in "/"'."""
   return str(error).partition(',')[0].removeprefix('For ')
 
@@ -118,6 +125,14 @@ def init(
 
   Each expert is initialised by itself with a key of its own, so its fan-in
   never counts E.
+
+  Args:
+    module: an expert, `x_...xD -> y_...xD`.
+    num_experts: E.
+    width: D.
+
+  Returns:
+    key -> parameters, each array with E before its own axes.
   """
 
   def stacked(key):

@@ -196,7 +196,8 @@ class MoE(nn.Module):
     of_logits = {}
     if aux.log_z is not None:
       of_logits['router_z'] = losses.router_z(aux.log_z, mask_GxS)
-    aux = aux.replace(
+    aux = dataclasses.replace(
+      aux,
       losses={**of_logits, **aux.losses},
       metrics={**aux.metrics, **counts},
       decisions={

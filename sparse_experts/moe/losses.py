@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import largest
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Balance:
   """The balance loss scale * sum_e f_e P_e, kept as what f and P are means of.
 
@@ -40,7 +40,7 @@ class Balance:
   counted_GxE: Array
   score_GxE: Array
   tokens_G: Array
-  scale: float = flax.struct.field(pytree_node=False)
+  scale: float = struct.field(pytree_node=False)
 
   @classmethod
   def of(
@@ -233,8 +233,16 @@ def square_variation(sum_GxE: Array, tokens_G: Array | None = None) -> Array:
   )
 
 
-def masked_mean(x: Array, mask: Array | None, axis: int = -1) -> Array:
-  """Mean of `x` over `axis` where `mask` holds; 0 where it holds nowhere."""
+def masked_mean(
+  x: Array, mask: Array | None, axis: int | tuple[int, ...] = -1
+) -> Array:
+  """Mean of `x` over `axis` where `mask` holds; 0 where it holds nowhere.
+
+  Args:
+    x: float, of any shape.
+    mask: boolean, of a shape that broadcasts to that of `x`; None: all hold.
+    axis: of `x`, one or several.
+  """
   if mask is None:
     return x.mean(axis)
   weights = jnp.broadcast_to(mask, x.shape).astype(x.dtype)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax
+from flax import struct
 
 from sparse_experts.letters import Array
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Aux:
   """What a sparse layer returns beside its output.
 
@@ -36,7 +36,7 @@ class Aux:
 
   losses: dict[str, Array]
   metrics: dict[str, Array]
-  decisions: dict[str, Array] = flax.struct.field(default_factory=dict)
+  decisions: dict[str, Array] = struct.field(default_factory=dict)
   logits: Array | None = None
   log_z: Array | None = None
   tokens: Array | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.scipy.special import entr
 
 from sparse_experts.letters import Array
@@ -15,7 +15,7 @@ from sparse_experts.moe.assignment import Assignment, SoftAssignment
 FATES = ('kept', 'capacity', 'sender', 'receiver', 'no choice', 'padding')
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Record:
   """One layer's routing of a batch, token by token.
 
@@ -43,9 +43,9 @@ class Record:
   entropy_BxL: Array | None = None
   confidence_BxL: Array | None = None
   log_z_BxL: Array | None = None
-  num_experts: int = flax.struct.field(pytree_node=False, default=1)
-  group_size: int = flax.struct.field(pytree_node=False, default=1)
-  capacity: int | None = flax.struct.field(pytree_node=False, default=None)
+  num_experts: int = struct.field(pytree_node=False, default=1)
+  group_size: int = struct.field(pytree_node=False, default=1)
+  capacity: int | None = struct.field(pytree_node=False, default=None)
 
 
 def record(

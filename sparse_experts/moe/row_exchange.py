@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import functools
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from sparse_experts.letters import Array
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Runs:
   """Where the runs of one device's rows are, one for each device, int32 [P].
 
@@ -34,7 +34,7 @@ class Runs:
   landing_P: Array
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Traffic:
   """What one device sends and receives.
 
@@ -53,9 +53,9 @@ class Traffic:
   into: Runs
   offered_P: Array
   expert_R: Array
-  peer_rows: int = flax.struct.field(pytree_node=False)
-  ragged: bool = flax.struct.field(pytree_node=False)
-  axis: str = flax.struct.field(pytree_node=False)
+  peer_rows: int = struct.field(pytree_node=False)
+  ragged: bool = struct.field(pytree_node=False)
+  axis: str = struct.field(pytree_node=False)
 
 
 def traffic(
@@ -109,7 +109,13 @@ def send(x_IxD: Array, traffic: Traffic) -> Array:
 
 
 def send_back(x_IxD: Array, traffic: Traffic, num_rows: int) -> Array:
-  """Received rows to where they came from; zeros for those never sent."""
+  """Received rows to where they came from; zeros for those never sent.
+
+  Args:
+    x_IxD: rows as they were received, outputs by now.
+    traffic: that brought them here.
+    num_rows: that this device had before.
+  """
   return _move(
     (x_IxD.shape[0], num_rows),
     (traffic.peer_rows, traffic.ragged, traffic.axis),

@@ -137,6 +137,10 @@ def decode_flops(model: Objective, inputs: int, targets: int) -> int:
 
   One forward pass over both, in which attention counts in full as in `ledger`,
   with the logits of the answer alone.
+
+  Args:
+    model: that answers.
+    inputs, targets: tokens of a question and of its answer.
   """
   unread, lengths = 0, {'inputs': inputs, 'targets': targets}
   if model.module.encoder is None:

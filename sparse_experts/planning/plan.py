@@ -91,6 +91,11 @@ def plan(
 def predict(run: Run, chip: Chip, num_devices: int) -> Candidate:
   """What to expect of a run as it is, whether it fits or not.
 
+  Args:
+    run: what would run, on its own mesh.
+    chip: the kind of the devices.
+    num_devices: of the mesh.
+
   Raises:
     ValueError: its mesh or its groups are not legal.
   """

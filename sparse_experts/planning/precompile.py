@@ -118,7 +118,13 @@ STEPS = ('train', 'gradients', 'decode')
 
 
 def check(run: Run, num_devices: int, what: str = 'train') -> None:
-  """Raises ValueError where a run's mesh is not legal on so many devices."""
+  """Raises ValueError where a run's mesh is not legal on so many devices.
+
+  Args:
+    run: what would run.
+    num_devices: of the mesh.
+    what: of STEPS.
+  """
   if what not in STEPS:
     raise ValueError(f'step must be one of {", ".join(STEPS)}, not {what!r}.')
   with run.placement.use_abstract(num_devices) as mesh:
@@ -159,6 +165,12 @@ def measure(
   run: Run, devices: Sequence[jax.Device], chip: chips.Chip, what: str
 ) -> dict[str, Any]:
   """What a run's step takes on devices, as if each were `chip`.
+
+  Args:
+    run: what is compiled.
+    devices: of a topology, which need not be here.
+    chip: whose speeds and memory the estimates are of.
+    what: of STEPS.
 
   Returns:
     fits (in memory), mesh, batch_size, lengths (see `Run.lengths`), optimizer
@@ -247,7 +259,7 @@ def _step(run: Run, mesh: Mesh | AbstractMesh, what: str):
     functools.partial(run.optimizer, learning_rate=run.learning_rate),
   )
   if what != 'train':
-    boxed = boxed.replace(opt_state=())
+    boxed = dataclasses.replace(boxed, opt_state=())
   placed = state.shardings(boxed, mesh)
   if what == 'decode':
     shapes = run.questions()

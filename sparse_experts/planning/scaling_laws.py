@@ -74,7 +74,7 @@ class Kaplan:
 
   @classmethod
   def fit(cls, params: Any, tokens: Any, losses: Any) -> Kaplan:
-    """Least squares of log loss; see `Clark.fit` for the arguments' shapes."""
+    """Least squares of log loss; arguments as of `Clark.fit`."""
     params, tokens, losses = _data(params, tokens, losses)
 
     def residuals(x):
@@ -130,7 +130,7 @@ class Chinchilla:
   def fit(cls, params: Any, tokens: Any, losses: Any) -> Chinchilla:
     """Huber loss (1e-3) of log loss, from a grid of starts, as the paper does.
 
-    See `Clark.fit` for the arguments' shapes.
+    Arguments as of `Clark.fit`.
     """
     params, tokens, losses = _data(params, tokens, losses)
 

@@ -124,6 +124,8 @@ def facts(compiled: jax.stages.Compiled) -> dict[str, Any]:
   """
   cost = compiled.cost_analysis() or {}
   memory = compiled.memory_analysis()
+  if memory is None:
+    raise RuntimeError('XLA tells no memory of what it compiled.')
   seconds = cost.get('optimal_seconds', -1)
   return {
     'flops': cost.get('flops', math.nan),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sparse_experts.letters import Array
 from sparse_experts.sharding.placement import MeshAxes, axes_of, current
@@ -17,6 +18,12 @@ def spec(
   names: Sequence[str | None], shape: Sequence[int], mesh, what: str = 'array'
 ) -> PartitionSpec:
   """The mesh axes of an array with these logical names.
+
+  Args:
+    names: one for each axis; None: it is whole on every device.
+    shape: of the array.
+    mesh: sizes of its axes, concrete or abstract.
+    what: the array's name in errors.
 
   Raises:
     ValueError: a name is in no rule, a dimension does not divide over its mesh
@@ -68,8 +75,11 @@ def constrain(x: Array, *names: str | None) -> Array:
   return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
 
 
-def named(init, *names: str):
-  """An initialiser whose parameter carries logical axis names."""
+def named(init, *names: str) -> Callable[..., Any]:
+  """An initialiser whose parameter carries logical axis names.
+
+  What it returns is boxed; flax's `param` takes it out of its box.
+  """
   return nn.with_logical_partitioning(init, names)
 
 
@@ -91,7 +101,7 @@ def names_of(boxed):
   return jax.tree_util.tree_map_with_path(names, boxed, is_leaf=_is_boxed)
 
 
-def shardings(boxed, mesh: Mesh):
+def shardings(boxed, mesh: Mesh | AbstractMesh):
   """Shardings of a tree whose leaves are boxed, or unnamed and replicated."""
 
   def sharding(path, leaf):
@@ -103,13 +113,15 @@ def shardings(boxed, mesh: Mesh):
   return jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=_is_boxed)
 
 
-def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+def batch_sharding(
+  mesh: Mesh | AbstractMesh, shape: Sequence[int]
+) -> NamedSharding:
   """Sharding of a batch: its first axis over the data shards."""
   names = ('batch', *[None] * (len(shape) - 1))
   return NamedSharding(mesh, spec(names, shape, mesh, 'batch'))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """Whole on every device, so that every process can read it."""
   return NamedSharding(mesh, PartitionSpec())
 

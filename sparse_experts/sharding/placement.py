@@ -237,7 +237,15 @@ def make_mesh(
   model: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """A mesh of `data` x `expert` x `model` devices; see `Placement.mesh`."""
+  """A mesh of `data` x `expert` x `model` devices; see `Placement.mesh`.
+
+  Args:
+    data, expert, model: sizes; -1, for one of them: all devices that are left.
+    devices: in this order; None: all of JAX.
+
+  Raises:
+    ValueError: sizes do not multiply to the devices.
+  """
   sizes = {'data': data, 'expert': expert, 'model': model}
   return Placement(sizes, devices=devices).mesh
 

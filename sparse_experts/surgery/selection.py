@@ -41,9 +41,9 @@ def select(
   Raises:
     ValueError: one line: there is no such expert, or no such model.
   """
-  path, experts = source.path, np.asarray(experts, int)
+  path, indices = source.path, np.asarray(experts, int)
   axes = _axes(source.model, path)
-  if not experts.size:
+  if not indices.size:
     raise ValueError('--experts lists no expert; give indices such as 0,2,5.')
   sizes = sorted({source.shapes[name][axis] for name, axis in axes.items()})
   if len(sizes) > 1:
@@ -51,7 +51,7 @@ def select(
       f'--experts takes the same experts in all layers, and those of {path} '
       f'have {" or ".join(map(str, sizes))} experts; leave it out.'
     )
-  wrong = experts[(experts < 0) | (experts >= sizes[0])]
+  wrong = indices[(indices < 0) | (indices >= sizes[0])]
   if wrong.size:
     raise ValueError(
       f'--experts names expert {wrong[0]}, and {path} has experts 0 to '
@@ -64,15 +64,15 @@ def select(
     model = config.model_of(source.gin, bindings)
   check_same(path, source.model, model, but='num_experts')
   chosen = {
-    name: _chosen(source, name, axis, experts) for name, axis in axes.items()
+    name: _chosen(source, name, axis, indices) for name, axis in axes.items()
   }
   shapes = tensor_map.plain_shapes(model)
   for name, tensor in chosen.items():
     if shapes[name] != tensor.shape:
       raise ValueError(
-        f'--experts lists {experts.size} experts, and {name} of the model to '
+        f'--experts lists {indices.size} experts, and {name} of the model to '
         f'write has shape {shapes[name]}, not {tensor.shape}; give '
-        f'--gin.NUM_EXPERTS={experts.size}.'
+        f'--gin.NUM_EXPERTS={indices.size}.'
       )
   return dataclasses.replace(
     source,
@@ -81,7 +81,7 @@ def select(
     shapes=shapes,
     places={**source.places, **{name: Place(name) for name in chosen}},
     tensors={**source.tensors, **chosen},
-    experts=experts.tolist(),
+    experts=indices.tolist(),
   )
 
 

@@ -18,7 +18,13 @@ from sparse_experts.sharding import batch_sharding
 
 
 def rows_of_process(mesh: Mesh, batch_size: int, process: int) -> slice:
-  """The rows of a global batch that a process's devices hold."""
+  """The rows of a global batch that a process's devices hold.
+
+  Args:
+    mesh: of all processes.
+    batch_size: global, in rows.
+    process: its index.
+  """
   sharding = batch_sharding(mesh, (batch_size,))
   ranges = [
     index[0].indices(batch_size)
@@ -33,7 +39,14 @@ def rows_of_process(mesh: Mesh, batch_size: int, process: int) -> slice:
 def streams_written(
   mesh: Mesh, batch_size: int, num_shards: int, process: int
 ) -> tuple[int, ...]:
-  """The data streams that this process saves: each has one writer."""
+  """The data streams that this process saves: each has one writer.
+
+  Args:
+    mesh: of all processes.
+    batch_size: global, in rows.
+    num_shards: streams that there are in all.
+    process: its index.
+  """
   readers = {
     p: streams.streams(
       rows_of_process(mesh, batch_size, p), batch_size, num_shards
@@ -65,7 +78,14 @@ def check_same_on_all_processes(identity: Mapping[str, Any]) -> None:
 def place(
   batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int, first_row: int
 ) -> dict[str, Array]:
-  """The global batch, of which `batch` holds rows from `first_row` on."""
+  """The global batch, of which `batch` holds rows from `first_row` on.
+
+  Args:
+    batch: this process's rows, [rows, ...].
+    mesh: of all processes.
+    batch_size: global, in rows.
+    first_row: of the global batch, that `batch` begins with.
+  """
 
   def array(x):
     shape = (batch_size, *x.shape[1:])

@@ -61,6 +61,14 @@ def adam(
   global norm above `max_grad_norm` are scaled down to it. Raises ValueError for
   arguments out of range.
 
+  Args:
+    names: tree of the parameters' axis names.
+    learning_rate: a number, or a function of the step.
+    b1, b2: decay of the two moments, a step.
+    eps: added to the root of the second.
+    weight_decay: a step, times the learning rate.
+    max_grad_norm: global; None: no limit.
+
   Example:
     >>> tx = adam({'scale': ('embed',)}, learning_rate=0.1)
     >>> state = tx.init({'scale': jnp.ones(4)})

@@ -96,6 +96,15 @@ def cosine(
 
   Arguments and errors are those of `linear`.
 
+  Args:
+    peak: the highest learning rate.
+    warmup_steps: from 0 to `peak`.
+    decay_steps: from `peak` to `end`, after the warm-up.
+    end: the last learning rate.
+
+  Raises:
+    ValueError: as of `linear`.
+
   Example:
     >>> schedule = cosine(1e-3, warmup_steps=10, decay_steps=100, end=1e-4)
     >>> round(float(schedule(60)), 6)  # halfway: (peak + end) / 2

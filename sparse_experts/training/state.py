@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax import struct
 from jax.sharding import AbstractMesh, Mesh
 
 from sparse_experts import sharding
@@ -18,7 +19,7 @@ from sparse_experts.letters import Array
 from sparse_experts.models.objective import Objective
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
   """Parameters, optimizer state and counters.
 
@@ -74,10 +75,10 @@ def shardings(boxed: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
     boxed: from `abstract`.
     mesh: the mesh.
   """
-  placed = sharding.shardings(boxed.replace(opt_state=()), mesh)
+  placed = sharding.shardings(dataclasses.replace(boxed, opt_state=()), mesh)
   with sharding.use_rules(sharding.current().optimizer_rules):
     opt_state = sharding.shardings(boxed.opt_state, mesh)
-  return placed.replace(opt_state=opt_state)
+  return dataclasses.replace(placed, opt_state=opt_state)
 
 
 def create(
@@ -87,7 +88,15 @@ def create(
   placed: TrainState,
   seed: int,
 ) -> TrainState:
-  """The state at step 0, each array initialised on its own devices."""
+  """The state at step 0, each array initialised on its own devices.
+
+  Args:
+    model: whose parameters they are.
+    shapes: of a batch.
+    optimizer: of `abstract`.
+    placed: of `shardings`, where each array will lie.
+    seed: of the parameters.
+  """
 
   def init(key):
     params = nn.unbox(model.init(key, shapes))
@@ -108,7 +117,14 @@ def begin(
   placed: TrainState,
   boxed: TrainState,
 ) -> TrainState:
-  """The state at step 0 of given parameters, which stay where they are."""
+  """The state at step 0 of given parameters, which stay where they are.
+
+  Args:
+    params: placed, unboxed.
+    optimizer: of `abstract`.
+    placed: of `shardings`.
+    boxed: of `abstract`.
+  """
 
   def init(params):
     return TrainState(
@@ -119,8 +135,9 @@ def begin(
       balance=_zeros(boxed.balance),
     )
 
-  rest = jax.jit(init, out_shardings=placed.replace(params=()))(params)
-  return rest.replace(params=params)
+  without_params = dataclasses.replace(placed, params=())
+  rest = jax.jit(init, out_shardings=without_params)(params)
+  return dataclasses.replace(rest, params=params)
 
 
 def _balance(model: Objective, params: Any, shapes: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -109,12 +110,12 @@ def gradients(
   microbatches: int = 1,
   data_shards: int = 1,
 ) -> tuple[Any, Sums]:
-  """Gradients of a batch and the model's sums; see `train_step`."""
+  """Gradients of a batch and the model's sums; arguments as of `train_step`."""
   frozen = frozen or {}
   rng = jax.random.fold_in(key, state.step)
   totals = jax.tree.map(lambda x: x / microbatches, model.totals(batch))
   if state.balance:
-    totals = totals.replace(balance=state.balance)
+    totals = dataclasses.replace(totals, balance=state.balance)
 
   def of_part(i: Array, batch: Batch, totals: Totals) -> tuple[Any, Sums]:
     def loss(params):
@@ -145,15 +146,15 @@ def gradients(
       return found.balance, found.rows
 
     balance, rows = _add_up(look, items)
-    totals = totals.replace(rows=rows)
+    totals = dataclasses.replace(totals, rows=rows)
     if model.balance_over == 'batch':
-      totals = totals.replace(balance=balance)
+      totals = dataclasses.replace(totals, balance=balance)
 
   def of_next(so_far, i: Array, batch: Batch):
-    known = totals.replace(part=i)
+    known = dataclasses.replace(totals, part=i)
     if so_far is not None and model.balance_over == 'batch_so_far':
       _, sums = so_far
-      known = known.replace(balance=sums['balance'])
+      known = dataclasses.replace(known, balance=sums['balance'])
     return of_part(i, batch, known), None
 
   (grads, sums), _ = _add_up(of_next, items)
@@ -221,7 +222,13 @@ def jit_train_step(
 
 
 def eval_step(params, batch: Batch, *, model: Objective) -> Sums:
-  """The model's sums on a batch at evaluation's capacity, without dropout."""
+  """The model's sums on a batch at evaluation's capacity, without dropout.
+
+  Args:
+    params: unboxed.
+    batch: of `model.features`.
+    model: whose sums they are.
+  """
   _, sums = model.loss(params, batch, train=False)
   del sums['balance']
   return sums
@@ -235,7 +242,11 @@ def record_step(
   microbatches: int = 1,
   data_shards: int = 1,
 ) -> dict[str, moe.Record]:
-  """Records of a batch, in parts to save memory; see `train_step`."""
+  """Records of a batch in parts, to save memory; arguments as of `train_step`.
+
+  Returns:
+    A record for each sparse layer by its name.
+  """
   return _record_parts(
     lambda _, part: model.record(params, part),
     batch,
@@ -253,7 +264,7 @@ def record_train_step(
   microbatches: int = 1,
   data_shards: int = 1,
 ) -> dict[str, moe.Record]:
-  """What `train_step` of the same does with every token, with its draws."""
+  """Records of a step in training, as drawn; arguments as of `train_step`."""
   rng = jax.random.fold_in(key, state.step)
 
   def of_part(i: Array, part: Batch) -> dict[str, moe.Record]:
@@ -294,7 +305,13 @@ def summary(sums: Sums, microbatches: int) -> dict[str, Any]:
 
 
 def split_microbatches(batch: Batch, microbatches: int, data_shards: int):
-  """[B, ...] to [n, B / n, ...], every data shard's rows split in n runs."""
+  """[B, ...] to [n, B / n, ...], every data shard's rows split in n runs.
+
+  Args:
+    batch: arrays [B, ...].
+    microbatches: n.
+    data_shards: over which B is split before and B / n after.
+  """
 
   def split(x):
     rows = x.shape[0] // (microbatches * data_shards)

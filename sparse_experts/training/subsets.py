@@ -11,13 +11,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from flax import traverse_util
+from flax import struct, traverse_util
 
 from sparse_experts.models import layout
 from sparse_experts.sharding import EXPERT_AXES
@@ -282,11 +281,11 @@ def _shrunk(mask: np.ndarray) -> np.ndarray:
   return mask
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class _OfParameter(nn.LogicallyPartitioned):
   """A box that knows its parameter; an optimizer's state is boxed alike."""
 
-  path: str = flax.struct.field(default='', pytree_node=False)
+  path: str = struct.field(default='', pytree_node=False)
 
 
 def _masks_of_state(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from paths import ROOT
 
-from sparse_experts import config
+import docs
 from sparse_experts.cli import COMMANDS
 
 PAGES = [
@@ -71,27 +71,38 @@ def test_links_and_paths_exist(page):
     assert (ROOT / path).exists(), path
 
 
-def test_routers():
-  """Every router's line says what its class declares."""
-  text = (ROOT / 'docs/routers.md').read_text()
-  rows = re.findall(
-    r'^\| `(\w+)` \|.*\| `(\w+)` \| (\w+) \| (\w+) \| (.*?) ?\|$', text, re.M
+@pytest.mark.parametrize('part', {*docs.PARTS} - {'papers'})
+def test_a_part_is_of_this_source(part):
+  """What scripts/docs.sh writes; recipes_test.py has the papers' tables."""
+  path, text = docs.updated(part)
+  assert path.read_text() == text, f'bash scripts/docs.sh --write {part}'
+
+
+def test_a_header_s_first_sentence(tmp_path, monkeypatch):
+  monkeypatch.setattr(docs, 'ROOT', tmp_path)
+  (tmp_path / 'a.gin').write_text(
+    '# A 1.3B model, see gin/b.gin (Du et al. 2021,\n'
+    '# https://arxiv.org/abs/1, Table 4). More of it.\n\nA = 1  # Not this.\n'
   )
-  said, declared = {row[0]: row[1:] for row in rows}, {}
-  for path in (ROOT / 'gin/routers').glob('*.gin'):
-    config.parse(['gin/equivalence.gin', str(path)], [], [])
-    router = config.value('ROUTER')()
-    yes = {True: 'yes', False: 'no'}
-    declared[path.stem] = (
-      type(router).__name__,
-      yes[router.is_causal],
-      yes[router.drops],
-      set(router.needs),
-    )
-  assert {
-    name: (*row[:3], set(filter(None, row[3].split(', '))))
-    for name, row in said.items()
-  } == declared
+  assert docs.sentence('a.gin') == (
+    'A 1.3B model, see `gin/b.gin` '
+    '([Du et al. 2021](https://arxiv.org/abs/1), Table 4)'
+  )
+  (tmp_path / 'a.gin').write_text('# A title\n#\n# Provides: A\n')
+  with pytest.raises(ValueError, match='a.gin .* no sentence'):
+    docs.sentence('a.gin')
+
+
+def test_a_stale_part_is_named_and_written(tmp_path, monkeypatch, capsys):
+  page = tmp_path / 'page.md'
+  page.write_text('Before.\n' + 'old'.join(docs.marks('few')) + 'After.\n')
+  monkeypatch.setattr(docs, 'PARTS', {'few': (page, lambda: 'new\n')})
+  assert docs.main(['--check', 'few']) == 1
+  assert capsys.readouterr().out == 'stale: few; bash scripts/docs.sh --write\n'
+  assert docs.main(['--write', 'few']) == docs.main(['--check', 'few']) == 0
+  assert page.read_text().replace('new\n', 'old') == (
+    'Before.\n' + 'old'.join(docs.marks('few')) + 'After.\n'
+  )
 
 
 def test_how_to_add_a_router():

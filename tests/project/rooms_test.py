@@ -1,22 +1,15 @@
 """The picture of the rooms is the one that the source makes."""
 
-import importlib.util
 import re
 
-from paths import ROOT
+import imports_picture
 from rooms import RANK
-
-SPEC = importlib.util.spec_from_file_location(
-  'imports_picture', ROOT / 'scripts/imports_picture.py'
-)
-imports_picture = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(imports_picture)
 
 
 def test_the_picture_is_of_this_source():
   drawn = imports_picture.draw(imports_picture.count_imports())
   assert imports_picture.PICTURE.read_text() == drawn, (
-    'Draw it anew: .venv/bin/python scripts/imports_picture.py'
+    'Draw it anew: bash scripts/docs.sh --write rooms'
   )
 
 

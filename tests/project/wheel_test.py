@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 
+import checkout
 import pytest
-from paths import ROOT
 
 from sparse_experts import cli
 
@@ -22,12 +22,7 @@ def test_the_installed_wheel_answers_from_anywhere(tmp_path, capsys):
 
   # From a copy: building leaves folders in the tree.
   source = tmp_path / 'source'
-  files = subprocess.run(
-    ['git', 'ls-files'], check=True, cwd=ROOT, capture_output=True, text=True
-  ).stdout.splitlines()
-  for name in files:
-    (source / name).parent.mkdir(parents=True, exist_ok=True)
-    (source / name).write_bytes((ROOT / name).read_bytes())
+  checkout.copy(source)
   pip('wheel', '--no-deps', '--wheel-dir', 'wheels', str(source))
   (wheel,) = (tmp_path / 'wheels').glob('*.whl')
   pip('install', '--no-deps', '--target', 'site', str(wheel))
@@ -51,5 +46,6 @@ def test_the_installed_wheel_answers_from_anywhere(tmp_path, capsys):
   assert cli.main(['inspect', '--gin_file=gin/quickstart.gin', '--json']) == 0
   assert json.loads(output) == json.loads(capsys.readouterr().out)
   assert (site / 'sparse_experts/data/assets/docs_8k.model').exists()
+  assert (site / 'sparse_experts/py.typed').exists()
   # gin-config's package is named gin: nothing of ours may land in it.
   assert not (site / 'gin').exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -89,12 +90,13 @@ class Labelled(Features):
         f'{type(self).__name__} has no tokens that a task could be of: set '
         'TASK_IDS = False.'
       )
+    specs: Any = dataset.element_spec
     wanted = {
       self.input: (self.shape, self.dtype),
       LABEL: (self.label_shape, self.label_dtype),
     }
     for name, (shape, dtype) in wanted.items():
-      spec = dataset.element_spec.get(name)
+      spec = specs.get(name)
       found = spec and (tuple(spec.shape.as_list()), spec.dtype.name)
       if found != (shape, dtype):
         said = 'none' if found is None else f'{found[1]} {found[0]}'

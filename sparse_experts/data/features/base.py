@@ -71,7 +71,7 @@ class Features:
     pack: bool = False,
     task_ids: bool = False,
   ) -> tf.data.Dataset:
-    """Rows of a batch from the examples of a seqio task; arguments as above."""
+    """Rows of a batch from a seqio task; arguments as of `shapes`."""
     raise NotImplementedError
 
   def cut_to(self, feature_lengths: Mapping[str, int]) -> Mapping[str, int]:

@@ -107,8 +107,9 @@ class MaskedText(Features):
     if task_ids:
       ids = f'{TOKENS}_task_ids'
       wanted['task_ids'] = (ids, (feature_lengths[TOKENS],), 'int32')
+    specs: Any = dataset.element_spec
     for name, shape, dtype in wanted.values():
-      spec = dataset.element_spec.get(name)
+      spec = specs.get(name)
       found = spec and (spec.shape.rank, spec.dtype.name)
       if found != (len(shape), dtype):
         said = 'none' if found is None else f'{found[1]} of rank {found[0]}'

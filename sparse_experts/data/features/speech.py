@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -94,12 +95,13 @@ class Speech(Features):
       raise ValueError(
         'Speech has no tokens that a task could be of: set TASK_IDS = False.'
       )
+    specs: Any = dataset.element_spec
     wanted = {
       'frames': ((None, self.bands), 'float32'),
       'labels': ((None,), 'int32'),
     }
     for name, (shape, dtype) in wanted.items():
-      spec = dataset.element_spec[name]
+      spec = specs[name]
       if spec.shape.rank != len(shape) or (
         (tuple(spec.shape.as_list()[1:]), spec.dtype.name) != (shape[1:], dtype)
       ):

@@ -16,6 +16,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -174,7 +175,7 @@ def as_text(dataset: tf.data.Dataset, benchmark: Benchmark) -> tf.data.Dataset:
   templates = templates() if callable(templates) else templates
 
   def texts(example):
-    result = {'inputs': fill(benchmark.inputs, example)}
+    result: dict[str, Any] = {'inputs': fill(benchmark.inputs, example)}
     if templates:
       if isinstance(templates, str):
         options = field(example, templates)
@@ -253,7 +254,7 @@ def _text(value: tf.Tensor) -> tf.Tensor:
   return value if value.dtype == tf.string else tf.strings.as_string(value)
 
 
-def _judged(benchmark, text, example=None, is_target=False):
+def _judged(benchmark, text, example: Any = None, is_target=False):
   """What metrics see of a target or a prediction."""
   if not is_target:
     return benchmark.read(text, example) if benchmark.read else text

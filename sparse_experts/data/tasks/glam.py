@@ -370,8 +370,8 @@ def averages(
   }
 
 
-_nlg = [add(row, vocabularies.t5()) for row in NLG]
+_nlg_tasks = [add(row, vocabularies.t5()) for row in NLG]
 _nlu_tasks = [add(row, vocabularies.t5()) for row in NLU]
-mixing.add('glam_nlg', _nlg, 'equal')
+mixing.add('glam_nlg', _nlg_tasks, 'equal')
 mixing.add('glam_nlu', _nlu_tasks, 'equal')
-mixing.add('glam', [*_nlg, *_nlu_tasks], 'equal')
+mixing.add('glam', [*_nlg_tasks, *_nlu_tasks], 'equal')

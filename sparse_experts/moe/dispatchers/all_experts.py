@@ -21,7 +21,17 @@ from sparse_experts.sharding import constrain
 def all_experts(
   experts: Experts, x_GxSxD: Array, assignment: Assignment, capacity: int | None
 ) -> Array:
-  """The output of the assignment, [G, S, D]; exact where capacity is None."""
+  """The output of the assignment, [G, S, D]; exact where capacity is None.
+
+  Args:
+    experts: E of them.
+    x_GxSxD: tokens in groups.
+    assignment: who goes where.
+    capacity: slots C of an expert for a group; None: nothing is dropped.
+
+  Raises:
+    ValueError: the assignment is soft.
+  """
   require_hard(assignment, 'all_experts')
   E = assignment.num_experts
   x_GxSxD = constrain(x_GxSxD, 'expert_group', None, 'act_embed')

@@ -24,7 +24,14 @@ def einsum(
   assignment: Assignment | SoftAssignment,
   capacity: int | None,
 ) -> Array:
-  """Sends tokens to experts and mixes their outputs, [G, S, D]."""
+  """Sends tokens to experts and mixes their outputs, [G, S, D].
+
+  Args:
+    experts: E of them.
+    x_GxSxD: tokens in groups.
+    assignment: hard, or soft weights, which have their own C.
+    capacity: slots C of an expert for a group; None: nothing is dropped.
+  """
   if isinstance(assignment, Assignment):
     slots = x_GxSxD.shape[1] if capacity is None else capacity
     assignment = soften(assignment, slots)

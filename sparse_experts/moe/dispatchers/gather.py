@@ -19,7 +19,17 @@ from sparse_experts.moe.experts import Experts
 def gather(
   experts: Experts, x_GxSxD: Array, assignment: Assignment, capacity: int | None
 ) -> Array:
-  """Sends tokens to experts and mixes their outputs, [G, S, D]."""
+  """Sends tokens to experts and mixes their outputs, [G, S, D].
+
+  Args:
+    experts: E of them.
+    x_GxSxD: tokens in groups.
+    assignment: who goes where.
+    capacity: slots C of an expert for a group; None: nothing is dropped.
+
+  Raises:
+    ValueError: the assignment is soft.
+  """
   require_hard(assignment, 'gather')
   G, S, D = x_GxSxD.shape
   E, C = assignment.num_experts, S if capacity is None else capacity
@@ -97,7 +107,14 @@ to_slots.defvjp(_to_slots_forward, _to_slots_backward)
 def from_slots(
   y_GxECxD: Array, gate_GxSxK: Array, slot_GxSxK: Array, choice_GxEC: Array
 ) -> Array:
-  """Sum of the outputs in a token's slots, weighted by gates, [G, S, D]."""
+  """Sum of the outputs in a token's slots, weighted by gates, [G, S, D].
+
+  Args:
+    y_GxECxD: outputs of all slots of a group, expert by expert.
+    gate_GxSxK: weights of a token's choices.
+    slot_GxSxK: int32, the slot e * C + c of each choice; E * C: none.
+    choice_GxEC: int32, the choice s * K + k in each slot; S * K: none.
+  """
   return jnp.einsum(
     'GSKD,GSK->GSD', _take_choices(y_GxECxD, slot_GxSxK), gate_GxSxK
   )

@@ -12,12 +12,13 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import PartitionSpec
 
 from sparse_experts import sharding
@@ -110,7 +111,8 @@ def grouped(
     # Others, as `model`, stay with the compiler, which cannot split Pallas
     # kernels.
     manual = {a for a, size in mesh.shape.items() if size == 1} | {*group_axes}
-    specs = experts.replace(
+    specs = dataclasses.replace(
+      experts,
       params=PartitionSpec(axis),
       key=None if experts.key is None else PartitionSpec(),
     )
@@ -212,7 +214,7 @@ def _run_chunk(
   return y_IxD, _lost(expert_IxK // X, rows, traffic)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Rows:
   """Choices of I items sorted by expert, a row for each; R of them have room.
 
@@ -230,7 +232,13 @@ class Rows:
   def sort(
     cls, expert_IxK: Array, num_experts: int, room: int | None = None
   ) -> Rows:
-    """Rows of the choices in order; E means none."""
+    """Rows of the choices in order; E means none.
+
+    Args:
+      expert_IxK: int32, the expert of each choice of I tokens.
+      num_experts: E.
+      room: rows at most; what is sorted behind is dropped. None: all choices.
+    """
     choices = expert_IxK.size
     R = min(choices, room or choices)
     expert_IK = expert_IxK.reshape(-1)

@@ -7,6 +7,8 @@ the layer's: `MoE.make_shared_expert`.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -123,7 +125,9 @@ class DeepSeek(Router):
       balance_counts=self.balance_counts,
       priority=self.priority,
     )
-    return assignment, aux.replace(log_z=jax.nn.logsumexp(logits_GxSxE, -1))
+    return assignment, dataclasses.replace(
+      aux, log_z=jax.nn.logsumexp(logits_GxSxE, -1)
+    )
 
 
 def route_scores(

@@ -174,7 +174,14 @@ def k_means(
   random: np.random.Generator,
   max_rounds: int = 50,
 ) -> np.ndarray:
-  """Lloyd's algorithm from random rows: the cluster of each row, [V]."""
+  """Lloyd's algorithm from random rows: the cluster of each row, [V].
+
+  Args:
+    x_VxD: what is clustered.
+    clusters: at most V.
+    random: draws the first centres.
+    max_rounds: after which it stops, converged or not.
+  """
   centres = x_VxD[random.choice(len(x_VxD), clusters, replace=False)]
   cluster_V = np.full(len(x_VxD), -1)
   for _ in range(max_rounds):
@@ -250,7 +257,13 @@ class Hash(Router):
 
 
 def look_up(table_IxK: np.ndarray, ids_GxS: Array, num_experts: int) -> Array:
-  """Rows of a table of experts, int32 [G, S, K]; E for ids outside of it."""
+  """Rows of a table of experts, int32 [G, S, K]; E for ids outside of it.
+
+  Args:
+    table_IxK: experts of I ids.
+    ids_GxS: int32.
+    num_experts: E, which means none.
+  """
   # A negative index would count from the end.
   ids_GxS = jnp.where(ids_GxS < 0, len(table_IxK), ids_GxS)
   return (

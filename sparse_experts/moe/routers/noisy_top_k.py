@@ -6,6 +6,8 @@ it, through the noise.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -138,7 +140,8 @@ def route_noisily(
   probs_GxSxE = chosen_probability(
     logits_GxSxE, noisy_GxSxE, deviation_GxSxE, k
   )
-  return assignment, aux.replace(
+  return assignment, dataclasses.replace(
+    aux,
     losses={
       'importance': losses.importance(gate_of_each(assignment), mask_GxS),
       'load': losses.load(probs_GxSxE, mask_GxS),
@@ -151,7 +154,13 @@ def route_noisily(
 def add_noise(
   logits_GxSxE: Array, deviation_GxSxE: Array, normal_GxSxE: Array | None
 ) -> Array:
-  """H(x) of equation 4, float32 [G, S, E]."""
+  """H(x) of equation 4, float32 [G, S, E].
+
+  Args:
+    logits_GxSxE: float32, without noise.
+    deviation_GxSxE: its standard deviation.
+    normal_GxSxE: standard normal draws; None: no noise.
+  """
   if normal_GxSxE is None:
     return logits_GxSxE
   return logits_GxSxE + normal_GxSxE * deviation_GxSxE
@@ -160,7 +169,14 @@ def add_noise(
 def chosen_probability(
   logits_GxSxE: Array, noisy_GxSxE: Array, deviation_GxSxE: Array, k: int
 ) -> Array:
-  """P(x, e) of equation 9, float32 [G, S, E]; 1 where all are chosen."""
+  """P(x, e) of equation 9, float32 [G, S, E]; 1 where all are chosen.
+
+  Args:
+    logits_GxSxE: float32, without noise.
+    noisy_GxSxE: with it.
+    deviation_GxSxE: the noise's standard deviation.
+    k: choices of a token.
+  """
   if k == logits_GxSxE.shape[-1]:
     return jnp.ones_like(logits_GxSxE)
   return losses.selection_probability(

@@ -150,6 +150,12 @@ def predict_reward(
 
   It starts at 0, and no gradient reaches x: what predicts the reward is not to
   shape what earns it.
+
+  Args:
+    router: whose parameters `value_kernel` and `value_bias` it makes.
+    x_GxSxD: tokens.
+    mask_GxS: False for padding, whose value is 0; None: there is none.
+    width: values of a token; None: E, one for each expert.
   """
   values = router.logits(
     jax.lax.stop_gradient(x_GxSxD),

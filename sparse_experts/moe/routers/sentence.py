@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -81,6 +83,6 @@ class Sentence(Router):
     _, by_sequence = route(
       logits_Gx1xE.swapaxes(0, 1), k=self.k, mask_GxS=real_1xG
     )
-    return assignment, aux.replace(
-      losses=by_sequence.losses, balance=by_sequence.balance, tokens=None
+    return assignment, dataclasses.replace(
+      aux, losses=by_sequence.losses, balance=by_sequence.balance, tokens=None
     )

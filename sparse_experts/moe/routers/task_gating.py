@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -108,6 +110,6 @@ class TaskGating(Router):
       k=self.k,
       mask_GxS=known_GxS.reshape(1, -1),
     )
-    return assignment, aux.replace(
-      losses=of_batch.losses, balance=of_batch.balance, tokens=None
+    return assignment, dataclasses.replace(
+      aux, losses=of_batch.losses, balance=of_batch.balance, tokens=None
     )

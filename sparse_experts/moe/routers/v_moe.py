@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -125,7 +127,8 @@ def route_softmax(
   )
   chances_GxSxE = selected_probability(logits_GxSxE, noisy_GxSxE, deviation, k)
   probs_GxSxE = jax.nn.softmax(logits_GxSxE)
-  return assignment, aux.replace(
+  return assignment, dataclasses.replace(
+    aux,
     losses={
       'importance': losses.importance(probs_GxSxE, mask_GxS),
       'load': losses.load(chances_GxSxE, mask_GxS),
@@ -142,6 +145,12 @@ def selected_probability(
 
   Unlike Shazeer's (`noisy_top_k.chosen_probability`) that logit may be its own,
   as in appendix A.2 and the code. Without noise: whether it is reached.
+
+  Args:
+    logits_GxSxE: float32, without noise.
+    noisy_GxSxE: with it; the same where `deviation` is 0.
+    deviation: the noise's standard deviation.
+    k: choices of a token.
   """
   expert_GxSxK = largest(noisy_GxSxE, k)
   last_GxSxE = jax.nn.one_hot(expert_GxSxK[..., -1], noisy_GxSxE.shape[-1])

@@ -1,7 +1,13 @@
-"""What every router promises, for each that has a file in gin/routers/."""
+"""What every router promises, for each that has a file in gin/routers/.
+
+Routers of one's own are asked too, where a folder DIR has a gin/routers/:
+
+  GIN_SEARCH_PATHS=DIR python -m pytest tests/moe/routers/every_router_test.py
+"""
 
 import dataclasses
 import functools
+import os
 
 import flax
 import jax
@@ -9,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from paths import ROOT
 
 from sparse_experts import config, sharding
 from sparse_experts.layers.mlp import Mlp
@@ -18,7 +23,8 @@ from sparse_experts.moe.assignment import Assignment
 
 NEEDS = {'token_ids', 'task_ids', 'capacity', 'sequences', 'rng', 'step'}
 
-NAMES = sorted(path.stem for path in (ROOT / 'gin' / 'routers').glob('*.gin'))
+SEARCH_PATHS = [*filter(None, [os.environ.get('GIN_SEARCH_PATHS')])]
+NAMES = config.routers(SEARCH_PATHS)
 G, S, D, E = 2, 16, 6, 8
 KEY = jax.random.key(0)
 
@@ -26,7 +32,7 @@ KEY = jax.random.key(0)
 def factory(name, macro='ROUTER'):
   """The router of a gin file, for E experts, as a layer is given it."""
   files = ['gin/equivalence.gin', f'gin/routers/{name}.gin']
-  config.parse(files, [f'NUM_EXPERTS={E}'], [])
+  config.parse(files, [f'NUM_EXPERTS={E}'], SEARCH_PATHS)
   return config.value(macro)
 
 
