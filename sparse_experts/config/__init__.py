@@ -101,6 +101,7 @@ def parse(
       f'the gin files require {", ".join(sorted(missing))}; give each by '
       '--gin.NAME=VALUE, or add a file that defines it.'
     )
+  overrides.check_circles()
   types.check()
   overrides.one_line(gin.finalize)
 

@@ -53,11 +53,31 @@ def macros() -> set[str]:
 
 def required_macros() -> set[str]:
   """Macros that files refer to."""
+  return _macros_in(gin.config._CONFIG)
+
+
+def check_circles() -> None:
+  """Raises where a macro is itself, maybe by way of others."""
+  ends = set()  # What has been followed to its end.
+
+  def follow(name: str, within: tuple[str, ...]) -> None:
+    if name in within:
+      circle = ' = '.join(f'%{each}' for each in (*within, name))
+      raise ValueError(f'the macro {name} is itself, {circle}; give it a value.')
+    if name not in ends and (name, 'gin.macro') in gin.config._CONFIG:
+      for other in sorted(_macros_in(gin.config._CONFIG[(name, 'gin.macro')])):
+        follow(other, (*within, name))
+      ends.add(name)
+
+  for name in sorted(macros()):
+    follow(name, ())
+
+
+def _macros_in(config: Any) -> set[str]:
+  macro = gin.get_configurable(gin.config.macro)
   return {
     reference.scoped_selector.rpartition('/')[0]
-    for reference in gin.config.iterate_references(
-      gin.config._CONFIG, to=gin.get_configurable(gin.config.macro)
-    )
+    for reference in gin.config.iterate_references(config, to=macro)
   }
 
 

@@ -102,26 +102,17 @@ def trace(
 
 
 def in_effect(value: Any, chains: Sequence[Sequence[Binding]]) -> Any:
-  """A value as written with its macros replaced by what they are.
-
-  Raises:
-    ValueError: a macro is itself.
-  """
+  """A value as written with its macros replaced by what they are."""
   macros = {last.name: last.value for *_, last in chains}
 
-  def replaced(value, within=()):
+  def replaced(value):
     if isinstance(value, (list, tuple)):
-      return type(value)(replaced(item, within) for item in value)
+      return type(value)(map(replaced, value))
     if isinstance(value, dict):
-      return {key: replaced(item, within) for key, item in value.items()}
-    if not is_macro(value) or value[1:] not in macros:
-      return value
-    if value in within:
-      raise ValueError(
-        f'the macro {value[1:]} is itself, {" = ".join((*within, value))}; '
-        'give it a value.'
-      )
-    return replaced(macros[value[1:]], (*within, value))
+      return {key: replaced(item) for key, item in value.items()}
+    if is_macro(value) and value[1:] in macros:
+      return replaced(macros[value[1:]])
+    return value
 
   return replaced(value)
 
