@@ -147,11 +147,13 @@ def _write(
   resumed = len(journal.digests)
   try:
     writer = FORMATS[target].Writer(
-      partial,
-      checkpoint.model,
-      tensor_map.expected(checkpoint.shapes, where),
-      tensor_map.parts(checkpoint.shapes, where),
-      checkpoint.step,
+      tensor_map.Target(
+        partial,
+        checkpoint.model,
+        tensor_map.expected(checkpoint.shapes, where),
+        tensor_map.parts(checkpoint.shapes, where),
+        checkpoint.step,
+      )
     )
     _move(checkpoint, where, writer.write, journal)
     writer.finish(checkpoint.gin)

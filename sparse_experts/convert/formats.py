@@ -6,8 +6,8 @@ A format is a module with
     source_places(model, names, tensors) -> Places of a checkpoint that is there
     target_places(model, names) -> Places of one to be written
     unsaid(model) -> what of its training such a checkpoint does not say
-    Writer(folder, model, shapes, parts, step), with write(name, index, array)
-      and finish(gin), see the modules.
+    Writer(Target), with write(name, index, array) and finish(gin), see the
+      modules.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from sparse_experts import config
 from sparse_experts.convert import safetensors, tensor_map, torch_files
 from sparse_experts.convert.architectures import ARCHITECTURES, Architecture
 from sparse_experts.convert.arguments import arguments, differences, training
-from sparse_experts.convert.tensor_map import Place
-from sparse_experts.convert.tensors import Found, Shapes, Tensor
+from sparse_experts.convert.tensor_map import Place, Target
+from sparse_experts.convert.tensors import Found, Tensor
 from sparse_experts.models.language import Language
 
 _GENERATION = 'generation_config.json'
@@ -111,17 +111,9 @@ def unsaid(model: Language) -> list[str]:
 class Writer(safetensors.Writer):
   """Writes safetensors files, config.json and generation_config.json."""
 
-  def __init__(
-    self,
-    folder: pathlib.Path,
-    model: Language,
-    shapes: Shapes,
-    parts: Shapes,
-    step: int,
-  ):
-    del parts, step
-    self._config = _describe(model)
-    super().__init__(folder, shapes)
+  def __init__(self, target: Target):
+    self._config = _describe(target.model)
+    super().__init__(target.folder, target.shapes)
 
   def finish(self, gin: str) -> None:
     """Writes what says what the tensors are."""

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from sparse_experts.convert import tensor_map, zarr
-from sparse_experts.convert.tensor_map import Place
+from sparse_experts.convert.tensor_map import Place, Target
 from sparse_experts.convert.tensors import Found, Shapes
 from sparse_experts.models import layout
 from sparse_experts.models.language import Language
@@ -78,21 +78,15 @@ class Writer:
     folder: a MODEL_DIR.
   """
 
-  def __init__(
-    self,
-    folder: pathlib.Path,
-    model: Language,
-    shapes: Shapes,
-    parts: Shapes,
-    step: int,
-  ):
-    del model
-    self.folder = folder
-    self._step = checkpoints.directory_of(folder) / str(step)
+  def __init__(self, target: Target):
+    self.folder = target.folder
+    self._step = checkpoints.directory_of(target.folder) / str(target.step)
     params = self._step / 'params'
     if not params.exists():
-      _declare(params, shapes)
-    self._arrays = zarr.Writer(pathlib.Path(params), shapes, parts)
+      _declare(params, target.shapes)
+    self._arrays = zarr.Writer(
+      pathlib.Path(params), target.shapes, target.parts
+    )
     self.write = self._arrays.write
 
   def finish(self, gin: str) -> None:

@@ -13,8 +13,8 @@ from flax import serialization, traverse_util
 from sparse_experts import config
 from sparse_experts.convert import flaxformer, parameter_names, tensor_map, zarr
 from sparse_experts.convert.arguments import arguments
-from sparse_experts.convert.tensor_map import Place, Places
-from sparse_experts.convert.tensors import Found, Shapes, Tensor
+from sparse_experts.convert.tensor_map import Place, Places, Target
+from sparse_experts.convert.tensors import Found, Tensor
 from sparse_experts.models.language import Language
 
 MODEL = 'model.gin'  # What we leave beside a checkpoint in T5X's format.
@@ -183,22 +183,14 @@ class Writer:
     folder: of the checkpoint.
   """
 
-  def __init__(
-    self,
-    folder: pathlib.Path,
-    model: Language,
-    shapes: Shapes,
-    parts: Shapes,
-    step: int,
-  ):
-    del model
-    self._shapes, self._step = shapes, step
-    self.folder = folder / f'checkpoint_{step}'
+  def __init__(self, target: Target):
+    self._shapes, self._step = target.shapes, target.step
+    self.folder = target.folder / f'checkpoint_{target.step}'
     self.folder.mkdir(parents=True, exist_ok=True)
     self._arrays = zarr.Writer(
       self.folder,
-      {f'target/{name}': shape for name, shape in shapes.items()},
-      {f'target/{name}': part for name, part in parts.items()},
+      {f'target/{name}': shape for name, shape in target.shapes.items()},
+      {f'target/{name}': part for name, part in target.parts.items()},
     )
 
   def write(self, name: str, index: tuple, array) -> None:

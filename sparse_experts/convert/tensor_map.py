@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -66,6 +67,25 @@ class Place:
 
 
 Places = Mapping[str, Place]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """A checkpoint that a format's `Writer` is to write.
+
+  Attributes:
+    folder: of all that is written.
+    model: whose parameters they are.
+    shapes: of its tensors, by name.
+    parts: the shapes of what `Writer.write` is given of each.
+    step: of the checkpoint.
+  """
+
+  folder: pathlib.Path
+  model: Language
+  shapes: Shapes
+  parts: Shapes
+  step: int
 
 
 @dataclasses.dataclass(frozen=True)

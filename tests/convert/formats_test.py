@@ -450,7 +450,9 @@ def test_scanned_checkpoints_of_t5x(tmp_path):
     elif '/layers_' not in name:
       scanned[name] = array
   shapes = {name: array.shape for name, array in scanned.items()}
-  writer = t5x.Writer(tmp_path / 'scanned', None, shapes, shapes, step=7)
+  writer = t5x.Writer(
+    tensor_map.Target(tmp_path / 'scanned', None, shapes, shapes, step=7)
+  )
   for name, array in scanned.items():
     writer.write(name, (), array)
   writer.finish((tmp_path / 't5x/model.gin').read_text())

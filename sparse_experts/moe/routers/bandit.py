@@ -10,7 +10,7 @@ from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, largest, ungated
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import Router
-from sparse_experts.moe.routers.rl_r import check_one_choice, predict_reward
+from sparse_experts.moe.routers.policy import check_one_choice, predict_reward
 
 
 class Bandit(Router):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from sparse_experts.models import policy_gradient
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.routers.bandit import Bandit
-from sparse_experts.moe.routers.rl_r import RLR, act, entropy
+from sparse_experts.moe.routers.policy import act, entropy
+from sparse_experts.moe.routers.rl_r import RLR
 from sparse_experts.moe.routers.wpl import WPL
 
 G, S, D, E = 2, 5, 3, 4
