@@ -63,7 +63,9 @@ def check_circles() -> None:
   def follow(name: str, within: tuple[str, ...]) -> None:
     if name in within:
       circle = ' = '.join(f'%{each}' for each in (*within, name))
-      raise ValueError(f'the macro {name} is itself, {circle}; give it a value.')
+      raise ValueError(
+        f'the macro {name} is itself, {circle}; give it a value.'
+      )
     if name not in ends and (name, 'gin.macro') in gin.config._CONFIG:
       for other in sorted(_macros_in(gin.config._CONFIG[(name, 'gin.macro')])):
         follow(other, (*within, name))

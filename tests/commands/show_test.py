@@ -126,13 +126,13 @@ def test_values_of_all_kinds(tmp_path):
   (tmp_path / 'mine.gin').write_text(
     "include 'gin/quickstart.gin'\n"
     'SPARSE_LAYERS = {1: %NUM_EXPERTS}\n'
-    "RULES = {('a', 'b'): [None, 1e3, True, @mine/top_k.TopK]}\n"
+    "OF_MINE = {('a', 'b'): [None, 1e3, True, @mine/top_k.TopK]}\n"
   )
   file = f'--gin_file={tmp_path / "mine.gin"}'
   facts = shown(file)
   assert facts['SPARSE_LAYERS']['value'] == {'1': 8}
   expected = [None, 1000.0, True, '@mine/top_k.TopK']
-  assert facts['RULES']['value'] == {"('a', 'b')": expected}
+  assert facts['OF_MINE']['value'] == {"('a', 'b')": expected}
   assert '  SPARSE_LAYERS = {1: 8}  ' in command.run('show', file).stdout
 
 
