@@ -125,10 +125,9 @@ def route_noisily(
     real_GxSx1 = mask_GxS[..., None]
     logits_GxSxE = jnp.where(real_GxSx1, logits_GxSxE, 0)
     deviation_GxSxE = jnp.where(real_GxSx1, deviation_GxSxE, 1)
-  noise_GxSxE, noisy_GxSxE = None, logits_GxSxE
+  noise_GxSxE = None
   if normal_GxSxE is not None:
     noise_GxSxE = normal_GxSxE * deviation_GxSxE
-    noisy_GxSxE += noise_GxSxE
   assignment, aux = route(
     logits_GxSxE,
     noise_GxSxE=noise_GxSxE,
@@ -137,13 +136,30 @@ def route_noisily(
     gates='chosen',
     priority=priority,
   )
+  noisy_GxSxE = add_noise(logits_GxSxE, deviation_GxSxE, normal_GxSxE)
   probs_GxSxE = chosen_probability(
     logits_GxSxE, noisy_GxSxE, deviation_GxSxE, k
   )
-  return assignment, dataclasses.replace(
+  return assignment, balanced_by(
+    aux, gate_of_each(assignment), probs_GxSxE, mask_GxS
+  )
+
+
+def balanced_by(
+  aux: Aux, weight_GxSxE: Array, probs_GxSxE: Array, mask_GxS: Array | None
+) -> Aux:
+  """Losses of importance and load in the place of one of f and P.
+
+  Args:
+    aux: of `top_k.route`.
+    weight_GxSxE: of each token for each expert, whose sums are importance.
+    probs_GxSxE: of being chosen, whose sums are load.
+    mask_GxS: tokens that count; None: all.
+  """
+  return dataclasses.replace(
     aux,
     losses={
-      'importance': losses.importance(gate_of_each(assignment), mask_GxS),
+      'importance': losses.importance(weight_GxSxE, mask_GxS),
       'load': losses.load(probs_GxSxE, mask_GxS),
       'router_z': aux.losses['router_z'],
     },
@@ -152,18 +168,18 @@ def route_noisily(
 
 
 def add_noise(
-  logits_GxSxE: Array, deviation_GxSxE: Array, normal_GxSxE: Array | None
+  logits_GxSxE: Array, deviation: Array | float, normal_GxSxE: Array | None
 ) -> Array:
   """H(x) of equation 4, float32 [G, S, E].
 
   Args:
     logits_GxSxE: float32, without noise.
-    deviation_GxSxE: its standard deviation.
+    deviation: its standard deviation, [G, S, E] or one for all.
     normal_GxSxE: standard normal draws; None: no noise.
   """
   if normal_GxSxE is None:
     return logits_GxSxE
-  return logits_GxSxE + normal_GxSxE * deviation_GxSxE
+  return logits_GxSxE + normal_GxSxE * deviation
 
 
 def chosen_probability(

@@ -49,18 +49,20 @@ class RLR(Policy):
     assignment, aux = super().__call__(
       x_GxSxD, mask_GxS=mask_GxS, deterministic=deterministic
     )
+    logits_GxSxE = aux.logits
+    assert logits_GxSxE is not None  # A policy has them.
     counted_GxSxE = jax.nn.one_hot(
       assignment.expert_GxSxK[..., 0], self.num_experts
     )
     balance = losses.Balance.of(
-      jax.nn.softmax(aux.logits), counted_GxSxE, mask_GxS
+      jax.nn.softmax(logits_GxSxE), counted_GxSxE, mask_GxS
     )
     return assignment, dataclasses.replace(
       aux,
       losses={
         'load_balance': balance.loss(),
         'negative_entropy': -masked_mean(
-          entropy(aux.logits), mask_GxS, axis=(0, 1)
+          entropy(logits_GxSxE), mask_GxS, axis=(0, 1)
         ),
       },
       tokens=balance.tokens_G.sum(),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,6 +11,7 @@ from sparse_experts.moe import losses
 from sparse_experts.moe.assignment import Assignment, is_causal, largest
 from sparse_experts.moe.outputs import Aux
 from sparse_experts.moe.router import KERNEL_INIT, Router
+from sparse_experts.moe.routers.noisy_top_k import add_noise, balanced_by
 from sparse_experts.moe.routers.top_k import route
 from sparse_experts.numbers import NotNegative
 
@@ -112,10 +111,9 @@ def route_softmax(
   """
   if mask_GxS is not None:  # Whatever padding holds, NaN too, stays there.
     logits_GxSxE = jnp.where(mask_GxS[..., None], logits_GxSxE, 0)
-  noise_GxSxE, noisy_GxSxE = None, logits_GxSxE
+  noise_GxSxE = None
   if normal_GxSxE is not None:
     noise_GxSxE = deviation * normal_GxSxE
-    noisy_GxSxE += noise_GxSxE
   assignment, aux = route(
     logits_GxSxE,
     noise_GxSxE=noise_GxSxE,
@@ -125,16 +123,10 @@ def route_softmax(
     choose_by='probs',  # As its code.
     priority=priority,
   )
+  noisy_GxSxE = add_noise(logits_GxSxE, deviation, normal_GxSxE)
   chances_GxSxE = selected_probability(logits_GxSxE, noisy_GxSxE, deviation, k)
-  probs_GxSxE = jax.nn.softmax(logits_GxSxE)
-  return assignment, dataclasses.replace(
-    aux,
-    losses={
-      'importance': losses.importance(probs_GxSxE, mask_GxS),
-      'load': losses.load(chances_GxSxE, mask_GxS),
-      'router_z': aux.losses['router_z'],
-    },
-    balance=None,
+  return assignment, balanced_by(
+    aux, jax.nn.softmax(logits_GxSxE), chances_GxSxE, mask_GxS
   )
 
 
