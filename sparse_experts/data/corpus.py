@@ -234,11 +234,8 @@ def _of_wheels(name: str) -> list[Document]:
   found, folder = wheels.pinned(name), wheel_folder()
   wheels.check(name, found, folder)
   packages = {wheel.domain: wheels.sources(wheel, folder) for wheel in found}
-  return list(
-    docstrings.without_near_duplicates(
-      _harvest(packages), lambda document: document.text
-    )
-  )
+  harvest = _harvest(packages)
+  return list(docstrings.without_near_duplicates(harvest, lambda d: d.text))
 
 
 def _harvest(
@@ -247,10 +244,8 @@ def _harvest(
   """All documents of packages, given as modules and their sources."""
   quiet = not sys.stderr.isatty()
   if quiet:
-    print(
-      f'harvesting the docstrings of {len(packages)} packages, once',
-      file=sys.stderr,
-    )
+    what = f'harvesting the docstrings of {len(packages)} packages, once'
+    print(what, file=sys.stderr)
   with docstrings.parsing():
     for package, sources in tqdm.tqdm(
       packages.items(), 'harvesting docstrings', unit=' packages', disable=quiet
