@@ -131,6 +131,31 @@ def is_macro(value: Any) -> bool:
   return isinstance(value, Written) and value.startswith('%')
 
 
+def statements(path: str) -> dict[str, Any]:
+  """Bindings of any gin file by name; nothing that it names need be there.
+
+  References are text, macros are replaced by what the file says they are.
+  """
+  bindings = {}
+  parser = gin.config_parser.ConfigParser(
+    pathlib.Path(path).read_text(), AsWritten()
+  )
+  for statement in parser:
+    if isinstance(statement, gin.config_parser.BindingStatement):
+      parts = (statement.scope, statement.selector, statement.arg_name)
+      scope, selector, argument = parts
+      name = f'{scope}/{selector}' if scope else selector
+      name = f'{name}.{argument}' if argument else name
+      bindings[name] = statement.value
+
+  def resolved(value):
+    while isinstance(value, str) and value[:1] == '%' and value[1:] in bindings:
+      value = bindings[value[1:]]
+    return value
+
+  return {name: resolved(value) for name, value in bindings.items()}
+
+
 def _of_file(
   file: str, parent: Source | None, folders: Sequence[str]
 ) -> Iterator[tuple[tuple[str, str, str], Binding]]:

@@ -42,7 +42,7 @@ def gin(found: Mapping[str, Any]) -> str:
   """A gin file of the model that T5X's configuration describes.
 
   Args:
-    found: its bindings, see `config.statements`.
+    found: its bindings, see `provenance.statements`.
 
   Raises:
     ValueError: it is none of flaxformer's sparse encoder-decoders, or has what

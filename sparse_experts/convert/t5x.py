@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from flax import serialization, traverse_util
 
-from sparse_experts import config
+from sparse_experts.config import provenance
 from sparse_experts.convert import flaxformer, parameter_names, tensor_map, zarr
 from sparse_experts.convert.arguments import arguments
 from sparse_experts.convert.tensor_map import Place, Places, Target
@@ -169,7 +169,7 @@ def gin(path: pathlib.Path) -> str:
       return (folder / MODEL).read_text()
     for name in _CONFIGS:
       if (folder / name).is_file():
-        return flaxformer.gin(config.statements(str(folder / name)))
+        return flaxformer.gin(provenance.statements(str(folder / name)))
   raise FileNotFoundError(
     f'neither {path} nor the folder above has the {_CONFIGS[0]} of T5X, so the '
     'model is unknown; put it there, or give --gin_file=MODEL.'

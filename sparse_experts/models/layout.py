@@ -234,13 +234,10 @@ def kinds(
   """
   if isinstance(sparse_layers, int):
     every = sparse_layers
-    if every < 0:
+    if not 0 <= every <= num_layers:
       raise ValueError(
-        f'sparse_layers={every} must be 0, none, or n for every n-th layer.'
-      )
-    if every > num_layers:
-      raise ValueError(
-        f'sparse_layers={every} makes none of {num_layers} sparse; 0 says so.'
+        f'sparse_layers={every} must be 0, none, or n for every n-th of '
+        f'{num_layers} layers.'
       )
     return tuple(
       every > 0 and i % every == every - 1 for i in range(num_layers)

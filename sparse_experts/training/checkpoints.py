@@ -2,7 +2,8 @@
 
     MODEL_DIR/checkpoints/<step>/{params,optimizer,data}/
 
-`saver.Saver` writes them.
+`saver.Saver` writes them. What is read and what is said of damage are one
+subject, hence the 370 lines.
 """
 
 from __future__ import annotations

@@ -161,15 +161,19 @@ def train(
     trace = _trace(run, profile, closing)
     guard = Guard(max_skipped_in_a_row)
     log = Log(run.progress, schedules.as_schedule(learning_rate))
-    evaluation = []
-    if ready.evaluation is not None:
-      evaluate = Evaluate(ready.evaluation, model.headline)
-      evaluation = [Every(eval_period, evaluate, at_start=True)]
     save = Save(saver, run.batches.to_save, (lease.check, guard.check))
-    before = [lease, guard, trace.stop, log.add]
-    before += [Every(log_period, log), *evaluation]
+    before = [lease, guard, trace.stop, log.add, Every(log_period, log)]
+    before += _evaluations(ready, model, eval_period)
     after = [preemption, Every(checkpoint_period, save), trace.start]
     return loop(run, [*before, *hooks, *after])
+
+
+def _evaluations(ready: Prepared, model: Objective, period: int) -> list[Hook]:
+  """What takes the held-out loss, if there is held-out data."""
+  if ready.evaluation is None:
+    return []
+  evaluate = Evaluate(ready.evaluation, model.headline)
+  return [Every(period, evaluate, at_start=True)]
 
 
 def _draw(ready: Prepared, model_dir: str) -> None:

@@ -14,6 +14,7 @@ from paths import ROOT
 
 import docs
 from sparse_experts import config
+from sparse_experts.config import provenance
 from sparse_experts.convert.arguments import arguments
 from sparse_experts.models import auxiliary
 from sparse_experts.models.balance_bias import update_biases
@@ -120,7 +121,7 @@ def _is_boxed(leaf):
   [
     str(path.relative_to(ROOT))
     for path in sorted(ROOT.glob('gin/routers/*.gin'))
-    if config.statements(path).get('top_k.TopK.k') == 1
+    if provenance.statements(path).get('top_k.TopK.k') == 1
   ],
 )
 def test_a_router_s_decoder_has_no_gates_of_the_recipe(file):
