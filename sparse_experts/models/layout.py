@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -208,9 +209,7 @@ def layers_at(params: Mapping[str, Any], path: Sequence[str]) -> list[LayerId]:
     stack = params
     for key in at.stack:
       stack = stack[key]
-    prefix = 0
-    while block_name(prefix) in stack:
-      prefix += 1
+    prefix = next(i for i in itertools.count() if block_name(i) not in stack)
     repeats = jax.tree.leaves(stack[PERIOD])[0].shape[0]
     split = Split(prefix, len(stack[PERIOD]), repeats)
     indices = [split.index(turn, at.index) for turn in range(repeats)]
