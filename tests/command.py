@@ -36,7 +36,10 @@ def run(*arguments: str) -> Outcome:
   """Runs a command in this process; fast, but shares its libraries' state."""
   stdout, stderr = io.StringIO(), io.StringIO()
   with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-    code = cli.main(arguments)
+    try:
+      code = cli.main(arguments)
+    except SystemExit as end:  # Of what the command's flags cannot be.
+      code = end.code
   return Outcome(code, stdout.getvalue(), stderr.getvalue())
 
 

@@ -12,7 +12,17 @@ from sparse_experts.data.features.text import Text
 from sparse_experts.models.language_model import answered
 from sparse_experts.training import checkpoints
 
-QUESTIONS = ['8+1', '9+9', '', 'wie geht es?', '8+1', '7', '3+3', '1+1', '2+2']
+QUESTIONS = [
+  '8+1',
+  '9+9',
+  ' x',
+  'wie geht es?',
+  '8+1',
+  '7',
+  '3+3',
+  '1+1',
+  '2+2',
+]
 EOS = 1
 
 
@@ -54,6 +64,13 @@ def test_every_line_is_answered_as_if_alone(trained, answers):
   assert others[0]['log_prob'] == pytest.approx(
     answers[3]['log_prob'], abs=1e-5
   )
+
+
+def test_nothing_may_be_asked_on_purpose(trained, answers):
+  lines = [json.dumps({'inputs': text}) for text in ('', QUESTIONS[3])]
+  nothing, other = ask(trained, 'nothing.jsonl', lines)
+  assert nothing['inputs'] == ''
+  assert other['prediction'] == answers[3]['prediction']
 
 
 def test_token_ids_in_and_out(trained, answers):

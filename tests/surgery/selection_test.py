@@ -249,5 +249,5 @@ def test_command(tmp_path):
   np.testing.assert_array_equal(
     params_of(tmp_path / 'output')[kernel], whole[:, [3, 0]]
   )
-  with pytest.raises(SystemExit):
-    command.run(*flags, '--experts=two')
+  refused = command.run(*flags, '--experts=two')
+  assert (refused.code, refused.stderr.count('\n')) == (2, 1)
