@@ -32,13 +32,13 @@ def docstrings(source: bytes, module: str) -> Iterator[tuple[str, str]]:
     tree = ast.parse(source)
   except SyntaxError:
     return
-  pending = [(module, tree)]
+  pending: list[tuple[str, ast.AST]] = [(module, tree)]
   while pending:
     name, node = pending.pop()
     if isinstance(
       node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     ):
-      if node is not tree:
+      if not isinstance(node, ast.Module):
         name = f'{name}.{node.name}'
       lines = (ast.get_docstring(node) or '').splitlines()
       text = '\n'.join(line.rstrip() for line in lines).strip()

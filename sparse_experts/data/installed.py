@@ -46,7 +46,8 @@ def sources(package: str) -> Iterator[tuple[str, bytes]]:
   Yields:
     The dotted path of a module, and its source.
   """
-  for root in importlib.util.find_spec(package).submodule_search_locations:
+  found = importlib.util.find_spec(package)
+  for root in (found and found.submodule_search_locations) or ():
     for file in sorted(pathlib.Path(root).rglob('*.py')):
       parts = file.relative_to(root).with_suffix('').parts
       module = (package, *(part for part in parts if part != '__init__'))

@@ -46,7 +46,13 @@ def tokenize(
   output_features: Features,
   copy_pretokenized: bool = True,
 ) -> tf.data.Dataset:
-  """As seqio's, which keeps 256 examples in a saved position; here are few."""
+  """As seqio's, which keeps 256 examples in a saved position; here are few.
+
+  Args:
+    dataset: examples of texts.
+    output_features: what is encoded, each by its vocabulary.
+    copy_pretokenized: the text of feature x stays, as 'x_pretokenized'.
+  """
   encode = functools.partial(
     seqio.preprocessors.tokenize_impl,
     output_features=output_features,

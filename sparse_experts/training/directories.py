@@ -57,6 +57,8 @@ def check_new(model_dir: epath.PathLike, by: str = '--gin.MODEL_DIR') -> None:
     reason = f'{there} is a file'
   elif not os.access(there, os.W_OK | os.X_OK):
     reason = f'no permission in {there}'
+    if os.statvfs(there).f_flag & os.ST_RDONLY:
+      reason = 'Read-only file system'
   if reason:
     raise ValueError(
       f'{model_dir} cannot be written ({reason}); choose a folder that can, by '

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.future import Future
 
 from sparse_experts import storage
 from sparse_experts.training import checkpoints, checksums
@@ -61,19 +62,21 @@ class ArraysHandler(ocp.StandardCheckpointHandler):
     super().__init__()
     self.failures: list[Exception] = []
 
-  async def async_save(self, directory, *args, **kwargs):
-    futures = await super().async_save(directory, *args, **kwargs)
+  async def async_save(
+    self, directory, item=None, save_args=None, args=None
+  ) -> list[Future]:
+    futures = await super().async_save(directory, item, save_args, args)
     return [_Watched(future, self.failures) for future in futures or ()]
 
 
 @dataclasses.dataclass
-class _Watched(ocp.future.Future):
+class _Watched(Future):
   """A write whose failure is put down."""
 
-  future: ocp.future.Future
+  future: Future
   failures: list[Exception]
 
-  def result(self, timeout: int | None = None) -> Any:
+  def result(self, timeout: float | None = None) -> Any:
     try:
       return self.future.result(timeout)
     except Exception as error:

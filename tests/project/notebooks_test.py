@@ -32,7 +32,11 @@ def execute(path, folder, without=(), **variables):
 
 
 # Half a minute each: in the full run, with their full length.
-LONG = ('04_routers_side_by_side', '05_what_experts_learn')
+LONG = (
+  '03_train_switch_vs_dense',
+  '04_routers_side_by_side',
+  '05_what_experts_learn',
+)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def _same_checker():
     pytest.skip(f'the numbers are of {MADE_WITH}, this is {installed()}')
 
 
+@pytest.mark.slow  # Half a minute.
 def test_no_file_has_more_errors():
   falling.check(KIND, errors())
 

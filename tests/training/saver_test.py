@@ -76,7 +76,7 @@ def test_a_full_disk_ends_a_run_which_goes_on_when_it_is_freed(disk, whole):
 def test_a_disk_that_is_read_only_is_named(disk):
   subprocess.run(['mount', '-o', 'remount,ro', str(disk)], check=True)
   line = error(train(disk / 'run'))
-  assert f'MODEL_DIR {disk}/run cannot be written (Read-only file sys' in line
+  assert f'{disk}/run cannot be written (Read-only file system)' in line
 
 
 def test_a_file_that_may_not_grow_ends_a_save(whole, tmp_path):
