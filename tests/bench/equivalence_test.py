@@ -15,10 +15,18 @@ from sparse_experts.moe import TopK, dispatchers, gather
 SOFT = {'soft_moe'}
 
 
-@pytest.fixture(scope='module')
-def table():
+@pytest.fixture(
+  scope='module',
+  params=[
+    pytest.param(
+      ("--gin.ROUTERS=('switch', 'st_moe', 'soft_moe')",), id='some'
+    ),
+    pytest.param((), id='all', marks=pytest.mark.slow),  # Two minutes.
+  ],
+)
+def table(request):
   """What the command says."""
-  outcome = command.run('equivalence', '--json')
+  outcome = command.run('equivalence', '--json', *request.param)
   assert outcome.code == 0, outcome.stderr
   return json.loads(outcome.stdout)
 
