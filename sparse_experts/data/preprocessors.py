@@ -46,7 +46,7 @@ def tokenize(
   output_features: Features,
   copy_pretokenized: bool = True,
 ) -> tf.data.Dataset:
-  """As seqio's, which keeps 256 examples in a saved position; this keeps few."""
+  """As seqio's, which keeps 256 examples in a saved position; here are few."""
   encode = functools.partial(
     seqio.preprocessors.tokenize_impl,
     output_features=output_features,
