@@ -57,7 +57,8 @@ def check_vocabulary(
   if size > embeddings:
     raise ValueError(
       f'task {task_name!r} has {size} token ids, but the model embeds only '
-      f'{embeddings}: give the model a vocabulary of at least {size}'
+      f'{embeddings}: give the model a vocabulary of at least {size}, by '
+      'NUM_EMBEDDINGS.'
     )
   for name, feature in tasks.find(task_name, modules).output_features.items():
     pad = feature.vocabulary.pad_id

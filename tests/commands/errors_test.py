@@ -399,4 +399,6 @@ def test_a_damaged_step_is_refused_or_whole(damage, folder, tmp_path):
     if outcomes[0].code == 0:
       assert outcomes[0].stdout == whole.stdout
     shutil.rmtree(copy)
-  assert refused == {'params', 'optimizer', 'data'}
+  # Without checksums, a step of before there were any, all else tells.
+  cut = {'checksums.json'} if damage is _truncate else set()
+  assert refused == {'params', 'optimizer', 'data', *cut}
