@@ -48,7 +48,7 @@ def header(file):
 
 def sentence(file):
   """The first of a file's header, its citations as links."""
-  found = re.match(r'(.*?)\.( [A-Z]|  |$)', header(file))
+  found = re.match(r'(.*?)\.( [A-Z`]|  |$)', header(file))
   if not found or ' Provides: ' in found[1]:
     raise ValueError(f'{file} begins with no sentence: its header needs one.')
   text = found[1]

@@ -1,4 +1,4 @@
-"""Fine-tunes a small Switch and its dense twin on the embedded tasks.
+"""Fine-tunes a small Switch and its dense twin on documentation.
 
 Pre-trains gin/quickstart.gin and gin/quickstart_dense.gin, fine-tunes each on
 docs_domain and docs_summary, evaluates all checkpoints, and writes
@@ -208,7 +208,7 @@ def page(seeds, base, args):
     for model in MODELS
   )
   return f"""\
-# Fine-tuning on the embedded tasks
+# Fine-tuning on documentation
 
 `python scripts/finetune_docs.py --seeds={args.seeds} \
 --pretrain_steps={args.pretrain_steps} --steps={args.steps} \

@@ -42,6 +42,8 @@ def texts_of_files(
   """Paragraphs of text files; the fields of rows of .csv and .jsonl."""
   for path in file_rows.find(patterns):
     if path.suffix not in ('.csv', '.jsonl'):
+      if fields:
+        raise ValueError(f'{path} has no fields: they are of .csv and .jsonl.')
       rows = file_rows.text_rows(path)
     elif not fields:
       raise ValueError(f'{path} has fields: say which by --fields text,label.')

@@ -41,13 +41,15 @@ def cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def writing(what: epath.PathLike, remedy: str) -> Iterator[None]:
-  """Turns whatever fails inside into one line.
+  """Turns what fails inside into one line, unless it is a mistake of ours.
 
   Raises:
     OSError: `what` cannot be written, why not, and what to do.
   """
   try:
     yield
+  except (TypeError, AttributeError, NameError, LookupError, AssertionError):
+    raise
   except Exception as error:
     raise OSError(
       f'{what} cannot be written ({cause(error)}): {remedy}.'

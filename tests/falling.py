@@ -52,6 +52,8 @@ if __name__ == '__main__':
   import documented_test
   import types_test
 
+  if types_test.installed() != types_test.MADE_WITH:
+    sys.exit(f'error: the numbers are of {types_test.MADE_WITH}.')
   numbers = {
     types_test.KIND: lowered(types_test.KIND, types_test.errors()),
     documented_test.KIND: lowered(

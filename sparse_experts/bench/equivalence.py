@@ -228,6 +228,12 @@ def rows(
 ) -> list[dict[str, Any]]:
   """A row of the table for each (dispatcher, mesh axes) of one router.
 
+  Args:
+    router: its name in the table.
+    make_router: a factory, as `MoE` takes it.
+    combinations: names of dispatchers, with sizes of mesh axes.
+    sizes: of the layer and its batch.
+
   Returns:
     `router`, `dispatcher`, `mesh` (axis sizes), `legal`, and where legal
     `output_difference` and `gradient_difference`, otherwise `reason`.

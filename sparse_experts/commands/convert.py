@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 
-from sparse_experts.commands import printing
+from sparse_experts.commands import printing, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     target=args.to,
     gin_files=args.gin_file,
     bindings=args.bindings,
-    search_paths=[path for path in args.gin_search_paths.split(',') if path],
+    search_paths=settings.search_paths(args),
     change=change,
     dry_run=args.dry_run,
   )

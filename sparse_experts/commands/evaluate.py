@@ -8,6 +8,8 @@ from typing import Any
 
 from sparse_experts.commands import printing, settings
 
+PICTURES = ('.png', '.pdf', '.svg')
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   which = parser.add_mutually_exclusive_group()
@@ -34,6 +36,10 @@ def run(args: argparse.Namespace) -> None:
   make_evaluation = config.bound(evaluate.Evaluation)
   if args.reliability and not config.value('RANK_OPTIONS'):
     raise ValueError('--reliability needs --gin.RANK_OPTIONS=True.')
+  if args.reliability and not args.reliability.endswith(PICTURES):
+    raise ValueError(
+      f'--reliability takes a {", a ".join(PICTURES)}, not {args.reliability}.'
+    )
   every = args.all_checkpoints or args.continuous
   evaluation = make_evaluation()
   if args.dry_run:
@@ -132,8 +138,6 @@ def _draw(results: Mapping[str, Any], path: str) -> None:
   from sparse_experts.evaluation import calibration
 
   file = pathlib.Path(path)
-  if file.suffix not in ('.png', '.pdf', '.svg'):
-    raise ValueError(f'--reliability takes a .png, .pdf or .svg, not {path}.')
   found = results['calibration']
   for task, numbers in found.items():
     name = file if len(found) == 1 else file.with_stem(f'{file.stem}-{task}')

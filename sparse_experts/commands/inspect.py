@@ -25,8 +25,8 @@ def _checkpoint(args: argparse.Namespace) -> None:
   from sparse_experts.training import checkpoints
 
   path, step = checkpoints.find(args.checkpoint)
-  checkpoints.verify(path)
-  params, _ = checkpoints.load_params(path)
+  params, _ = checkpoints.load_params(path)  # Which verifies them.
+  checkpoints.verify(path, 'optimizer', 'data')
   leaves = checkpoints.flatten(params)
   facts = {
     'step': step,

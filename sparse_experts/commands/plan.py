@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from sparse_experts.commands import printing
+from sparse_experts.commands import printing, settings
 
 _DEFAULTS = 'gin/runs/precompile.gin'
 _FAMILY = 'gin/models/clark/15m.gin'
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     raise ValueError(
       'plan needs a model, --gin_file=FILE, or a budget, --hours=H.'
     )
-  paths = [path for path in args.gin_search_paths.split(',') if path]
+  paths = settings.search_paths(args)
   files = [_DEFAULTS, *args.gin_file]
   config.parse(files, bindings, paths)
   described = config.bound(precompile.Run)()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from sparse_experts.commands import printing
+from sparse_experts.commands import printing, settings
 
 _DEFAULTS = 'gin/runs/precompile.gin'
 
@@ -63,7 +63,7 @@ def parse(args: argparse.Namespace) -> str | None:
     raise ValueError(
       'precompile needs --gin_file=FILE, such as gin/models/switch/base.gin.'
     )
-  paths = [path for path in args.gin_search_paths.split(',') if path]
+  paths = settings.search_paths(args)
   files = [_DEFAULTS, *args.gin_file]
   config.parse(files, args.bindings, paths)
   if config.defined('MODEL_DIR'):  # A run.

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-  from sparse_experts import config
+  from sparse_experts import config, storage
   from sparse_experts.training import train
 
   settings.parse(args)
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int | None:
     return _replay(args, run(replay=args.replay))
 
   def write_config(model_dir):
-    (model_dir / 'config.gin').write_text(config.operative())
+    storage.replace(model_dir / 'config.gin', config.operative().encode())
 
   results = run(on_start=write_config, **profile)
   if args.json:

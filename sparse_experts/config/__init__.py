@@ -109,7 +109,11 @@ def parse(
 def trace(
   files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]
 ) -> list[list[provenance.Binding]]:
-  """All bindings of each name of what `parse` has read, the last in effect."""
+  """All bindings of each name of what `parse` has read, the last in effect.
+
+  Args:
+    files, bindings, search_paths: as `parse` was given them.
+  """
   return provenance.trace(files, bindings, _folders(search_paths))
 
 

@@ -1,8 +1,8 @@
 """What gin binds is held to the annotation of the parameter that it enters.
 
 Annotations are the one place that says what a parameter takes: a wrong value
-is found before anything is built, and every command finds it. What a value may
-be beside its type, such as a rate below 1, the constructors say.
+is found before anything is built, and every command finds it. Ranges are in
+them, too (`numbers.py`); what depends on several values the constructors say.
 """
 
 from __future__ import annotations

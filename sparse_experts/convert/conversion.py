@@ -18,6 +18,7 @@ import numpy as np
 import tqdm
 from flax import traverse_util
 
+from sparse_experts import storage
 from sparse_experts.convert import native, tensor_map
 from sparse_experts.convert.formats import FORMATS, Checkpoint, look
 from sparse_experts.convert.tensor_map import Places
@@ -104,6 +105,11 @@ def convert(
   """
   if target not in FORMATS:
     raise ValueError(f'--to is one of {", ".join(FORMATS)}, not {target!r}.')
+  if not os.fspath(output).strip() or not storage.is_local(output):
+    raise ValueError(
+      f'--output={output} is no local folder, where a checkpoint is converted '
+      'to; copy it from there.'
+    )
   output = pathlib.Path(output).absolute()
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise ValueError(f'{output} is there already; give another --output.')

@@ -115,7 +115,13 @@ def pieces(shapes: Shapes) -> Iterator[Piece]:
 
 
 def read(piece: Piece, place: Place, tensors: Tensors) -> np.ndarray:
-  """The plain float32 array of a piece."""
+  """The plain float32 array of a piece.
+
+  Args:
+    piece: of a plain parameter, see `pieces`.
+    place: where that lies in the checkpoint.
+    tensors: the checkpoint's, by name.
+  """
   if '{e}' not in place.name:
     theirs = tensors[place.name].read(place.index(piece.experts))
     ours = axes.to_ours(theirs, place.rule, piece.shape)
@@ -133,7 +139,14 @@ def write(
   place: Place,
   write_tensor: Callable[[str, tuple[Any, ...], np.ndarray], None],
 ) -> None:
-  """Writes the plain array of a piece where it lies."""
+  """Writes the plain array of a piece where it lies.
+
+  Args:
+    piece: of a plain parameter, see `pieces`.
+    array: float32, of the piece's shape.
+    place: where the parameter lies in the checkpoint.
+    write_tensor: (name, index into it, values) -> None; () is all of it.
+  """
   if '{e}' not in place.name:
     theirs = axes.to_theirs(array, place.rule)
     for name in (place.name, *place.copies):
@@ -205,7 +218,13 @@ def plain(model: Language) -> dict[str, tuple[Shape, tuple[str, ...]]]:
 def ours(
   model: Language, names: Iterable[str], scanned: Collection[tuple[str, ...]]
 ) -> dict[str, Place]:
-  """Where plain parameters lie in our own tree, with these stacks scanned."""
+  """Where plain parameters lie in our own tree, with these stacks scanned.
+
+  Args:
+    model: whose stacks say what a scan repeats.
+    names: of plain parameters, 'decoder/layers_0/...'.
+    scanned: paths of the stacks whose blocks lie in one array.
+  """
   splits = {stack: _split(model, stack) for stack in scanned}
 
   def place(name):

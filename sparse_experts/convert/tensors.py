@@ -61,6 +61,11 @@ def check(tensors: Tensors, expected: Shapes, where: object) -> None:
 
   All have one dtype, float32, bfloat16 or float16, but float32 tensors may be
   among narrower ones: some programs keep some layers so.
+
+  Args:
+    tensors: of a checkpoint, by name.
+    expected: shapes that the model has.
+    where: the checkpoint, for errors.
   """
   missing = sorted(expected.keys() - tensors.keys())
   unknown = sorted(tensors.keys() - expected.keys())

@@ -38,7 +38,14 @@ def read(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def spec(folder: pathlib.Path, name: str, *, ocdbt: bool, driver: str = 'zarr'):
-  """TensorStore's specification of an array in `folder`, one file or many."""
+  """TensorStore's specification of an array.
+
+  Args:
+    folder: of the checkpoint's item.
+    name: of the array.
+    ocdbt: all arrays lie in one database; otherwise each in a folder.
+    driver: 'zarr' or 'zarr3', the array's format.
+  """
   kvstore = {'driver': 'file', 'path': f'{folder}/{name}/'}
   if ocdbt:
     kvstore = {'driver': 'ocdbt', 'base': f'file://{folder}/', 'path': name}

@@ -119,8 +119,8 @@ def domains(name: str = 'small') -> tuple[str, ...]:
 def load(name: str = 'small') -> Corpus:
   """Returns a corpus, harvesting it first where it is not cached.
 
-  Harvesting takes about half a minute, that of large three. Several processes
-  may do so at once: the first to finish provides the folder, the others discard
+  Harvesting takes 15 seconds of a CPU, that of large 45. Several processes may
+  do so at once: the first to finish provides the folder, the others discard
   theirs. Nothing is fetched, see `fetch`. Reading a cached corpus imports no
   TensorFlow.
 
@@ -128,8 +128,8 @@ def load(name: str = 'small') -> Corpus:
     name: of a corpus, one of `PREFIXES`.
 
   Raises:
-    FileNotFoundError: the wheels are not here; none of `PACKAGES`, or not the
-      one held out, is installed; or they hold no documents.
+    FileNotFoundError: the wheels are not here; none of `installed.PACKAGES`,
+      or not the one held out, is installed; or they hold no documents.
     ValueError: the cached folder or a wheel is damaged; the message names it.
     OSError: the cache cannot be written; before anything is harvested.
 

@@ -17,7 +17,7 @@ from etils import epath
 
 from sparse_experts.data.special_tokens import NO_TOKEN
 
-_SIDE_FILES = ('tokenizer_config.json', 'special_tokens_map.json')
+SIDE_FILES = ('tokenizer_config.json', 'special_tokens_map.json')
 _USUAL = {
   'pad': ('<pad>', '[PAD]', '<|pad|>', '<|padding|>'),
   'eos': ('</s>', '<eos>', '<|endoftext|>', '<|end_of_text|>', '[SEP]'),
@@ -145,7 +145,7 @@ def read(file: epath.Path) -> JsonVocabulary:
     raise ValueError(
       f'{file} does not say which token ends a text: it has none of '
       f'{", ".join(_USUAL["eos"])}; write {{"eos_token": "..."}} into '
-      f'{os.fspath(file.parent / _SIDE_FILES[0])}.'
+      f'{os.fspath(file.parent / SIDE_FILES[0])}.'
     )
   return JsonVocabulary(tokenizer, special)
 
@@ -153,7 +153,7 @@ def read(file: epath.Path) -> JsonVocabulary:
 def _named(folder: epath.Path) -> dict[str, str]:
   """What the files beside say of 'pad', 'eos' and 'unk'."""
   named = {}
-  for name in _SIDE_FILES:
+  for name in SIDE_FILES:
     file = folder / name
     if not file.is_file():
       continue

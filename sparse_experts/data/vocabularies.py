@@ -126,7 +126,15 @@ def digest(name: str) -> str:
   """Tells whether what `named` reads is the same; empty for our own."""
   if name in ('docs', 't5', 'mt5', 'bytes'):
     return ''
-  return hashlib.sha256(_file(name).read_bytes()).hexdigest()[:16]
+  file = _file(name)
+  read = [file]
+  if file.suffix == '.json':
+    from sparse_experts.data import json_vocabulary
+
+    read += [file.parent / beside for beside in json_vocabulary.SIDE_FILES]
+  found = [each.read_bytes() if each.exists() else b'' for each in read]
+  parts = (hashlib.sha256(each).digest() for each in found)
+  return hashlib.sha256(b''.join(parts)).hexdigest()[:16]
 
 
 def _file(name: str) -> epath.Path:

@@ -97,6 +97,11 @@ def described(wheels: Sequence[Wheel]) -> str:
 def check(size: str, wheels: Sequence[Wheel], folder: epath.Path) -> None:
   """Refuses a folder that has not exactly these wheels' bytes.
 
+  Args:
+    size: 'small' or 'large', for errors.
+    wheels: those that are to be there.
+    folder: where they are.
+
   Raises:
     FileNotFoundError: one is missing.
     ValueError: one is damaged, or another.

@@ -71,7 +71,13 @@ class Answers:
 def place(
   examples: Sequence[Mapping[str, np.ndarray]], mesh: Mesh, batch_size: int
 ) -> dict[str, Array]:
-  """At most `batch_size` examples as one batch on a mesh; zeros fill it up."""
+  """At most `batch_size` examples as one batch on a mesh; zeros fill it up.
+
+  Args:
+    examples: arrays by feature, of one shape each.
+    mesh: whose data shards the rows are split over.
+    batch_size: B, rows of the batch.
+  """
   fill = batch_size - len(examples)
   batch = {
     name: np.stack([e[name] for e in examples] + [np.zeros_like(first)] * fill)

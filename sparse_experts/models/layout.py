@@ -72,8 +72,8 @@ class LayerId:
     return self._rank() < other._rank()
 
   def _rank(self) -> tuple[bool, str, int, str]:
-    reads = not self.stack.endswith('encoder')
-    return (reads, self.stack, self.index, self.kind)
+    is_read_later = not self.stack.endswith('encoder')
+    return (is_read_later, self.stack, self.index, self.kind)
 
 
 class BlockPath(NamedTuple):

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from sparse_experts import storage
+
 PACKAGES = ('sparse_experts', 'jax', 'jaxlib', 'flax', 'optax', 'libtpu')
 
 
@@ -38,7 +40,8 @@ def write_hardware(model_dir: epath.PathLike, mesh: jax.sharding.Mesh) -> None:
   """Writes MODEL_DIR/hardware.json, in process 0."""
   if jax.process_index() == 0:
     path = epath.Path(model_dir) / 'hardware.json'
-    path.write_text(json.dumps(hardware(mesh), indent=2) + '\n')
+    text = json.dumps(hardware(mesh), indent=2) + '\n'
+    storage.replace(path, text.encode())
 
 
 def _version(package: str) -> str | None:

@@ -69,7 +69,7 @@ class Lease:
     if self._holds:
       try:
         self._take()
-      except (ValueError, OSError) as error:
+      except Exception as error:  # The others wait to hear of it.
         refusal = error
     _share(refusal)
     if self._holds:
@@ -92,7 +92,7 @@ class Lease:
 
   def close(self) -> None:
     """Gives the lease back; a run that wrote nothing leaves nothing."""
-    with self._mutex, contextlib.suppress(OSError):
+    with self._mutex, contextlib.suppress(Exception):  # Others may clean up.
       self._closed.set()
       if self._holds and _owner(_read(self._path)) == self._holder['owner']:
         self._path.unlink()
@@ -186,7 +186,7 @@ class Lease:
         else:
           self._holder['renewals'] += 1
           self._write()
-      except OSError:  # A full disk, say: the next save will tell.
+      except Exception:  # A full disk, a bucket away: the next save will tell.
         pass
 
 

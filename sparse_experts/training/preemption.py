@@ -42,15 +42,18 @@ class Preemption:
       run.preempted = self._heeded = True
       run.results['signal'] = (self._heard or signal.SIGTERM).name
 
-  def close(self) -> None:
+  def __enter__(self) -> Preemption:
+    return self
+
+  def __exit__(self, kind, *_) -> None:
     """Hands the signals back, and a Ctrl-C that came too late to be heeded.
 
     Raises:
-      KeyboardInterrupt: it came after the last step.
+      KeyboardInterrupt: it came after the last step, and nothing else is wrong.
     """
     for which, previous in self._previous.items():
       signal.signal(which, previous)
-    if self._heard == signal.SIGINT and not self._heeded:
+    if kind is None and self._heard == signal.SIGINT and not self._heeded:
       raise KeyboardInterrupt
 
   def _ask(self, which: int, _) -> None:

@@ -171,7 +171,7 @@ class Saver:
         f'{stays}, and the same command goes on from there once that is mended',
       ):
         yield
-    except OSError:
+    except Exception:
       self._failed = True
       raise
 

@@ -139,7 +139,7 @@ def train(
     if dry_run:
       _draw(ready, model_dir)
       return {}
-    preemption = closing.enter_context(contextlib.closing(Preemption()))
+    preemption = closing.enter_context(Preemption())
     run = _begin(
       ready,
       model,
@@ -225,7 +225,7 @@ def _open(run: Run, positions: int, closing: contextlib.ExitStack) -> None:
   """Gives a run its writers, and says where it stands."""
   run.progress = Progress(run.start, run.stop, positions)
   closing.callback(run.progress.close)
-  run.writers = Writers(run.model_dir, run.start)
+  run.writers = Writers(run.model_dir, run.start or -1)  # 0 is anew.
   closing.callback(run.writers.close)
   if run.start:
     run.say(f'resumed at step {run.start}')

@@ -84,6 +84,12 @@ BY_HAND = [
   (('convert', '--input=A', '--output=NEW', '--from=onnx'), "'onnx'"),
   (('convert', '--input=A', '--output=NEW', '--experts=a'), "'a'"),
   (('convert', '--input=A'), '--output'),
+  (('convert', '--input=A', '--output='), 'no local folder'),
+  (('convert', '--input=A', '--output=gs://b/run'), 'no local folder'),
+  (
+    _run('evaluate', '--gin.RANK_OPTIONS=True', '--reliability=a.gif'),
+    'not a.gif',
+  ),
   # What gin reads.
   (_train('--gin.TRAIN_STEPS=1\nEVAL_PERIOD=1'), 'several lines'),
   (_train('--gin_file=self.gin'), 'includes itself'),

@@ -193,6 +193,21 @@ def test_wrong_files(files, message, folder):
     examples(name)
 
 
+def test_a_file_is_one_however_it_is_spelt(folder):
+  (folder / 'link.csv').symlink_to(folder / 'a.csv')
+  for other in (folder / 'a.csv', f'../{folder.name}/a.csv', 'link.csv'):
+    with pytest.raises(ValueError, match='is in FILES twice, in train and in'):
+      examples(task({'train': 'a.csv', 'test': str(other)}))
+
+
+def test_a_vocabulary_is_also_what_is_beside_it(tmp_path):
+  file = tmp_path / 'tokenizer.json'
+  file.write_text('{}')
+  alone = vocabularies.digest(str(file))
+  (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "a"}')
+  assert vocabularies.digest(str(file)) != alone
+
+
 def test_too_large_files_are_refused(folder):
   with open('large.csv', 'w') as file:
     file.truncate((1 << 30) + 1)  # A hole; nothing is written or read.

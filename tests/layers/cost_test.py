@@ -18,7 +18,9 @@ from sparse_experts.layers.mlp import Mlp
 from sparse_experts.layers.norm import LayerNorm, RMSNorm
 from sparse_experts.moe.capacity import CapacityRule
 from sparse_experts.moe.routers.noisy_top_k import NoisyTopK
+from sparse_experts.moe.routers.rl_r import RLR
 from sparse_experts.moe.routers.soft_moe import SoftMoE
+from sparse_experts.moe.routers.wpl import WPL
 
 partial = functools.partial
 B, L, M, D, F, E = 2, 6, 10, 16, 24, 4
@@ -201,6 +203,11 @@ def test_routers_tell_all_their_products():
   T = B * L
   noisy = asked(make_moe(partial(NoisyTopK, num_experts=E, k=2)), 1.0)
   assert noisy.flops == 2 * (2 * T * D * E)  # Logits, and their noise.
+  wpl, rl_r = (
+    asked(make_moe(partial(router, num_experts=E)), 1.0)
+    for router in (WPL, RLR)
+  )
+  assert rl_r == wpl  # Losses more, and no product.
   # Its own 3 slots of each expert, for each sequence, whatever the capacity.
   soft = make_moe(partial(SoftMoE, num_experts=E, slots=3), dispatch=moe.einsum)
   for factor in (None, 2.0):

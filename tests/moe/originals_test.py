@@ -297,7 +297,10 @@ def test_the_page_says_what_the_originals_are():
   rows = re.findall(r'^\| (`.*?) \|', table, re.MULTILINE)
   compared = re.findall(r'`(\w+)`', ' '.join(rows))
   without = re.findall(r'`(\w+)`', without)
-  recipes = {path.stem for path in ROOT.glob('gin/routers/*.gin')}
-  assert len(compared + without) == len({*compared, *without})
-  assert {*compared, *without} <= recipes
+  recipes = {
+    path.stem
+    for path in ROOT.glob('gin/routers/*.gin')
+    if '\n# Original: not compared\n' not in path.read_text()
+  }
+  assert sorted(compared + without) == sorted(recipes)
   assert {recipe for _, recipe, _ in CASES} == set(compared)

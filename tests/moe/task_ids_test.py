@@ -119,7 +119,7 @@ def test_ids_stay_with_their_tokens(features, pack):
     ('docs_lm', {'targets': 64}, Text()),
   ],
 )
-def test_the_embedded_tasks_say_the_domain(task, lengths, features):
+def test_the_docs_tasks_say_the_domain(task, lengths, features):
   def first(split, **options):
     return next(
       streams.eval_batches(

@@ -48,13 +48,13 @@ def undocumented(trees=None):
     str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in FILES
   }
   says, bases = set(), {}
-  for tree in trees.values():
+  for file, tree in trees.items():
     for of, function in functions(tree):
       if of:
         of_class = {last(base) for base in of.bases} - {of.name}
         bases.setdefault(of.name, set()).update(of_class)
       if SAYS.search(ast.get_docstring(function) or ''):
-        says.add((of and of.name, function.name))
+        says.add((of.name if of else file, function.name))
 
   def said(of, name):
     return (of, name) in says or any(
@@ -66,9 +66,7 @@ def undocumented(trees=None):
     for of, function in functions(tree):
       public = not (function.name.startswith('_') or (of and of.name[0] == '_'))
       arguments = names(function)
-      says_it = (of and of.name, function.name) in says or (
-        of and said(of.name, function.name)
-      )
+      says_it = said(of.name if of else file, function.name)
       if public and len(arguments) >= 3 and not says_it:
         name = f'{of.name}.{function.name}' if of else function.name
         line = f'{function.lineno}: {name}({", ".join(arguments)})'

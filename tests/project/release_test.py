@@ -31,14 +31,17 @@ def test_other_hosts_run_what_ci_runs():
     r"python_requires='>=(.*?)'", (ROOT / 'setup.py').read_text()
   )
   assert pythons[0] == oldest[1]
-  commands = [
-    step['run']
-    for job in jobs.values()
-    for step in job['steps']
-    if 'run' in step
-  ]
-  for command in commands:
-    assert (ROOT / command.split()[-1]).exists(), command
+  run = {
+    name: [step['run'].split()[-1] for step in job['steps'] if 'run' in step]
+    for name, job in jobs.items()
+  }
+  assert run == {'default': ['scripts/test.sh'], 'all': ['.ci/run']}
+  (python,) = (
+    step['with']['python-version']
+    for step in jobs['all']['steps']
+    if 'python-version' in step.get('with', {})
+  )
+  assert python == oldest[1]
 
 
 def test_hooks_check_parts_that_there_are():

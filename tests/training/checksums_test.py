@@ -49,13 +49,18 @@ def files(model_dir) -> list:
 
 
 def test_forty_flipped_bits_are_found_or_harmless(run, tmp_path):
-  """At least one in every file; the others anywhere, all bits alike."""
+  """At least one in every file; the others anywhere, all bits alike.
+
+  How many files there are is orbax's choice, and differs from run to run.
+  """
   whole = command.saved(run, 2)
   draw = random.Random(0)
   chosen = files(run)
-  assert len(chosen) < 40
+  marks = sum(file.parent.name == '2' for file in chosen) - 1
   chosen += draw.choices(
-    chosen, [file.stat().st_size for file in chosen], k=40 - len(chosen)
+    chosen,
+    [file.stat().st_size for file in chosen],
+    k=max(40 - len(chosen), 10),
   )
   found = 0
   for file in chosen:
@@ -78,7 +83,7 @@ def test_forty_flipped_bits_are_found_or_harmless(run, tmp_path):
       assert outcome.code == 0, outcome.stderr
       command.assert_same_bits(whole, command.saved(run, 2))
     file.write_bytes(content)
-  assert found >= 37
+  assert marks <= 2 and found >= len(chosen) - marks - 1
   assert inspect(run).code == 0
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -145,10 +146,36 @@ def test_sigkill_costs_what_was_not_saved(whole, interrupted):
 
 def test_preemption_takes_sigterm_and_hands_it_back():
   before = signal.getsignal(signal.SIGTERM)
-  asked = preemption.Preemption()
-  asked.listen()
-  assert not asked.reached(1)
-  os.kill(os.getpid(), signal.SIGTERM)
-  assert asked.reached(2)
-  asked.close()
+  with preemption.Preemption() as asked:
+    asked.listen()
+    assert not asked.reached(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert asked.reached(2)
   assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize('failure', [OSError('full'), None])
+def test_a_ctrl_c_after_the_last_step_hides_no_failure(failure):
+  expected = type(failure) if failure else KeyboardInterrupt
+  with pytest.raises(expected), preemption.Preemption() as asked:
+    asked.listen(signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    if failure:
+      raise failure
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_its_curve_anew(
+  tmp_path,
+):
+  def lines(name):
+    text = (tmp_path / name / 'metrics.jsonl').read_text()
+    found = map(json.loads, text.splitlines())
+    return [(line['step'], line['name'], line['loss']) for line in found]
+
+  arguments = ('train', command.TINY, '--gin.TRAIN_STEPS=2')
+  command.run(*arguments, f'--gin.MODEL_DIR={tmp_path / "whole"}')
+  (tmp_path / 'killed').mkdir()  # Of it, this is all there is.
+  shutil.copy(tmp_path / 'whole/metrics.jsonl', tmp_path / 'killed')
+  command.run(*arguments, f'--gin.MODEL_DIR={tmp_path / "killed"}')
+  assert lines('killed') == lines('whole')
+  assert (0, 'eval') in {line[:2] for line in lines('whole')}

@@ -155,12 +155,13 @@ def _check(found: Mapping[str, Sequence[epath.Path]]) -> None:
   split_of = {}
   for split, paths in found.items():
     for path in paths:
-      if path in split_of:
+      real = path.resolve()  # However it is spelt, and of a link its file.
+      if real in split_of:
         raise ValueError(
-          f'{path} is in FILES twice, in {split_of[path]} and in {split}; an '
+          f'{path} is in FILES twice, in {split_of[real]} and in {split}; an '
           'example has one place.'
         )
-      split_of[path] = split
+      split_of[real] = split
   size = sum(path.stat().length for path in split_of)
   if size > MAX_BYTES:
     raise ValueError(

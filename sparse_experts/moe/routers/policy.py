@@ -47,7 +47,7 @@ class Policy(Router):
     assignment, log_prob_GxS, metrics = act(logits_GxSxE, mask_GxS, rng)
     value_GxSx1 = predict_reward(self, x_GxSxD, mask_GxS, 1)
     gain_GxS, pain_GxS = self.surrogates(log_prob_GxS)
-    return assignment, Aux(
+    aux = Aux(
       losses={},
       metrics=metrics,
       logits=logits_GxSxE,
@@ -58,6 +58,25 @@ class Policy(Router):
         'pain': pain_GxS,
       },
     )
+    return assignment, self.with_losses(aux, assignment, logits_GxSxE, mask_GxS)
+
+  def with_losses(
+    self,
+    aux: Aux,
+    assignment: Assignment,
+    logits_GxSxE: Array,
+    mask_GxS: Array | None,
+  ) -> Aux:
+    """The Aux with losses of the policy's own, of which there may be none.
+
+    Args:
+      aux: of the decisions.
+      assignment: of tokens to the experts that were drawn.
+      logits_GxSxE: of the policy, float32.
+      mask_GxS: tokens that count; None: all.
+    """
+    del assignment, logits_GxSxE, mask_GxS
+    return aux
 
   def surrogates(self, log_prob_GxS: Array) -> tuple[Array, Array]:
     """Gain and pain of decisions, see `models.policy_gradient`."""

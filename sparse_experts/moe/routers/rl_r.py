@@ -38,26 +38,21 @@ class RLR(Policy):
     The form of the baseline and of its loss are this project's.
   """
 
-  def __call__(
+  def with_losses(
     self,
-    x_GxSxD: Array,
-    *,
-    mask_GxS: Array | None = None,
-    deterministic: bool = True,
-  ) -> tuple[Assignment, Aux]:
-    """Routes tokens x [G, S, D]; masked tokens get no expert."""
-    assignment, aux = super().__call__(
-      x_GxSxD, mask_GxS=mask_GxS, deterministic=deterministic
-    )
-    logits_GxSxE = aux.logits
-    assert logits_GxSxE is not None  # A policy has them.
+    aux: Aux,
+    assignment: Assignment,
+    logits_GxSxE: Array,
+    mask_GxS: Array | None,
+  ) -> Aux:
+    """Balance of what was drawn, and the entropy of the policy."""
     counted_GxSxE = jax.nn.one_hot(
       assignment.expert_GxSxK[..., 0], self.num_experts
     )
     balance = losses.Balance.of(
       jax.nn.softmax(logits_GxSxE), counted_GxSxE, mask_GxS
     )
-    return assignment, dataclasses.replace(
+    return dataclasses.replace(
       aux,
       losses={
         'load_balance': balance.loss(),

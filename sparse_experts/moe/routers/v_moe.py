@@ -136,11 +136,11 @@ def selected_probability(
   """That an expert beats the k-th largest noisy logit, float32 [G, S, E].
 
   Unlike Shazeer's (`noisy_top_k.chosen_probability`) that logit may be its own,
-  as in appendix A.2 and the code. Without noise: whether it is reached.
+  as in appendix A.2 and the code. Where `deviation` is 0: is it reached?
 
   Args:
     logits_GxSxE: float32, without noise.
-    noisy_GxSxE: with it; the same where `deviation` is 0.
+    noisy_GxSxE: with it, or the same where nothing was drawn.
     deviation: the noise's standard deviation.
     k: choices of a token.
   """
