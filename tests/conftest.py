@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import sys
 
 # Before JAX is imported. Subprocesses inherit it. Without fusion emitters XLA
 # compiles in a third of the time; JAX 0.12's cannot, and ends on the flag.
@@ -56,3 +57,17 @@ def forget_new_tasks():
   for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
     for name in set(registry.names()) - before:
       registry.remove(name)
+
+
+@pytest.fixture
+def python_folder(tmp_path, monkeypatch):
+  """`tmp_path`, on Python's path; what is imported from it is forgotten.
+
+  Another test's module of the same name would be taken for this one's.
+  """
+  monkeypatch.syspath_prepend(tmp_path)
+  yield tmp_path
+  for name, module in list(sys.modules.items()):
+    file = vars(module).get('__file__') or ''
+    if pathlib.Path(file).is_relative_to(tmp_path):
+      del sys.modules[name]

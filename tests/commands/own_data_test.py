@@ -54,21 +54,20 @@ def succeed(*arguments):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(python_folder, monkeypatch):
   """The current folder, with a chapter, and reviews of which a word tells."""
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.chdir(python_folder)
   pages = ('finetuning', 'training', 'pods')
   chapter = ''.join((ROOT / f'docs/{p}.md').read_text() for p in pages)
-  (tmp_path / 'chapter.txt').write_text(chapter, newline='\r\n')
+  (python_folder / 'chapter.txt').write_text(chapter, newline='\r\n')
   draw = random.Random(0)
   words = re.findall(r'[a-z]{3,}', chapter)
   rows = ['\ufefftext,label']
   for i in range(400):
     label, mood = (('negative', 'dull'), ('positive', 'fine'))[i % 2]
     rows.append(f'"{mood}, {" ".join(draw.sample(words, 3))}\n!",{label}')
-  (tmp_path / 'reviews.csv').write_text('\n'.join(rows), newline='\r\n')
-  return tmp_path
+  (python_folder / 'reviews.csv').write_text('\n'.join(rows), newline='\r\n')
+  return python_folder
 
 
 @pytest.mark.slow

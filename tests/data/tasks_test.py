@@ -173,14 +173,11 @@ def test_find_names_the_nearest_task():
     tasks.find('#')
 
 
-def test_find_imports_the_modules_of_the_user(
-  tmp_path, monkeypatch, forget_new_tasks
-):
-  (tmp_path / 'my_tasks.py').write_text(
+def test_find_imports_the_modules_of_the_user(python_folder, forget_new_tasks):
+  (python_folder / 'my_tasks.py').write_text(
     'import seqio\n'
     "seqio.MixtureRegistry.add('my_mixture', [('docs_domain', 1.0)])\n"
   )
-  monkeypatch.syspath_prepend(str(tmp_path))
   with pytest.raises(ValueError, match='unknown task'):
     tasks.find('my_mixture')
   assert tasks.find('my_mixture', ['my_tasks']).name == 'my_mixture'

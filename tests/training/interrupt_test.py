@@ -51,28 +51,29 @@ def assert_goes_on(model_dir, whole) -> None:
   assert names == {path.name for path in whole.iterdir()}
 
 
-def test_ctrl_c_saves_and_ends_with_130(whole, tmp_path, monkeypatch):
-  (tmp_path / 'pressing.gin').write_text(
+def test_ctrl_c_saves_and_ends_with_130(whole, python_folder):
+  (python_folder / 'pressing.gin').write_text(
     'from __gin__ import dynamic_registration\n'
     'import interrupt_hook\n'
     'HOOKS = [@interrupt_hook.interrupt]\n'
   )
-  (tmp_path / 'interrupt_hook.py').write_text(
+  (python_folder / 'interrupt_hook.py').write_text(
     'import os, signal\n'
     'def interrupt(run):\n'
     '  if run.step == 3:\n'
     '    os.kill(os.getpid(), signal.SIGINT)\n'
   )
-  monkeypatch.syspath_prepend(tmp_path)
   before = signal.getsignal(signal.SIGINT)
   outcome = command.run(
-    *arguments(tmp_path / 'run', f'--gin_file={tmp_path / "pressing.gin"}')
+    *arguments(
+      python_folder / 'run', f'--gin_file={python_folder / "pressing.gin"}'
+    )
   )
   assert signal.getsignal(signal.SIGINT) is before
   assert outcome.code == 130
   assert 'SIGINT: stopping after step 3\n' in outcome.stderr
   assert outcome.stderr.endswith('saved step 3\n')
-  assert_goes_on(tmp_path / 'run', whole)
+  assert_goes_on(python_folder / 'run', whole)
 
 
 def _wait(moment: str, process, model_dir: pathlib.Path) -> None:

@@ -96,23 +96,22 @@ def test_a_file_that_may_not_grow_ends_a_save(whole, tmp_path):
   assert outcome.code == 0 and 'resumed at step 6\n' in outcome.stderr
 
 
-def test_a_model_dir_that_is_deleted_ends_a_run(tmp_path, monkeypatch):
-  (tmp_path / 'deleter.py').write_text(
+def test_a_model_dir_that_is_deleted_ends_a_run(python_folder):
+  (python_folder / 'deleter.py').write_text(
     'import shutil\n'
     'def delete(run):\n'
     '  if run.step == 2:\n'
     '    shutil.rmtree(run.model_dir)\n'
   )
-  (tmp_path / 'deleter.gin').write_text(
+  (python_folder / 'deleter.gin').write_text(
     'from __gin__ import dynamic_registration\n'
     'import deleter\n'
     'HOOKS = [@deleter.delete]\n'
   )
-  monkeypatch.syspath_prepend(tmp_path)
-  run = tmp_path / 'run'
+  run = python_folder / 'run'
   line = error(
     train(
-      *(run, f'--gin_file={tmp_path / "deleter.gin"}'),
+      *(run, f'--gin_file={python_folder / "deleter.gin"}'),
       *('--gin.LOG_PERIOD=100', '--gin.CHECKPOINT_PERIOD=2'),
     )
   )

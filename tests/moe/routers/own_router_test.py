@@ -52,16 +52,15 @@ routers_of_mine.in_turns.InTurns.num_experts = %NUM_EXPERTS
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(python_folder):
   """On Python's path, with a module and gin/routers/in_turns.gin."""
   for file, text in {
     'routers_of_mine/in_turns.py': MODULE,
     'gin/routers/in_turns.gin': GIN,
   }.items():
-    (tmp_path / file).parent.mkdir(parents=True)
-    (tmp_path / file).write_text(text)
-  monkeypatch.syspath_prepend(str(tmp_path))
-  return tmp_path
+    (python_folder / file).parent.mkdir(parents=True)
+    (python_folder / file).write_text(text)
+  return python_folder
 
 
 def test_list_names_it(folder, monkeypatch):
