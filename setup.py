@@ -50,11 +50,12 @@ setuptools.setup(
     'flax>=0.12.5',
     'gin-config>=0.5',
     'importlib_resources',  # TFDS and seqio need it and do not say so.
-    'jax>=0.10',
+    # Upper bounds: docs/dependencies.md says what is known to break.
+    'jax>=0.10.2,<0.13',
     'ml_dtypes',
     'numpy',
     'optax>=0.2.8',
-    'orbax-checkpoint>=0.11.30',
+    'orbax-checkpoint>=0.11.30,<1',
     'pydantic>=2.7',  # Values of gin files, held to annotations.
     'rouge-score',
     'sacrebleu',

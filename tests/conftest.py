@@ -24,6 +24,11 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import jax
 import pytest
+from durations import (  # noqa: F401 - hooks of every run.
+  pytest_addoption,
+  pytest_sessionfinish,
+  pytest_terminal_summary,
+)
 
 CACHE = pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'jax'
 

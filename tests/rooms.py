@@ -8,7 +8,7 @@ PACKAGE = ROOT / 'sparse_experts'
 
 # Ground first. A file imports only from its own room or from lines above.
 LAYERS = (
-  'letters numbers console earlier storage',
+  'letters numbers console earlier storage jax_internals',
   'sharding',
   'data layers',
   'moe',

@@ -10,6 +10,7 @@ import jax
 from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from sparse_experts.jax_internals import entered_mesh
 from sparse_experts.letters import Array
 from sparse_experts.sharding.placement import MeshAxes, axes_of, current
 
@@ -66,7 +67,7 @@ def constrain(x: Array, *names: str | None) -> Array:
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    if not _legacy_mesh().empty:
+    if not entered_mesh().empty:
       raise ValueError(
         'a mesh entered by `with mesh:` would drop sharding constraints '
         'silently; enter it by `with sharding.use_mesh(mesh):`.'
@@ -128,9 +129,3 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 def _is_boxed(leaf) -> bool:
   return isinstance(leaf, nn.LogicallyPartitioned)
-
-
-def _legacy_mesh():
-  from jax._src import mesh as internal  # JAX has no public way to ask this.
-
-  return internal.thread_resources.env.physical_mesh

@@ -74,6 +74,22 @@ def test_only_layout_knows_how_blocks_are_named():
       assert not names, f'{path} names blocks, {names}: ask layout.py.'
 
 
+def test_what_is_private_of_jax_is_in_one_file():
+  private = {
+    path.stem: names
+    for path in FILES
+    if (
+      names := [
+        name
+        for name in imports(path)
+        if name.split('.')[0] in ('jax', 'jaxlib')
+        and (name.startswith('jaxlib') or '._' in name)
+      ]
+    )
+  }
+  assert set(private) == {'jax_internals'}, private
+
+
 def test_planning_knows_no_layer():
   # Layers tell what they cost: whoever adds one changes no plan.
   for path in FILES:

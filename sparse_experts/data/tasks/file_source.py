@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -155,14 +156,15 @@ def _check(found: Mapping[str, Sequence[epath.Path]]) -> None:
   split_of = {}
   for split, paths in found.items():
     for path in paths:
-      real = path.resolve()  # However it is spelt, and of a link its file.
+      # However it is spelt, and of a link its file; a cloud's stays as it is.
+      real = os.path.realpath(path)
       if real in split_of:
         raise ValueError(
           f'{path} is in FILES twice, in {split_of[real]} and in {split}; an '
           'example has one place.'
         )
       split_of[real] = split
-  size = sum(path.stat().length for path in split_of)
+  size = sum(path.stat().length for paths in found.values() for path in paths)
   if size > MAX_BYTES:
     raise ValueError(
       f'{_names(found)} have {size / 2**30:.1f} GiB, and files are held in '
