@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
-import os
 import itertools
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
