@@ -77,12 +77,16 @@ def step(name, fsdp, *axes):
   return value, jax.device_get(grads), params
 
 
-@pytest.mark.parametrize('fsdp', [False, True])
 @pytest.mark.parametrize(
-  'name',
+  'name,fsdp',
   [
-    pytest.param(name, marks=() if name == QUICK else pytest.mark.slow)
+    pytest.param(
+      name,
+      fsdp,
+      marks=() if (name, fsdp) == (QUICK, True) else pytest.mark.slow,
+    )
     for name in FAMILIES
+    for fsdp in (False, True)
   ],
 )
 def test_eight_devices_do_as_one(name, fsdp):

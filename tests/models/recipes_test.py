@@ -137,7 +137,16 @@ def test_a_router_s_decoder_has_no_gates_of_the_recipe(file):
   assert (router.k, router.gates) == (1, 'all')
 
 
-@pytest.mark.parametrize('name', published.tables())
+# A second for each row: by default of short tables, and of one that is longer.
+@pytest.mark.parametrize(
+  'name',
+  [
+    name
+    if len(of.rows) < 5 or name == 'switch_table9'
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name, of in published.tables().items()
+  ],
+)
 def test_counts_are_those_that_papers_print(name):
   """All but those with a reason; and a reason is for one that is not."""
   for row in table(name):
@@ -146,6 +155,7 @@ def test_counts_are_those_that_papers_print(name):
       assert value['agrees'] == agrees, (row['model'], value)
 
 
+@pytest.mark.slow
 def test_the_page_of_recipes_has_the_tables():
   tables = '\n'.join(
     docs.paper(name, table(name)) for name in published.tables()

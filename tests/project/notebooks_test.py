@@ -31,19 +31,15 @@ def execute(path, folder, without=(), **variables):
   ).execute(env=environment | variables)
 
 
-# Half a minute each: in the full run, with their full length.
-LONG = (
-  '03_train_switch_vs_dense',
-  '04_routers_side_by_side',
-  '05_what_experts_learn',
-)
+# The others, some 20 seconds each and up, are in the full run.
+QUICK = '07_scaling_laws_of_routed_models'
 
 
 @pytest.mark.parametrize(
   'path',
   [
     pytest.param(
-      path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LONG)
+      path, id=path.stem, marks=[pytest.mark.slow] * (path.stem != QUICK)
     )
     for path in PATHS
   ],

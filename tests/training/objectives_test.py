@@ -49,13 +49,12 @@ def test_six_and_six_steps_are_twelve(name, whole, tmp_path):
   )
 
 
-# Three programs each: by default of one objective whose rows are apart, and of
-# one whose loss is over all of them.
+# Three programs each: by default of the objective whose loss is over all rows.
 @pytest.mark.parametrize(
   'name',
   [
     name
-    if name in ('classification', 'contrastive')
+    if name == 'contrastive'
     else pytest.param(name, marks=pytest.mark.slow)
     for name in small.SMALL
   ],
