@@ -17,7 +17,12 @@ case ${1:-} in
     ;;
   --smoke)
     limit=600
-    chosen+=(tests/sharding tests/moe/layer_test.py)
+    chosen+=(tests/sharding tests/config tests/inference tests/evaluation
+      tests/moe/{layer,dispatchers,grouped,nnx}_test.py
+      tests/data/{streams,own_files,docstrings}_test.py
+      tests/training/{resume,checksums,objectives}_test.py
+      tests/convert/formats_test.py tests/commands/cli_test.py
+      tests/planning/workload_test.py)
     shift
     ;;
 esac

@@ -266,6 +266,7 @@ def test_restoring_another_stream_is_refused(
     stream.restore(other)
 
 
+@pytest.mark.slow  # Harvests all that is installed.
 def test_a_stream_of_the_installed_packages_continues_by_their_name(tmp_path):
   def stream(name):
     return _lm_batches(task_name=name)
