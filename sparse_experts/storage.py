@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import sys
 import time
 import uuid
@@ -101,6 +102,36 @@ def replace(path: epath.Path, content: bytes) -> None:
   except OSError:
     beside.unlink(missing_ok=True)
     raise
+
+
+def given(path: epath.PathLike, by: str) -> epath.Path:
+  """A path to read, as a user gives it; `~` is their home.
+
+  Args:
+    path: of the file system, or gs://; whether it is there is not asked.
+    by: what the user says it by, such as 'VOCABULARY'.
+
+  Raises:
+    ValueError: it is of another kind.
+  """
+  scheme, found, _ = os.fspath(path).partition('://')
+  if found and scheme != 'gs':
+    raise ValueError(
+      f'{by} has {os.fspath(path)!r}: files are read from the file system or '
+      f'from gs://, not {scheme}://; copy it here first.'
+    )
+  return epath.Path(path).expanduser()
+
+
+def check_regular(path: epath.Path, by: str) -> None:
+  """Raises ValueError of what is there, and can be read once or without end."""
+  if is_local(path) and os.path.exists(path):
+    kind = os.stat(path).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+      raise ValueError(
+        f'{by} has {path}, a pipe or a device, and such files are read more '
+        'than once: write it to a file first.'
+      )
 
 
 def is_local(path: epath.PathLike) -> bool:

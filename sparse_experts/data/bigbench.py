@@ -15,6 +15,7 @@ import typing
 
 from etils import epath
 
+from sparse_experts import storage
 from sparse_experts.data import host_tensorflow, metrics, vocabularies
 
 if typing.TYPE_CHECKING:
@@ -40,7 +41,7 @@ def read(file: epath.PathLike) -> list[Question]:
     FileNotFoundError: no such file.
     ValueError: it is no such JSON; the message says which example.
   """
-  file = epath.Path(file)
+  file = storage.given(file, 'BIG-bench')
   if not file.is_file():
     raise FileNotFoundError(
       f'no BIG-bench file {file}; give the path of a task.json.'

@@ -25,7 +25,15 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from sparse_experts import storage
+
 DOCUMENTS = ('paragraph', 'line', 'file')
+_OTHER_MARKS = {  # UTF-32's first: it begins with UTF-16's.
+  b'\xff\xfe\0\0': 'UTF-32',
+  b'\0\0\xfe\xff': 'UTF-32',
+  b'\xff\xfe': 'UTF-16',
+  b'\xfe\xff': 'UTF-16',
+}
 
 
 class Row(NamedTuple):
@@ -52,7 +60,8 @@ def find(patterns: str | Sequence[str]) -> list[epath.Path]:
   found = []
   is_one = isinstance(patterns, (str, os.PathLike))
   for pattern in [patterns] if is_one else patterns:
-    path = epath.Path(pattern).expanduser()
+    path = storage.given(pattern, 'FILES')
+    storage.check_regular(path, 'FILES')
     if path.is_file():
       found.append(path)
       continue
@@ -62,6 +71,8 @@ def find(patterns: str | Sequence[str]) -> list[epath.Path]:
       )
     matches = map(epath.Path, glob.iglob(os.fspath(path), recursive=True))
     matches = sorted(match for match in matches if match.is_file())
+    for match in matches:
+      storage.check_regular(match, 'FILES')
     if not matches:
       raise FileNotFoundError(
         f'{pattern!r} is no file and matches none; paths are relative to the '
@@ -123,7 +134,8 @@ def jsonl_rows(
         '{"text": "..."}.'
       )
     values = (_value(value, field, where, field in lists) for field in fields)
-    yield Row(number, line, tuple(values))
+    # Whichever way an object is written, equal ones are in one split.
+    yield Row(number, json.dumps(value, sort_keys=True), tuple(values))
 
 
 def csv_rows(path: epath.Path, fields: Sequence[str]) -> Iterator[Row]:
@@ -158,11 +170,12 @@ def _decoded(path: epath.Path) -> str:
     ValueError: it is empty or no UTF-8.
   """
   data = path.read_bytes()
-  if data.startswith((b'\xff\xfe', b'\xfe\xff')):
-    raise ValueError(
-      f'{path}:1 is UTF-16; save it as UTF-8, for example by iconv -f UTF-16 '
-      '-t UTF-8.'
-    )
+  for mark, name in _OTHER_MARKS.items():
+    if data.startswith(mark):
+      raise ValueError(
+        f'{path}:1 is {name}; save it as UTF-8, for example by iconv -f {name} '
+        '-t UTF-8.'
+      )
   data = data.removeprefix(b'\xef\xbb\xbf')
   try:
     text = data.decode()
@@ -172,6 +185,12 @@ def _decoded(path: epath.Path) -> str:
       f'{path}:{line} has the byte 0x{data[error.start]:02x}, which is no '
       'UTF-8; save the file as UTF-8, for example by iconv -f LATIN1 -t UTF-8.'
     ) from error
+  if '\0' in text:
+    line = text.count('\n', 0, text.index('\0')) + 1
+    raise ValueError(
+      f'{path}:{line} has a zero byte, which no text has; if it is UTF-16, '
+      'save it as UTF-8, for example by iconv -f UTF-16 -t UTF-8.'
+    )
   if not text.strip():
     raise ValueError(f'{path} is empty; give a file that has examples.')
   return text
@@ -212,11 +231,17 @@ def _check_known(
   known = list(known)
   if field not in known:
     close = difflib.get_close_matches(field, known, n=1)
-    meant = f'did you mean {close[0]!r}? ' if close else ''
+    meant = f' (did you mean {close[0]!r}?)' if close else ''
     raise ValueError(
-      f'{where} has no {kind} {field!r}; {meant}It has: '
-      f'{", ".join(map(repr, known)) or "none"}.'
+      f'{where} has no {kind} {field!r}{meant}; it has: '
+      f'{", ".join(map(repr, known)) or "none"}.{_hint(known)}'
     )
+
+
+def _hint(header: Sequence[str]) -> str:
+  """What a table of one column may really be."""
+  other = [c for c in ';\t|' if len(header) == 1 and c in header[0]]
+  return f' Columns are parted by commas, not by {other[0]!r}.' if other else ''
 
 
 def _value(row: dict, field: str, where: str, is_list: bool) -> Any:

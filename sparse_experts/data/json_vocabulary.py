@@ -162,8 +162,12 @@ def _named(folder: epath.Path) -> dict[str, str]:
       for kind in _USUAL:
         token = said.get(f'{kind}_token')
         token = token.get('content') if isinstance(token, dict) else token
+        if token is not None and not isinstance(token, str):
+          raise ValueError(f'{kind}_token is {token!r}, and no text')
         if token:
           named.setdefault(kind, token)
     except (ValueError, AttributeError) as error:
-      raise ValueError(f'{file} is no JSON object ({error}).') from error
+      raise ValueError(
+        f'{file} is no JSON object of tokens by kind ({error}).'
+      ) from error
   return named

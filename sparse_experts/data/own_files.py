@@ -13,9 +13,8 @@ import difflib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-
-from etils import epath
 
 from sparse_experts.data import file_rows, host_tensorflow, vocabularies
 from sparse_experts.data.metrics import named as named_metric
@@ -66,6 +65,10 @@ def task(
     raise ValueError(
       f'OPTIONS = {options!r} names a list, which CSV has none of: write the '
       f'options, such as OPTIONS = ({options!r}, ...).'
+    )
+  if not lists and options and len(set(options)) < len(options):
+    raise ValueError(
+      f'OPTIONS = {options!r} has one twice; an answer is one of them.'
     )
   fields = {
     name: None  # In order, once each.
@@ -190,7 +193,7 @@ def _name(format: str, of: Files, *made_of) -> str:
   described = json.dumps([dict(of), made_of, vocabulary], default=_named)
   first = next(iter(of.values()))
   first = first if isinstance(first, str) else next(iter(first))
-  stem = epath.Path(first).name.partition('.')[0]
+  stem = os.path.basename(first).partition('.')[0]
   stem = ''.join(c if c.isalnum() and c.isascii() else '_' for c in stem)
   hashed = hashlib.sha256(described.encode()).hexdigest()[:8]
   return f'{format}_{stem}_{hashed}'

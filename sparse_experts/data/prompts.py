@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from sparse_experts import storage
 from sparse_experts.data import tasks
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.features.text import Text, TextToText
@@ -33,7 +34,7 @@ def read(path: epath.PathLike) -> list[dict[str, Given]]:
     FileNotFoundError: there is none. ValueError: it is empty, or a line is too
       long, no UTF-8 or not what it should be; the message says which.
   """
-  path = epath.Path(path)
+  path = storage.given(path, '--input')
   if not path.is_file():
     raise FileNotFoundError(f'there is no input file {path}.')
   lines = path.read_bytes().split(b'\n')

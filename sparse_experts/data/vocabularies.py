@@ -11,6 +11,8 @@ import typing
 
 from etils import epath
 
+from sparse_experts import storage
+
 if typing.TYPE_CHECKING:
   import seqio
 
@@ -138,10 +140,12 @@ def digest(name: str) -> str:
 
 
 def _file(name: str) -> epath.Path:
-  if not isinstance(name, str) or not epath.Path(name).expanduser().is_file():
+  file = storage.given(name, 'VOCABULARY')
+  storage.check_regular(file, 'VOCABULARY')
+  if not file.is_file():
     raise FileNotFoundError(
       f'VOCABULARY = {name!r} is no file, and none of docs, t5, mt5, bytes; '
       'paths are relative to the current folder, '
       f'{epath.Path().absolute()}.'
     )
-  return epath.Path(name).expanduser()
+  return file

@@ -3,6 +3,7 @@
 import collections
 import csv
 import json
+import os
 
 import jax
 import numpy as np
@@ -113,6 +114,15 @@ def test_a_share_is_held_out(folder, capsys):
     texts(task('d.csv'))
 
 
+def test_equal_objects_stay_together_however_they_are_written(folder):
+  rows = [f'"text": "film {i}", "label": 1' for i in range(60)]
+  other = [f'"label":1,   "text":"film {i}"' for i in range(60)]
+  (folder / 'a.jsonl').write_text(''.join(f'{{{r}}}\n' for r in rows + other))
+  held_out = texts(task('a.jsonl', format='jsonl'), 'validation')
+  counts = collections.Counter(held_out)
+  assert counts and set(counts.values()) == {2}
+
+
 def labels(*values):
   return [(i, f'film {i}', value) for i, value in enumerate(values)]
 
@@ -161,6 +171,9 @@ def test_options(folder, capsys):
     ({'metrics': 'accuracy'}, r"METRICS are several: write \('accuracy',\)"),
     ({'metrics': ('f1',)}, r"'f1' needs 'positive': write METRICS = \(@metr"),
     ({'metrics': ('squad',)}, "'squad' judges several answers"),
+    ({'options': ('a', 'b', 'a')}, "'b', 'a'\\) has one twice"),
+    ({'vocabulary': 'http://a/b.model'}, "VOCABULARY has 'http://a/b.model'"),
+    ({'vocabulary': '/dev/zero'}, 'VOCABULARY has /dev/zero, a pipe or a de'),
     ({'options': 'all'}, "OPTIONS = 'all' names a list, which CSV has none"),
     ({'vocabulary': 'byte'}, "VOCABULARY = 'byte' is no file, and none of"),
     ({'vocabulary': 'a.csv'}, 'neither a SentencePiece .model nor a'),
@@ -179,6 +192,11 @@ def test_wrong_arguments(given, message, folder):
   [
     ('b.csv', "'b.csv' is no file and matches none; paths are relative to"),
     ({'train': '*.csv', 'test': 'a.csv'}, 'is in FILES twice, in train and in'),
+    ('http://a/b.csv', "FILES has 'http://a/b.csv': files are read from the"),
+    ('file:///b.csv', 'or from gs://, not file://; copy it here first'),
+    ('/dev/zero', 'FILES has /dev/zero, a pipe or a device'),
+    ('pipe', 'pipe, a pipe or a device, and such files are read more than'),
+    ('pip?', 'pipe, a pipe or a device, and such files are read more than'),
     ('empty.csv', 'empty.csv is empty'),
     ('header.csv', 'header.csv has no row'),
     ('other.csv', "other.csv:1 has no column 'text'"),
@@ -186,16 +204,18 @@ def test_wrong_arguments(given, message, folder):
 )
 def test_wrong_files(files, message, folder):
   """They are an error when they are read."""
+  os.mkfifo(folder / 'pipe')
   for name, text in (('empty', ''), ('header', 'text,label\n'), ('other', 'x')):
     (folder / f'{name}.csv').write_text(text)
-  name = task(files)
   with pytest.raises((ValueError, FileNotFoundError), match=message):
-    examples(name)
+    examples(task(files))
 
 
 def test_a_file_is_one_however_it_is_spelt(folder):
   (folder / 'link.csv').symlink_to(folder / 'a.csv')
-  for other in (folder / 'a.csv', f'../{folder.name}/a.csv', 'link.csv'):
+  os.link(folder / 'a.csv', folder / 'hard.csv')
+  spelt = (folder / 'a.csv', f'../{folder.name}/a.csv')
+  for other in (*spelt, 'link.csv', 'hard.csv'):
     with pytest.raises(ValueError, match='is in FILES twice, in train and in'):
       examples(task({'train': 'a.csv', 'test': str(other)}))
 
@@ -436,6 +456,10 @@ def test_special_tokens_of_a_tokenizer_json(tokenizer_json, folder):
     json.dumps({'eos_token': {'content': '<end of all>'}, 'pad_token': None})
   )
   assert vocabularies.named('tokenizer.json').eos_id == 0
+  (folder / 'tokenizer_config.json').write_text('{"eos_token": 5}')
+  with pytest.raises(ValueError, match='eos_token is 5, and no text'):
+    vocabularies.named('tokenizer.json')
+  (folder / 'tokenizer_config.json').unlink()
   vocabulary = tokenizer_json(
     '<pad>', '</s>', last=['<extra_id_1>', '<extra_id_0>']
   )

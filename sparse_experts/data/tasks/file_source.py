@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from etils import epath
 
+from sparse_experts import storage
 from sparse_experts.data import file_rows
 from sparse_experts.data.tasks.arrays import ArraySource, Columns
 
@@ -77,7 +78,7 @@ class FileSource(ArraySource):
     held_out = ''
     if self._holds_out:
       read['train'], read['validation'] = _hold_out(read['train'])
-      held_out = f" (validation is {HELD_OUT}% of train's, by a hash of each)"
+      held_out = ' (validation is held out of train by a hash of each row)'
     self._places = {split: examples.places for split, examples in read.items()}
     counts = ', '.join(
       f'{len(examples.places)} in {split}' for split, examples in read.items()
@@ -156,8 +157,7 @@ def _check(found: Mapping[str, Sequence[epath.Path]]) -> None:
   split_of = {}
   for split, paths in found.items():
     for path in paths:
-      # However it is spelt, and of a link its file; a cloud's stays as it is.
-      real = os.path.realpath(path)
+      real = _identity(path)
       if real in split_of:
         raise ValueError(
           f'{path} is in FILES twice, in {split_of[real]} and in {split}; an '
@@ -171,6 +171,14 @@ def _check(found: Mapping[str, Sequence[epath.Path]]) -> None:
       f'memory, {MAX_BYTES / 2**30:.0f} GiB at most: write what is larger as '
       'TFRecord and register a task on it, see docs/own_data.md.'
     )
+
+
+def _identity(path: epath.Path):
+  """Of a file, however it is spelt and linked."""
+  if not storage.is_local(path):
+    return os.fspath(path)
+  status = os.stat(path)
+  return status.st_dev, status.st_ino
 
 
 def _names(found: Mapping[str, Sequence[epath.Path]]) -> str:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import linen as nn
 
+from sparse_experts import storage
 from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, ungated
 from sparse_experts.moe.outputs import Aux
@@ -86,7 +86,7 @@ class BalancedTable:
     """
     counts = self.counts
     if isinstance(counts, str):
-      lines = epath.Path(counts).read_text().split()
+      lines = storage.given(counts, 'counts').read_text().split()
       counts = [float(line) for line in lines]
     counts = np.asarray(counts, np.float64)
     if counts.ndim != 1 or len(counts) > vocab_size or (counts < 0).any():
@@ -145,7 +145,7 @@ class DispersedTable:
     """
     embeddings_VxD = self.embeddings
     if isinstance(embeddings_VxD, str):
-      with epath.Path(embeddings_VxD).open('rb') as file:
+      with storage.given(embeddings_VxD, 'embeddings').open('rb') as file:
         embeddings_VxD = np.load(file)
     embeddings_VxD = np.asarray(embeddings_VxD, np.float64)
     clusters = num_experts if self.clusters is None else self.clusters
