@@ -109,9 +109,13 @@ def main() -> None:
     train(output, texts, args.pieces)
   except (ValueError, OSError) as error:
     parser.exit(2, f'error: {error}\n')
-  except RuntimeError as error:  # SentencePiece's; it says what would do.
-    reason = ' '.join(str(error).split())
-    parser.exit(2, f'error: --pieces={args.pieces} is no size here: {reason}\n')
+  except RuntimeError as error:  # SentencePiece's: a place of its source, why.
+    reason = ' '.join(str(error).rpartition('] ')[2].split())
+    parser.exit(
+      2,
+      f'error: --pieces={args.pieces} is no size for this text ({reason}); '
+      'take another --pieces.\n',
+    )
 
 
 if __name__ == '__main__':

@@ -318,7 +318,16 @@ class _Open(io.StringIO):
     if self._path in _READING:
       chain = [*_READING[_READING.index(self._path) :], self._path]
       raise ValueError(f'a gin file includes itself: {" -> ".join(chain)}.')
-    super().__init__(earlier.translate(pathlib.Path(path).read_text()))
+    data = pathlib.Path(path).read_bytes()
+    try:
+      text = data.decode('utf-8-sig')  # A byte-order mark is no text.
+    except UnicodeDecodeError as wrong:
+      line = data.count(b'\n', 0, wrong.start) + 1
+      raise ValueError(
+        f'{path}:{line} has the byte 0x{data[wrong.start]:02x}, which is no '
+        'UTF-8; save the file as UTF-8.'
+      ) from wrong
+    super().__init__(earlier.translate(text))
 
   def __enter__(self):
     _READING.append(self._path)
@@ -326,6 +335,14 @@ class _Open(io.StringIO):
 
   def __exit__(self, kind, error, trace):
     _READING.remove(self._path)
+    if isinstance(error, (ImportError, SystemExit)):
+      reason = str(error).partition('\n')[0]
+      if isinstance(error, SystemExit):
+        reason = 'it ends Python'
+      raise ImportError(
+        f'{self._path} imports what cannot be imported ({reason}); modules are '
+        "found in the current folder and on Python's path."
+      ) from error
     if isinstance(error, SyntaxError) and error.filename is None:
       error.filename = self._path  # Which its message has, then.
     return super().__exit__(kind, error, trace)

@@ -138,7 +138,7 @@ def statements(path: str) -> dict[str, Any]:
   """
   bindings = {}
   parser = gin.config_parser.ConfigParser(
-    pathlib.Path(path).read_text(), AsWritten()
+    pathlib.Path(path).read_text('utf-8-sig'), AsWritten()
   )
   for statement in parser:
     if isinstance(statement, gin.config_parser.BindingStatement):
@@ -162,7 +162,7 @@ def _of_file(
   """Its bindings and those of what it includes, as they are executed."""
   paths = (pathlib.Path(folder) / file for folder in folders)
   path = next(path for path in paths if path.is_file())
-  text = path.read_text()
+  text = path.read_text('utf-8-sig')
   name = _name(path, pathlib.Path(folders[-1]))
   source = Source(name, _after(text), parent, set())
   for ancestor in source.path():

@@ -87,7 +87,8 @@ class _Parameter:
 
   def accepts(self, value: Any) -> bool:
     """Whether a value, as gin keeps it, is of the type."""
-    if type(value) is type(self.default) and value == self.default:
+    # Alike inside, too: (True,) equals (1,).
+    if value == self.default and repr(value) == repr(self.default):
       return True
     try:
       self._adapter.validate_python(_stand_in(value))
@@ -195,7 +196,7 @@ def _bound(of: Any) -> str:
   match of:
     case annotated_types.Ge(least):
       return f'at least {least}'
-    case annotated_types.Gt(least):
+    case annotated_types.Gt(least) if least > -math.inf:
       return f'above {least}'
     case annotated_types.Le(most):
       return f'at most {most}'

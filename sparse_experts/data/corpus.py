@@ -43,7 +43,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import tqdm
 from etils import epath
 
-from sparse_experts import storage
 from sparse_experts.data import docstrings, host_tensorflow, installed, wheels
 
 # What the tasks of each corpus begin with.
@@ -272,12 +271,14 @@ def _write(
     digest: that they must have.
   """
   temporary = folder.parent / f'{folder.name}.{uuid.uuid4().hex}'
-  with _writing(folder):  # A harvest is long: who cannot write knows before.
+  with wheels.writing_cache(
+    folder
+  ):  # A harvest is long: who cannot write knows before.
     made = [parent for parent in temporary.parents if not parent.exists()]
     temporary.mkdir(parents=True)
   try:
     documents = harvest()
-    with _writing(folder):
+    with wheels.writing_cache(folder):
       found = _write_files(documents, versions, temporary)
     if digest and found != digest:
       raise ValueError(
@@ -296,14 +297,6 @@ def _write(
     with contextlib.suppress(OSError):  # What else is in them stays.
       for parent in made:
         pathlib.Path(parent).rmdir()
-
-
-def _writing(folder: epath.Path) -> contextlib.AbstractContextManager[None]:
-  return storage.writing(
-    folder,
-    'free space there, or name another folder for what is cached by the '
-    'environment variable SPARSE_EXPERTS_CACHE',
-  )
 
 
 def _write_files(

@@ -11,7 +11,7 @@ import numpy as np
 from sparse_experts.data import examples, streams, token_text
 from sparse_experts.data.features.base import Features
 from sparse_experts.data.special_tokens import T5, SpecialTokens
-from sparse_experts.numbers import Count, Natural
+from sparse_experts.numbers import Count, Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Dataset:
   pack: bool = True
   task_ids: bool | str = False
   shuffle: bool = True
-  seed: Natural = 0
+  seed: Seed = 0
   num_shards: Count = 1
   num_batches: Count | None = None
   modules: Sequence[str] = ()

@@ -49,6 +49,13 @@ class SpecialTokens:
         'vocabulary.'
       )
 
+  def outside(self, size: int) -> tuple[int, ...]:
+    """Those that are no ids of a vocabulary of `size`."""
+    pad = () if self.pad == NO_TOKEN else (self.pad,)
+    start = () if self.start is None else (self.start,)
+    ids = (*pad, *self.eos, *start, *self.suppressed)
+    return tuple(i for i in ids if not 0 <= i < size)
+
   def is_token(self, tokens: Array) -> Array:
     """Where there is no padding, boolean."""
     return tokens != self.pad

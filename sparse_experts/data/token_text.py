@@ -50,8 +50,9 @@ def check_vocabulary(
   """Checks that a model with so many embeddings knows all ids of a task.
 
   Raises:
-    ValueError: it does not (out-of-range ids would be clamped in silence), or
-      its answers end with another token than the task's texts.
+    ValueError: it does not (out-of-range ids would be clamped in silence), nor
+      its own special tokens, or its answers end with another token than the
+      task's texts.
   """
   size = vocabulary_size(task_name, modules)
   if size > embeddings:
@@ -59,6 +60,12 @@ def check_vocabulary(
       f'task {task_name!r} has {size} token ids, but the model embeds only '
       f'{embeddings}: give the model a vocabulary of at least {size}, by '
       'NUM_EMBEDDINGS.'
+    )
+  if outside := special_tokens.outside(embeddings):
+    raise ValueError(
+      f'special tokens {", ".join(map(str, outside))} (EOS_IDS, START_ID, '
+      f'PAD_ID, SUPPRESSED_IDS) are none of the {embeddings} ids that the '
+      'model embeds.'
     )
   for name, feature in tasks.find(task_name, modules).output_features.items():
     pad = feature.vocabulary.pad_id

@@ -10,6 +10,7 @@ installed and never unpacked.
 pip fetches them (`fetch`), from whatever index the user has set up.
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -24,6 +25,8 @@ import zipfile
 from collections.abc import Iterator, Sequence
 
 from etils import epath
+
+from sparse_experts import storage
 
 LIST = epath.Path(__file__).parent / 'assets' / 'corpus_wheels.csv'
 
@@ -149,22 +152,40 @@ def fetch(wheels: Sequence[Wheel], folder: epath.Path) -> None:
 
   Raises:
     FileNotFoundError: pip could not; the message has its reason and a way out.
+    OSError: the folder cannot be written; before anything is fetched.
   """
   absent = missing(wheels, folder)
   if not absent:
     return
+  if storage.is_local(folder):  # Before anything is fetched.
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    with writing_cache(folder), tempfile.TemporaryFile(dir=there):
+      pass
   print(f'fetching {described(absent)}, once', file=sys.stderr)
   with tempfile.TemporaryDirectory() as directory:
     _download(absent, pathlib.Path(directory))
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing_cache(folder):
+      folder.mkdir(parents=True, exist_ok=True)
     for wheel in absent:
       part = folder / f'{wheel.file}.{uuid.uuid4().hex}'
       with (
+        writing_cache(folder),
         open(pathlib.Path(directory) / wheel.file, 'rb') as source,
         part.open('wb') as target,
       ):
         shutil.copyfileobj(source, target)
       part.replace(folder / wheel.file)
+
+
+def writing_cache(
+  folder: epath.Path,
+) -> contextlib.AbstractContextManager[None]:
+  """Where the cache cannot be written inside, the error says what to do."""
+  return storage.writing(
+    folder,
+    'free space there, or name another folder for what is cached by the '
+    'environment variable SPARSE_EXPERTS_CACHE',
+  )
 
 
 def _download(wheels: Sequence[Wheel], folder: pathlib.Path) -> None:

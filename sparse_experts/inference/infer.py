@@ -28,7 +28,7 @@ from sparse_experts.models.decoding import (
 )
 from sparse_experts.models.language_model import answered
 from sparse_experts.models.objective import Objective
-from sparse_experts.numbers import Count, Natural
+from sparse_experts.numbers import Count, Seed
 from sparse_experts.training import checkpoints
 from sparse_experts.training.checkpoints import restore_params
 
@@ -45,7 +45,7 @@ def infer(
   num_examples: Count | None = None,
   max_tokens: Count | None = None,
   strategy: Sampling | BeamSearch = GREEDY,
-  seed: Natural = 0,
+  seed: Seed = 0,
   score: bool = False,
   routing: bool = False,
   parameters: str = 'trained',

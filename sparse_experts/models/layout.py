@@ -247,6 +247,10 @@ def kinds(
       f'sparse_layers {wrong} are not among the {num_layers} layers, '
       f'0 to {num_layers - 1}.'
     )
+  if len(set(sparse_layers)) < len(sparse_layers):
+    raise ValueError(
+      f'sparse_layers {tuple(sparse_layers)} have one twice; name each once.'
+    )
   if isinstance(sparse_layers, Mapping):
     return tuple(sparse_layers.get(i, False) for i in range(num_layers))
   return tuple(i in sparse_layers for i in range(num_layers))

@@ -22,7 +22,7 @@ from sparse_experts.models import auxiliary, policy_gradient
 from sparse_experts.models.auxiliary import Statistics, Totals
 from sparse_experts.models.sums import Mean, Sums
 from sparse_experts.moe.outputs import Aux
-from sparse_experts.numbers import Positive
+from sparse_experts.numbers import Finite, Positive
 
 Batch = Mapping[str, Array]
 
@@ -101,7 +101,7 @@ class Objective(abc.ABC):
   """
 
   module: nn.Module
-  loss_weights: Mapping[str, float] = dataclasses.field(
+  loss_weights: Mapping[str, Finite] = dataclasses.field(
     default_factory=lambda: {'load_balance': 1e-2}
   )
   layer_reduction: str = 'sum'

@@ -14,7 +14,7 @@ from etils import epath
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.models.objective import Objective
-from sparse_experts.numbers import Natural
+from sparse_experts.numbers import Count, Seed
 from sparse_experts.training import (
   checkpoints,
   directories,
@@ -39,7 +39,7 @@ def train(
   model: Objective,
   model_dir: str,
   dataset: Dataset,
-  train_steps: int,
+  train_steps: Count,
   *,
   optimizer: Callable[..., optax.GradientTransformation],
   learning_rate: float | optax.Schedule,
@@ -47,7 +47,7 @@ def train(
   placement: sharding.Placement = sharding.DATA_PARALLEL,
   initial_checkpoint: str | None = None,
   microbatches: int = 1,
-  seed: Natural = 0,
+  seed: Seed = 0,
   checkpoint_period: int = 1000,
   keep_checkpoints: int | None = 3,
   eval_period: int = 1000,
@@ -190,7 +190,7 @@ def _begin(
   stop: int,
   initial_checkpoint: str | None,
   microbatches: int,
-  seed: Natural,
+  seed: Seed,
 ) -> Run:
   """The state, created or restored, with its step and data."""
   start, boxed, placed = ready.start, ready.boxed, ready.placed

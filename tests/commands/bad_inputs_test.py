@@ -12,6 +12,7 @@ import typing
 
 import annotated_types
 import command
+import numpy as np
 import pytest
 
 import gin
@@ -95,6 +96,8 @@ BY_HAND = [
   (_train('--gin_file=self.gin'), 'includes itself'),
   (_train('--gin_file=first.gin'), 'second.gin'),
   (_train('--gin_file=broken.gin'), 'broken.gin'),
+  (_train('--gin_file=latin.gin'), 'latin.gin:2 has the byte 0xe9'),
+  (_train('--gin_file=importing.gin'), 'importing.gin imports what cannot'),
   (_train('--gin_file=NOWHERE.gin'), "'NOWHERE.gin'"),
   (_train('--gin.NUM_LAYERS=10**12'), '10**12 is text'),
   (_train('--gin.NUM_LAYERS=2 2'), 'NUM_LAYERS=2 2'),
@@ -107,6 +110,14 @@ BY_HAND = [
   (_train('--gin.NUM_LAYERS=1000000000000'), 'at most 1000'),
   (_train('--gin.NUM_LAYERS=True'), 'NUM_LAYERS = True'),
   (_train('--gin.SPARSE_LAYERS=-2'), 'sparse_layers=-2'),
+  (_train('--gin.SPARSE_LAYERS=(0, 0)'), 'sparse_layers (0, 0) have one twice'),
+  (_train('--gin.SEED=4294967296'), 'SEED = 4294967296'),
+  (_train('--gin.TRAIN_STEPS=2147483648'), 'TRAIN_STEPS = 2147483648'),
+  (_train('--gin.EOS_IDS=(True,)'), 'EOS_IDS = (True,)'),
+  (_train('--gin.EOS_IDS=(1, 999)'), 'special tokens 999'),
+  (_train('--gin.START_ID=-1'), 'special tokens -1'),
+  (_train('--gin.SUPPRESSED_IDS=(0, -7)'), 'special tokens -7'),
+  (_train("--gin.LOSS_WEIGHTS={'load_balance': 1e999}"), "balance': inf}"),
   (_train('--gin.SPARSE_LAYERS=3'), 'sparse_layers=3'),
   (_train('--gin.DROPOUT_RATE=-.5'), 'DROPOUT_RATE = -0.5'),
   (_train('--gin.DROPOUT_RATE=1'), 'below 1'),
@@ -125,7 +136,10 @@ BY_HAND = [
   (_train('--gin.STRATEGY=@schedules.rsqrt()'), 'STRATEGY'),
   (_train('--gin.MODEL=@schedules.rsqrt()'), 'MODEL = @schedules.rsqrt()'),
   (_train('--gin.ROUTER=@schedules.rsqrt'), 'ROUTER = @schedules.rsqrt'),
-  (_train("--gin.TASK_MODULES=('no_module_',)"), 'no_module_'),
+  (
+    _train("--gin.TASK_MODULES=('no_module_',)"),
+    "TASK_MODULES has 'no_module_'",
+  ),
   (_train("--gin.REMAT='some'"), "'some'"),
   (_train("--gin.ACTIVATION='relux'"), "'relux'"),
   (_train("--gin.LAYER_REDUCTION='max'"), "'max'"),
@@ -201,7 +215,7 @@ def _out_of_range(hint) -> object | None:
       for bound in part.__metadata__:
         if isinstance(bound, annotated_types.Ge):
           return bound.ge - 1
-        if isinstance(bound, annotated_types.Gt):
+        if isinstance(bound, annotated_types.Gt) and np.isfinite(bound.gt):
           return bound.gt
         if isinstance(bound, annotated_types.Le):
           return bound.le + 1
@@ -253,6 +267,8 @@ def folder(tmp_path, monkeypatch) -> pathlib.Path:
   (tmp_path / 'first.gin').write_text("include 'second.gin'\n")
   (tmp_path / 'second.gin').write_text("include 'first.gin'\n")
   (tmp_path / 'broken.gin').write_text('A = = 3\n')
+  (tmp_path / 'latin.gin').write_bytes(b'A = 3\n# caf\xe9\n')
+  (tmp_path / 'importing.gin').write_text('import no_module_\n')
   (tmp_path / 'blank.txt').write_text('1+1\n \n2+2\n')
   (tmp_path / 'empty.txt').touch()
   (tmp_path / 'latin.txt').write_bytes(b'caf\xe9\n')

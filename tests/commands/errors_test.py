@@ -92,7 +92,7 @@ MISTAKES = {
   ),
   'no steps': (
     _train('--gin.TRAIN_STEPS=0'),
-    ['train_steps must be a whole number, at least 1, got 0'],
+    ['TRAIN_STEPS = 0 (train.train.train_steps) must be int at least 1'],
   ),
   'half a step': (
     _train('--gin.TRAIN_STEPS=1.5'),
@@ -245,7 +245,7 @@ MISTAKES = {
   ),
   'weights of losses': (
     _train('--gin.LOSS_WEIGHTS=3'),
-    ['LOSS_WEIGHTS = 3', 'loss_weights) must be Mapping[str, float]'],
+    ['LOSS_WEIGHTS = 3', 'loss_weights) must be Mapping[str, float finite]'],
   ),
   'modules that are one text': (
     _train("--gin.TASK_MODULES='tiny_tasks'"),
@@ -366,7 +366,7 @@ def test_verbose_adds_the_traceback(folder):
   outcome = command.run(*_train('--gin.TRAIN_STEPS=0'), '--verbose')
   assert outcome.code == 2
   assert outcome.stderr.startswith('Traceback (most recent call last)')
-  assert outcome.stderr.splitlines()[-1].startswith('error: train_steps must')
+  assert outcome.stderr.splitlines()[-1].startswith('error: TRAIN_STEPS = 0')
 
 
 @pytest.mark.slow

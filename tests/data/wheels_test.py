@@ -114,6 +114,18 @@ def test_without_its_wheels_a_corpus_says_how_to_get_it(index, tmp_path):
   assert not (tmp_path / 'cache').exists()
 
 
+def test_a_cache_that_cannot_be_written_is_noticed_before_the_fetch(
+  index, tmp_path, monkeypatch
+):
+  (tmp_path / 'file').touch()
+  monkeypatch.setenv('SPARSE_EXPERTS_CACHE', str(tmp_path / 'file' / 'cache'))
+  outcome = command.run('corpus')
+  assert outcome.code == 2
+  (error,) = outcome.stderr.splitlines()
+  assert 'file/cache/wheels cannot be written (Not a directory): free' in error
+  assert error.endswith('SPARSE_EXPERTS_CACHE.')
+
+
 def test_without_an_index_the_command_says_so_in_one_line(index, tmp_path):
   (index / 'nltk-1.0-py3-none-any.whl').unlink()
   outcome = command.run('corpus')

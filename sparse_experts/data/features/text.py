@@ -74,7 +74,8 @@ class _TokenFeatures(Features):
       allowed = ' or '.join(str(sorted(features)) for features in self.takes)
       raise ValueError(
         f'{type(self).__name__} takes lengths of {allowed}, not of '
-        f'{sorted(feature_lengths)}'
+        f'{sorted(feature_lengths)}: set TASK_FEATURE_LENGTHS so, or take a '
+        'task that was made for such models.'
       )
 
   def prompt(self, tokens: np.ndarray, length: int) -> dict[str, np.ndarray]:

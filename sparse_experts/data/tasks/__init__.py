@@ -56,5 +56,17 @@ def names(modules: Sequence[str] = ()) -> list[str]:
   for module in pkgutil.iter_modules(__path__, f'{__name__}.'):
     importlib.import_module(module.name)
   for module in modules:
-    importlib.import_module(module)
+    _import(module)
   return sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+
+
+def _import(module: str) -> None:
+  """Imports a module of the user's."""
+  try:
+    importlib.import_module(module)
+  except (ImportError, SystemExit) as error:
+    reason = error if isinstance(error, ImportError) else 'it ends Python'
+    raise ImportError(
+      f'TASK_MODULES has {module!r}, which cannot be imported ({reason}); '
+      "modules are found in the current folder and on Python's path."
+    ) from error
