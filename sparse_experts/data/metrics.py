@@ -94,10 +94,13 @@ def matthews(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
 
 
 def pearson(targets: Sequence[str], predictions: Sequence[str]) -> Scores:
-  """Pearson's correlation of numbers (STS-B); a text without one is -1.
+  """Pearson's correlation of numbers (STS-B); an answer that is none is -1.
 
   Equal numbers correlate with nothing, 0, and 'nan' and 'inf' are no numbers;
   T5's result is NaN for both.
+
+  Raises:
+    ValueError: a target is no number.
   """
   from scipy import stats
 
@@ -306,21 +309,26 @@ def _word_f1(target: str, prediction: str) -> float:
 
 
 def _correlation(function: Callable, targets, predictions) -> float:
-  numbers = [
-    [_number(text) for text in texts]
-    for texts in zip(*_pairs(targets, predictions))
-  ]
+  pairs = _pairs(targets, predictions)
+  for target, _ in pairs:
+    if _number(target) is None:
+      raise ValueError(
+        f'correlations are of numbers, but the target {target!r} is none: take '
+        'another metric for such a task.'
+      )
+  numbers = [[_number(text) for text in texts] for texts in zip(*pairs)]
+  numbers = [[-1.0 if n is None else n for n in each] for each in numbers]
   if any(len(set(values)) == 1 for values in numbers):
     return 0.0  # A constant correlates with nothing.
   return 100 * float(function(*numbers)[0])
 
 
-def _number(text: str) -> float:
+def _number(text: str) -> float | None:
   try:
     value = float(text)
   except ValueError:
-    return -1.0
-  return value if np.isfinite(value) else -1.0
+    return None
+  return value if np.isfinite(value) else None
 
 
 def _pairs(targets: Sequence, predictions: Sequence) -> list[tuple]:

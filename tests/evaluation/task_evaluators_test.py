@@ -107,6 +107,8 @@ def test_what_is_no_number_is_minus_one():
       'pearson': pytest.approx(100)
     }
     assert metrics.pearson(['0', '1'], [text, '-1']) == {'pearson': 0}
+    with pytest.raises(ValueError, match='are of numbers, but the target'):
+      metrics.pearson(['0', text], ['0', '1'])
 
 
 @pytest.mark.parametrize(
