@@ -1,19 +1,21 @@
 """Shows that the default tests fail where the code has a known bug.
 
-A mutant is a file tests/mutants/NAME.patch: what the bug is, the one test that
-fails with it, and the patch that makes it,
+A mutant is a file tests/mutants/NAME.patch: what the bug is, where others had
+it, if that can be said, the one test that fails with it, and a patch that makes
+it,
 
-  Probabilities are returned as logits.
-  Killed by: tests/moe/routing_test.py::test_route_is_the_oracle
-  --- a/sparse_experts/moe/routers/top_k.py
+  Logits against the tied table are not divided by the root of the width.
+  Known from: https://github.com/ml-explore/mlx-examples/pull/591
+  Killed by: tests/layers/layers_test.py::test_embedding_and_its_logits
+  --- a/sparse_experts/layers/embed.py
   ...
 
-A copy of the checkout is given one bug at a time. A mutant is killed if its
-test runs and fails there; an error beside the test kills nothing. First all
-named tests must pass without any bug. Ends with 1 unless all are killed.
+Copies of the checkout are given one bug at a time. A mutant is killed if its
+test runs there and fails; an error beside the test kills nothing. Before that
+all named tests have to pass. Ends with 1 unless all mutants are killed.
 
-  python scripts/mutants.py                # all, in minutes
-  python scripts/mutants.py cumsum_axis    # one
+  python scripts/mutants.py                         # all, in minutes
+  python scripts/mutants.py tied_scale_forgotten    # one
 """
 
 import argparse
@@ -22,6 +24,7 @@ import dataclasses
 import os
 import pathlib
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -35,9 +38,17 @@ sys.path.insert(0, str(ROOT / 'tests'))
 import checkout  # noqa: E402
 
 FOLDER = ROOT / 'tests' / 'mutants'
-WORKERS = 2  # Copies that are tested at once.
-LIMIT = 180  # Seconds of a test; a bug may make it endless.
+WORKERS = 2  # Copies, and so mutants tested at once.
+LIMIT = 300  # Seconds of a mutant's test; a bug may make it endless.
 COMPILED = '.pytest_cache/jax'  # Where tests/conftest.py keeps programs.
+
+HEADER = re.compile(
+  r'(?P<bug>.+?)\n'
+  r'(Known from: (?P<known>https://\S+)\n)?'
+  r'Killed by: (?P<test>tests/\S+_test\.py::test_.+)\n'
+  r'(?P<patch>--- a/.+)',
+  re.DOTALL,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +57,21 @@ class Mutant:
 
   Attributes:
     name: of its file.
-    bug: what it is, in a sentence or two.
+    bug: what it is, a sentence or two.
+    known: a page about others who had it; None: none that is exactly it.
     test: that fails with it, `tests/x_test.py::test_y[parameters]`.
     patch: a unified diff from the checkout's root.
   """
 
   name: str
   bug: str
+  known: str | None
   test: str
   patch: str
 
   def apply(self, folder: pathlib.Path, *options: str) -> str:
     """Applies the patch to a checkout; returns git's complaint, '' for none."""
-    # A folder inside of another checkout is not a part of that here.
+    # Inside of another checkout git would take the folder for a part of that.
     ceiling = {'GIT_CEILING_DIRECTORIES': str(folder.resolve().parent)}
     done = subprocess.run(
       ['git', 'apply', *options],
@@ -68,7 +81,7 @@ class Mutant:
       capture_output=True,
       text=True,
     )
-    return done.stderr.strip()
+    return done.stderr.strip() if done.returncode else ''
 
 
 def read(path: pathlib.Path) -> Mutant:
@@ -77,32 +90,34 @@ def read(path: pathlib.Path) -> Mutant:
   Raises:
     ValueError: it does not say what the bug is or which test finds it.
   """
-  header, mark, patch = path.read_text().partition('\n--- ')
-  bug, killed_by, test = header.partition('\nKilled by: ')
-  if not (mark and bug.strip() and killed_by and '::' in test):
+  found = HEADER.fullmatch(path.read_text())
+  if found is None:
     raise ValueError(
-      f'{path} must be a sentence, a line `Killed by: tests/FILE::TEST` and a '
-      'patch, in this order.'
+      f'{path} must be a sentence, a line `Known from: https://...` or none, a '
+      'line `Killed by: tests/FILE::TEST`, and a patch.'
     )
-  return Mutant(path.stem, ' '.join(bug.split()), test.strip(), f'--- {patch}')
+  bug = ' '.join(found['bug'].split())
+  return Mutant(path.stem, bug, found['known'], found['test'], found['patch'])
 
 
 def mutants(names: Sequence[str] = ()) -> list[Mutant]:
-  """Those of these names, or all, in the order of their names."""
+  """Those of these names, or all, in the order of their names.
+
+  Raises:
+    ValueError: there is no such.
+  """
   there = {path.stem: path for path in sorted(FOLDER.glob('*.patch'))}
   if unknown := set(names) - set(there):
     raise ValueError(
       f'no mutant {", ".join(sorted(unknown))}; there are {", ".join(there)}.'
     )
-  return [
-    read(path) for name, path in there.items() if name in names or not names
-  ]
+  return [read(there[name]) for name in there if name in names or not names]
 
 
 def copy(folder: pathlib.Path) -> None:
-  """A copy of the checkout, which shares the programs that tests compiled.
+  """Copies the checkout, but for the programs that its tests compiled.
 
-  They are found by what they compute, so a mutant's are others.
+  They are shared: they are found by what they compute, which a bug changes.
   """
   checkout.copy(folder)
   (ROOT / COMPILED).mkdir(parents=True, exist_ok=True)
@@ -111,22 +126,24 @@ def copy(folder: pathlib.Path) -> None:
 
 
 def run(folder: pathlib.Path, *tests: str) -> dict[str, int] | str:
-  """How many of these default tests were run, failed and had errors.
+  """How many of these tests ran, failed, had errors and were skipped.
 
-  Or why that is not known, the end of what pytest printed.
+  Of the default tests alone. A text, if pytest did not get so far.
   """
   report = folder / 'report.xml'
   report.unlink(missing_ok=True)
-  command = [sys.executable, '-m', 'pytest', '-m', 'not slow', '-p']
-  command += ['no:cacheprovider', f'--junitxml={report}', *tests]
   environment = {
     'PYTHONPATH': os.pathsep.join([str(folder), str(folder / 'tests')]),
     # A file may change twice in a second, which its bytecode would not see.
     'PYTHONDONTWRITEBYTECODE': '1',
   }
+  options = ['-m', 'not slow', '-p', 'no:cacheprovider']
   try:
     done = subprocess.run(
-      command,
+      [
+        *(sys.executable, '-m', 'pytest', *options),
+        *(f'--junitxml={report}', *tests),
+      ],
       cwd=folder,
       env=os.environ | environment,
       stdout=subprocess.PIPE,
@@ -135,92 +152,79 @@ def run(folder: pathlib.Path, *tests: str) -> dict[str, int] | str:
       timeout=LIMIT * len(tests),
     )
   except subprocess.TimeoutExpired:
-    return f'no end within {LIMIT} seconds'
+    return f'no end within {LIMIT * len(tests)} seconds'
   if done.returncode not in (0, 1) or not report.exists():
     return done.stdout.strip()[-2000:]
   (suite,) = ElementTree.parse(report).getroot().iter('testsuite')
-  return {
-    name: int(suite.get(name))
-    for name in ('tests', 'failures', 'errors', 'skipped')
-  }
+  counts = ('tests', 'failures', 'errors', 'skipped')
+  return {name: int(suite.get(name)) for name in counts}
 
 
-def passes(folder: pathlib.Path, tests: Sequence[str]) -> str:
-  """Why these tests do not all run and pass without a bug; '' if they do."""
+def passing(folder: pathlib.Path, tests: Sequence[str]) -> str:
+  """'' if all of these tests run and pass without a bug, else what they do."""
   found = run(folder, *tests)
   if isinstance(found, str):
     return found
-  if found['tests'] and not sum(found.values()) - found['tests']:
-    return ''
-  return f'without any bug: {found}'
+  bad = found['failures'] + found['errors'] + found['skipped']
+  return '' if found['tests'] and not bad else f'without a bug: {found}'
 
 
-def survives(folder: pathlib.Path, mutant: Mutant) -> str:
-  """Why a mutant counts as one that survives; '' if it is killed."""
+def surviving(folder: pathlib.Path, mutant: Mutant) -> str:
+  """'' if a mutant is killed, else why it is not."""
   if complaint := mutant.apply(folder):
-    return f'the patch does not apply: {complaint}'
+    return f'its patch does not apply: {complaint}'
   try:
     found = run(folder, mutant.test)
   finally:
     mutant.apply(folder, '--reverse')
   if isinstance(found, str) or found['errors']:
-    return f'no failure of a test: {found}'
-  return '' if found['failures'] else f'{mutant.test} passes with it'
+    return f'its test could not run: {found}'
+  return '' if found['failures'] else f'{mutant.test} passes'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns 1 unless all mutants are killed."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('names', nargs='*', help='of mutants', metavar='NAME')
+  parser.add_argument('names', nargs='*', help='of all', metavar='NAME')
   try:
     chosen = mutants(parser.parse_args(argv).names)
   except ValueError as error:
     parser.error(str(error))
-  with tempfile.TemporaryDirectory() as temporary:
-    folders = [pathlib.Path(temporary, str(i)) for i in range(WORKERS)]
-    for folder in folders:
-      copy(folder)
-    idle = queue.SimpleQueue()
-    for folder in folders:
-      idle.put(folder)
+  # A file's tests share what they make.
+  files = sorted({mutant.test.partition('::')[0] for mutant in chosen})
+  tests = [
+    sorted({m.test for m in chosen if m.test.partition('::')[0] in part})
+    for part in (files[i::WORKERS] for i in range(WORKERS))
+    if part
+  ]
+  with (
+    tempfile.TemporaryDirectory() as temporary,
+    concurrent.futures.ThreadPoolExecutor(WORKERS) as threads,
+  ):
+    copies = queue.SimpleQueue()
+    for i in range(WORKERS):
+      copy(pathlib.Path(temporary, str(i)))
+      copies.put(pathlib.Path(temporary, str(i)))
 
-    def on_a_copy(what, function, argument):
-      folder, start = idle.get(), time.monotonic()
-      try:
-        complaint = function(folder, argument)
-      finally:
-        idle.put(folder)
-      seconds = f'{time.monotonic() - start:.0f} s'
-      print(f'{what}: {complaint or "yes"} ({seconds})', flush=True)
-      return not complaint
+    def fails(what: str, complain, argument) -> bool:
+      """Says what a copy has to complain of."""
+      folder, start = copies.get(), time.monotonic()
+      complaint = complain(folder, argument)
+      copies.put(folder)
+      seconds = time.monotonic() - start
+      print(f'{what} ({seconds:.0f} s) {complaint}'.strip(), flush=True)
+      return bool(complaint)
 
-    # A file's tests share what they make and compile.
-    files = sorted({mutant.test.partition('::')[0] for mutant in chosen})
-    tests = [
-      sorted(
-        {
-          mutant.test
-          for mutant in chosen
-          if mutant.test.partition('::')[0] in files[i::WORKERS]
-        }
+    def failed(what, complain, arguments) -> int:
+      return sum(
+        threads.map(lambda each: fails(what(each), complain, each), arguments)
       )
-      for i in range(WORKERS)
-    ]
-    with concurrent.futures.ThreadPoolExecutor(WORKERS) as threads:
-      whole = all(
-        threads.map(
-          lambda part: on_a_copy('named tests pass', passes, part),
-          filter(None, tests),
-        )
-      )
-      killed = sum(
-        threads.map(
-          lambda mutant: on_a_copy(f'{mutant.name} killed', survives, mutant),
-          chosen,
-        )
-      )
-  print(f'{len(chosen)} mutants, {killed} killed')
-  return int(not (whole and killed == len(chosen) > 0))
+
+    if failed(lambda part: f'{len(part)} tests', passing, tests):
+      return 1
+    survived = failed(lambda mutant: mutant.name, surviving, chosen)
+  print(f'{len(chosen)} mutants, {len(chosen) - survived} killed')
+  return int(survived > 0)
 
 
 if __name__ == '__main__':

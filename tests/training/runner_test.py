@@ -118,11 +118,11 @@ def test_experts_of_all_devices_are_written(tmp_path):
   params = {'expert': np.arange(16.0, dtype=np.float32).reshape(8, 2)}
   placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec('expert')))
   zero = jnp.int32(0)
+  no_data = types.SimpleNamespace(save=lambda directory, streams: None)
   saved = saver.Saver(tmp_path)
-  batches = DATASET.training(FEATURES, slice(None))
   saved.save(
     state.TrainState(zero, placed, {'rate': zero}, zero),
-    saver.DataArgs(batches, (0,)),
+    saver.DataArgs(no_data),
   )
   saved.close()
   found, _ = checkpoints.load_params(tmp_path)
