@@ -1,6 +1,7 @@
 """Known bugs that tests find: their records hold, and survivors are told."""
 
 import ast
+import difflib
 import shutil
 
 import mutants
@@ -46,18 +47,16 @@ def test_a_record_without_its_fields_is_refused(tmp_path):
       mutants.read(path)
 
 
-SURVIVOR = """\
-A comment is another.
-Killed by: tests/moe/assignment_test.py::test_positions_by_hand
---- a/sparse_experts/moe/assignment.py
-+++ b/sparse_experts/moe/assignment.py
-@@ -1,1 +1,1 @@
--\"\"\"What a router decides and a dispatcher executes.\"\"\"
-+\"\"\"What a router decides.\"\"\"
-"""
-NO_PATCH = SURVIVOR.replace('-"""What', '-"""That')
-NO_TEST = SURVIVOR.replace('.\n--- ', '_no\n--- ').replace('hand\n', 'no\n')
-BROKEN = SURVIVOR.replace('+"""What a router decides.', '+import nothing  # ')
+FILE = 'sparse_experts/moe/assignment.py'
+
+
+def record(first_line, test='test_positions_by_hand'):
+  """A mutant whose file begins with another line."""
+  before = (ROOT / FILE).read_text().splitlines(keepends=True)
+  after = [f'{first_line}\n', *before[1:]]
+  lines = difflib.unified_diff(before, after, f'a/{FILE}', f'b/{FILE}')
+  killed_by = f'Killed by: tests/moe/assignment_test.py::{test}\n'
+  return ''.join(['It begins otherwise.\n', killed_by, *lines])
 
 
 @pytest.mark.slow
@@ -65,12 +64,16 @@ def test_survivors_are_told(tmp_path, monkeypatch, capsys):
   names = ('cumsum_along_the_wrong_axis', 'capacity_ignored')
   for name in names:
     shutil.copy(mutants.FOLDER / f'{name}.patch', tmp_path)
-  (tmp_path / 'a_survivor.patch').write_text(SURVIVOR)
-  (tmp_path / 'an_old_patch.patch').write_text(NO_PATCH)
-  (tmp_path / 'an_error.patch').write_text(BROKEN)
+  comment = record('"""What a router decides."""')
+  for name, text in {
+    'a_survivor': comment,
+    'an_old_patch': comment.replace('-"""What', '-"""That'),
+    'an_error': record('import nothing'),
+  }.items():
+    (tmp_path / f'{name}.patch').write_text(text)
   monkeypatch.setattr(mutants, 'FOLDER', tmp_path)
-  assert mutants.main(names) == 0
-  assert capsys.readouterr().out.endswith('\n2 mutants, 2 killed\n')
+  assert mutants.main(names[:1]) == 0
+  assert capsys.readouterr().out.endswith('\n1 mutants, 1 killed\n')
   assert mutants.main([]) == 1
   out = capsys.readouterr().out
   assert out.endswith('\n5 mutants, 2 killed\n')
@@ -78,6 +81,6 @@ def test_survivors_are_told(tmp_path, monkeypatch, capsys):
   assert 'its patch does not apply: error: patch failed' in out
   assert 'its test could not run: ' in out
   # Of a test that is not there, nothing is told as killed.
-  (tmp_path / 'no_test.patch').write_text(NO_TEST)
+  (tmp_path / 'no_test.patch').write_text(record('', 'test_nothing'))
   assert mutants.main(['no_test']) == 1
   assert 'killed' not in capsys.readouterr().out
