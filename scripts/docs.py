@@ -5,8 +5,8 @@ A part of a page stands between two lines,
   <!-- routers: written by scripts/docs.sh -->
   <!-- end of routers -->
 
-and is made of the headers of gin files, of what classes declare, and of what
-the ledger counts. A header's first sentence is a file's row.
+and is made of the headers of gin files and of mutants, of what classes declare,
+and of what the ledger counts. A gin header's first sentence is a file's row.
 
   bash scripts/docs.sh --write            # all parts, in two minutes
   bash scripts/docs.sh --write routers    # one
@@ -22,6 +22,7 @@ import sys
 import textwrap
 
 import imports_picture
+import mutants
 
 from sparse_experts import config, convert, moe, sharding
 from sparse_experts.commands import table
@@ -159,12 +160,27 @@ def papers():
   )
 
 
+def known_bugs():
+  """Mutants, and the test that kills each."""
+  heading = ('mutant', 'what the code does then', 'its test')
+  found = [
+    (
+      f'[`{m.name}`]({m.known})' if m.known else f'`{m.name}`',
+      m.bug,
+      f'`{m.test.removeprefix("tests/")}`',
+    )
+    for m in mutants.mutants()
+  ]
+  return rows(heading, ('---',) * 3, *found)
+
+
 # A part's name: the page that it is of, and how it is made.
 PARTS = {
   'routers': ('docs/routers.md', routers),
   'recipes': ('docs/recipes.md', lambda: of_files('gin/models/*/*.gin')),
   'papers': ('docs/recipes.md', papers),
   'names': ('docs/names.md', names),
+  'mutants': ('docs/mutants.md', known_bugs),
   'tasks': (
     'docs/finetuning.md',
     lambda: of_files('gin/tasks/*.gin', 'gin/tasks/*/*.gin'),

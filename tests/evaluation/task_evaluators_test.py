@@ -328,19 +328,19 @@ def validation(task):
   )
 
 
-@pytest.mark.usefixtures('forget_new_tasks')
-def test_options_begin_with_the_sentinel_that_targets_begin_with():
-  """The model knows sums, if it may write the sentinel, 358, before."""
-  seqio.experimental.add_task_with_sentinels('tiny_choices')
-  task = seqio.TaskRegistry.get('tiny_choices_1_sentinel')
+def ranked(task, may_be):
+  """What a model is found to be that knows sums, of targets that may be."""
 
   def score(params, batch):
     inputs_BxL = batch['encoder_input_tokens'] - 51  # The byte '0'.
-    first_B, *digits = batch['decoder_target_tokens'][:, :3].T
-    tens_B, ones_B = (digit_B - 51 for digit_B in digits)
-    value_B = jnp.where(ones_B < 0, tens_B, 10 * tens_B + ones_B)
+    targets_BxL = batch['decoder_target_tokens']
+    value_B = 0
+    for target_B in targets_BxL.T:
+      digit_B = target_B - 51
+      is_digit_B = (digit_B >= 0) & (digit_B <= 9)
+      value_B = jnp.where(is_digit_B, 10 * value_B + digit_B, value_B)
     is_sum = value_B == inputs_BxL[:, 0] + inputs_BxL[:, 2]
-    return jnp.where((first_B == 358) & is_sum, -1.0, -2.0)
+    return jnp.where(may_be(targets_BxL) & is_sum, -1.0, -2.0)
 
   model = types.SimpleNamespace(
     features=TextToText(), special_tokens=T5, score=score, decode=score
@@ -351,9 +351,36 @@ def test_options_begin_with_the_sentinel_that_targets_begin_with():
       model, validation(task), mesh, max_tokens=None, rank_options=True
     )
     found, rankings, _ = judge({})
-  # Else all options are equal, and the first is 0: right nowhere.
-  assert found == {task.name: {'accuracy': 100}}
   assert rankings == {task.name: {'examples': 4, 'ties': 0}}
+  return found[task.name]['accuracy']
+
+
+@pytest.mark.usefixtures('forget_new_tasks')
+def test_options_begin_with_the_sentinel_that_targets_begin_with():
+  """The model knows sums, if it may write the sentinel, 358, before."""
+  seqio.experimental.add_task_with_sentinels('tiny_choices')
+  task = seqio.TaskRegistry.get('tiny_choices_1_sentinel')
+  # Else all options are equal, and the first is 0: right nowhere.
+  assert ranked(task, lambda targets_BxL: targets_BxL[:, 0] == 358) == 100
+
+
+@pytest.mark.usefixtures('forget_new_tasks')
+@pytest.mark.parametrize('ends', [True, False])
+def test_options_end_as_targets_do(ends):
+  task = seqio.TaskRegistry.get('tiny_choices')
+  feature = dataclasses.replace(task.output_features['targets'], add_eos=ends)
+  task = seqio.TaskRegistry.add(
+    'ends',
+    source=task.source,
+    preprocessors=task.preprocessors,
+    output_features={**task.output_features, 'targets': feature},
+    metric_fns=task.metric_fns,
+  )
+  eos = feature.vocabulary.eos_id
+  accuracy = ranked(
+    task, lambda targets_BxL: (targets_BxL == eos).any(1) == ends
+  )
+  assert accuracy == 100
 
 
 @pytest.mark.usefixtures('forget_new_tasks')

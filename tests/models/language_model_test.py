@@ -11,6 +11,7 @@ import tiny_models
 from flax import linen as nn
 
 from sparse_experts.models import layout
+from sparse_experts.models.auxiliary import Totals
 from sparse_experts.models.sums import summary
 from sparse_experts.sharding import names_of
 from sparse_experts.training import optimizers, state, step
@@ -241,6 +242,20 @@ def test_layer_reduction_and_weights():
     bad = tiny_models.make_model()
     object.__setattr__(bad, 'loss_weights', {'sinkhorn': 1.0})
     jax.eval_shape(functools.partial(bad.loss, train=False), params, batch)
+
+
+def test_padding_is_no_target():
+  # Two targets, of probability 1/4 and 1/2, and padding of probability 1/4 that
+  # counts neither there nor in what is divided by: (log 4 + log 2) / 2.
+  model = tiny_models.make_model(encoder=False)
+  logits = jnp.log(jnp.array([[[1, 1, 1, 1], [1, 1, 4, 2], [1, 1, 1, 1]]]))
+  targets = jnp.array([[3, 2, 0]])
+  for weights in ({}, {'decoder_loss_weights': jnp.array([[1, 1, 0]])}):
+    batch = {'decoder_target_tokens': targets, **weights}
+    totals = Totals(model.weight(batch), {})
+    judged = model.measure(logits, batch, totals)
+    np.testing.assert_allclose(judged.loss, 1.5 * np.log(2), rtol=1e-6)
+    assert judged.counts == {'targets': 2}
 
 
 def test_every_parameter_has_names():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sparse_experts import config, sharding
 from sparse_experts.data.dataset import Dataset
@@ -25,6 +26,7 @@ from sparse_experts.training import (
   loop,
   optimizers,
   progress,
+  saver,
   state,
   step,
   total,
@@ -108,6 +110,23 @@ def test_any_mesh_reads_a_checkpoint(mesh, rules, on_eight, model):
     {k: np.asarray(x) for k, x in checkpoints.flatten(arrays).items()},
     command.saved(on_eight, 2),
   )
+
+
+def test_experts_of_all_devices_are_written(tmp_path):
+  """Those of each, not the first's in the places of all."""
+  mesh = sharding.make_mesh(1, 8, 1)
+  params = {'expert': np.arange(16.0, dtype=np.float32).reshape(8, 2)}
+  placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec('expert')))
+  zero = jnp.int32(0)
+  no_data = types.SimpleNamespace(save=lambda directory, streams: None)
+  saved = saver.Saver(tmp_path)
+  saved.save(
+    state.TrainState(zero, placed, {'rate': zero}, zero),
+    saver.DataArgs(no_data),
+  )
+  saved.close()
+  found, _ = checkpoints.load_params(tmp_path)
+  np.testing.assert_array_equal(found['expert'], params['expert'])
 
 
 # Steps that are not finite.
