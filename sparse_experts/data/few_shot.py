@@ -105,6 +105,11 @@ def prompt(
 ) -> str:
   """A question after examples of questions with their answers.
 
+  Args:
+    inputs: the question.
+    shots: questions and their answers, in the order they are shown.
+    separator: between one question with its answer and the next question.
+
   >>> prompt('3+4=', [('1+1=', '2')], separator=' ')
   '1+1= 2 3+4='
   """

@@ -140,6 +140,15 @@ def of_file(
   """The examples of `read`, in the vocabulary and lengths of a dataset.
 
   A task without inputs, a language model's, continues them.
+
+  Args:
+    read: examples of a file, from `read`.
+    dataset: whose task has the vocabulary, and which has lengths in tokens:
+      what is longer is cut at its end.
+    features: what a row is for the model.
+
+  Raises:
+    ValueError: the dataset's task is unknown.
   """
   task = tasks.find(dataset.mixture_or_task_name, dataset.modules)
   lengths = dataset.feature_lengths

@@ -267,6 +267,12 @@ def explained(
 ) -> Records:
   """Records of a dataset, with the text of its tokens and further facts.
 
+  Args:
+    found: from `collect`.
+    model: whose token ids were recorded.
+    dataset: that they are of: it has vocabularies and names of tasks.
+    **facts: by name, beside those there are.
+
   Raises:
     ValueError: there is no sparse layer among them.
   """

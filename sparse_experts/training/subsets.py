@@ -149,7 +149,13 @@ def masks(optimizer: Any, params: Any) -> Any:
 
 
 def keep(masks: Any, tree: Any, other: float = 0.0) -> Any:
-  """The entries of `tree` that are trained, and `other` for all else."""
+  """The entries of `tree` that are trained, and `other` for all else.
+
+  Args:
+    masks: from `masks`, of a tree of the same structure.
+    tree: of arrays, whose dtypes stay.
+    other: a number.
+  """
   return jax.tree.map(
     lambda mask, leaf: _where(mask, leaf, jnp.full_like(leaf, other)),
     masks,
