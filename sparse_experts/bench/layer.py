@@ -316,7 +316,7 @@ class _Program:
       results.append(old)
     _, (_, aux) = jax.jit(loss)(*arguments)
     facts = topology_module.facts(programs[1])
-    program = cls(*programs, arguments, results, facts)
+    program = cls(programs[0], programs[1], arguments, results, facts)
     if aux is not None:
       program.dropped = metrics.summary(jax.device_get(aux.metrics))['dropped']
     program.time()  # Once for nothing: pages and caches.

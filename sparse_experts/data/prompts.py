@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from etils import epath
@@ -84,7 +84,7 @@ def _parse_json(line: str, where: str) -> dict[str, Given]:
   return texts
 
 
-def is_ids(text: Any) -> bool:
+def is_ids(text: Any) -> TypeGuard[list[int]]:
   """Whether a text is given by its token ids."""
   return isinstance(text, list) and all(type(i) is int for i in text)
 
@@ -162,7 +162,7 @@ def of_file(
       vocabulary = task.output_features[name].vocabulary
       ids, last = vocabulary.encode(text), [vocabulary.eos_id] * end
     room = lengths[name] - len(last)
-    return np.array(ids[:room] + last, np.int32), max(0, len(ids) - room)
+    return np.array([*ids[:room], *last], np.int32), max(0, len(ids) - room)
 
   for texts in read:
     name = 'inputs' if asks else 'targets'

@@ -97,7 +97,7 @@ def folded(title: str, content: str) -> str:
 
 
 def table(
-  header: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False
+  header: Sequence[str], rows: Sequence[Sequence[object]], text: bool = False
 ) -> str:
   """A table, whose cells are plain text.
 

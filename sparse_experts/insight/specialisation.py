@@ -33,7 +33,7 @@ def share_by_label(
     names: of the labels. Those without a token have no row.
   """
   counts_RxE, tokens_R = _count_labels(record, label_BxL, len(names))
-  seen = np.flatnonzero(tokens_R)
+  seen = np.flatnonzero(tokens_R).tolist()
   return Matrix(
     tuple(names[i] for i in seen),
     experts(record),

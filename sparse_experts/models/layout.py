@@ -138,6 +138,18 @@ def block_of(path: Sequence[str]) -> tuple[str, ...]:
   return at.block if at else ()
 
 
+def stack_of_block(block: Sequence[str]) -> str:
+  """The name of the stack that a block is in, by the block's path.
+
+  Example:
+    >>> stack_of_block(('decoder', 'period', 'layers_1'))
+    'decoder'
+  """
+  at = split_path(block)
+  assert at is not None, block
+  return at.stack_name
+
+
 def stack_of(path: Sequence[str], stacks: Iterable[str]) -> str | None:
   """Which of these stacks a parameter is in, its norm too; None: in none.
 
@@ -271,7 +283,7 @@ def split_period(kinds: Sequence[Any]) -> Split:
     Split(prefix=1, period=1, repeats=3)
   """
   n = len(kinds)
-  best = None
+  found = []
   for period in range(1, n // 2 + 1):
     for prefix in range(n - 2 * period + 1):
       repeats = 1
@@ -283,14 +295,14 @@ def split_period(kinds: Sequence[Any]) -> Split:
         repeats += 1
       if repeats > 1:
         compiled = n - (repeats - 1) * period
-        best = min(best or (n + 1,), (compiled, period, prefix, repeats))
-  if best is None:
+        found.append((compiled, period, prefix, repeats))
+  if not found:
     raise ValueError(
       f'scan needs a period that repeats, and the {n} layers '
       f'{"".join("s" if kind else "d" for kind in kinds)} (d dense, s sparse) '
       'have none; use scan=False.'
     )
-  _, period, prefix, repeats = best
+  _, period, prefix, repeats = min(found)
   return Split(prefix, period, repeats)
 
 

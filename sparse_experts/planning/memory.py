@@ -169,7 +169,7 @@ def memory(
   working = dict.fromkeys(order, 0.0)
   for path, block in workload.blocks.items():
     kept, at_work = _block(workload, block, remat, model)
-    stack = layout.split_path(path).stack_name
+    stack = layout.stack_of_block(path)
     saved[stack] += block.layers * kept / shards
     working[stack] = max(working[stack], at_work / shards)
   copies = 2 if microbatches > 1 else 1

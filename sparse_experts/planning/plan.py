@@ -248,7 +248,7 @@ def _group_size(wanted: int, legal: Sequence[int]) -> int:
 def _group_sizes(workload: Workload) -> dict[str, int]:
   """The model's own, by stack."""
   return {
-    layout.split_path(path).stack_name: block.group[0]
+    layout.stack_of_block(path): block.group[0]
     for path, block in workload.blocks.items()
     if block.group is not None
   }
@@ -259,7 +259,7 @@ def legal_group_sizes(
 ) -> dict[str, tuple[int, ...]]:
   """Groups of whole sequences, `rows` of which a device has at once."""
   return {
-    layout.split_path(path).stack_name: tuple(
+    layout.stack_of_block(path): tuple(
       block.group[1] * i for i in range(1, rows + 1) if rows % i == 0
     )
     for path, block in workload.blocks.items()

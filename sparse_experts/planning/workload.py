@@ -47,7 +47,7 @@ class Workload:
   """
 
   blocks: Mapping[tuple[str, ...], Block]
-  logits: int
+  logits: float
   logits_flops: float
   itemsize: int
   is_relu: bool

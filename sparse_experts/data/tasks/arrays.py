@@ -123,7 +123,7 @@ class TokenSource(ArraySource):
 
 
 def examples(
-  columns: Mapping[str, tf.Tensor],
+  columns: Mapping[str, Tensor],
   shuffle: bool,
   seed: int | None,
   shard_info: seqio.ShardInfo | None,

@@ -103,7 +103,7 @@ def add_docs_task(
   preprocessors: Sequence[Callable],
   vocabulary: seqio.Vocabulary,
   *,
-  features: Sequence[str] | Mapping[str, seqio.Feature] = ('inputs', 'targets'),
+  features: Sequence[str] | preprocessors.Features = ('inputs', 'targets'),
   metric_fns: Sequence[Callable] = (),
   corpus_name: str = 'small',
 ) -> seqio.Task:
