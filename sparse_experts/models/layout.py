@@ -138,18 +138,6 @@ def block_of(path: Sequence[str]) -> tuple[str, ...]:
   return at.block if at else ()
 
 
-def stack_of_block(block: Sequence[str]) -> str:
-  """The name of the stack that a block is in, by the block's path.
-
-  Example:
-    >>> stack_of_block(('decoder', 'period', 'layers_1'))
-    'decoder'
-  """
-  at = split_path(block)
-  assert at is not None, block
-  return at.stack_name
-
-
 def stack_of(path: Sequence[str], stacks: Iterable[str]) -> str | None:
   """Which of these stacks a parameter is in, its norm too; None: in none.
 
