@@ -106,7 +106,9 @@ class Comparison:
     self.expected = self._oracle(layer)
 
   def difference(
-    self, dispatch: Callable[..., Array], mesh: jax.sharding.Mesh
+    self,
+    dispatch: Callable[..., dispatchers.Dispatched],
+    mesh: jax.sharding.Mesh,
   ) -> tuple[float, float]:
     """max |a - b| / max |b| of outputs, and the largest such of gradients.
 

@@ -47,6 +47,16 @@ class Layer:
   dtype: Dtype = 'float32'
 
   def sparse(self, dispatcher: str, experts: int, k: int) -> MoE:
+    """The sparse layer of this shape.
+
+    Args:
+      dispatcher: a file of moe/dispatchers.
+      experts: E.
+      k: experts per token.
+
+    Raises:
+      ValueError: there is no such dispatcher.
+    """
     return MoE(
       make_router=functools.partial(TopK, num_experts=experts, k=k),
       make_expert=functools.partial(Mlp, hidden_width=self.hidden_width),
@@ -160,6 +170,14 @@ def compiled_layer(
 
   One group of tokens a chip; experts lie on as many chips as there are experts,
   the rest of the mesh is `data`.
+
+  Args:
+    topology: of TPU chips, such as 'v5e:4x4'.
+    experts: E of each layer. choices: k of each.
+    dispatcher_names: files of moe/dispatchers.
+    shape: of the layer.
+    on_row: called with every row as it is ready.
+    dry_run: check, and compile nothing.
 
   Returns:
     A row for each: `dispatcher`, `experts`, `k`, `mesh`,
@@ -298,7 +316,7 @@ class _Program:
       results.append(old)
     _, (_, aux) = jax.jit(loss)(*arguments)
     facts = topology_module.facts(programs[1])
-    program = cls(*programs, arguments, results, facts)
+    program = cls(programs[0], programs[1], arguments, results, facts)
     if aux is not None:
       program.dropped = metrics.summary(jax.device_get(aux.metrics))['dropped']
     program.time()  # Once for nothing: pages and caches.

@@ -36,6 +36,7 @@ def check(chains: Sequence[Sequence[Binding]]) -> None:
 
 def _check_pair(first: Binding, last: Binding) -> None:
   """Of two bindings of a name in files, the second is in effect."""
+  assert first.source is not None and last.source is not None
   given, undoing = _apart(first.source, last.source)
   if not undoing:  # What includes a file may change it.
     return

@@ -276,7 +276,7 @@ def _made_by(function: Callable) -> Any:
   Raises:
     _UnknownError: nobody says what it makes.
   """
-  made = function
+  made: Any = function
   if not inspect.isclass(function):
     made = dict(_hints(function)).get('return')
   if typing.get_origin(made) is collections.abc.Callable:

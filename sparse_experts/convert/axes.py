@@ -31,7 +31,21 @@ def to_theirs(x: np.ndarray, rule: str) -> np.ndarray:
 
 
 def to_ours(y: np.ndarray, rule: str, shape: Sequence[int]) -> np.ndarray:
-  """Their array as we have it, of `shape`."""
+  """Their array as we have it.
+
+  Args:
+    y: theirs, of `their_shape(shape, rule)`.
+    rule: how its axes lie.
+    shape: of ours.
+
+  Raises:
+    ValueError: the array has another number of entries.
+
+  Example:
+    >>> y_HAxD = np.arange(12).reshape(6, 2)
+    >>> to_ours(y_HAxD, 'DHA = (HA)D', (2, 2, 3)).shape
+    (2, 2, 3)
+  """
   if not rule:
     return y
   ours, groups = _parse(rule)

@@ -197,7 +197,7 @@ def _move(checkpoint: Checkpoint, where: Places, write, journal) -> None:
           piece, checkpoint.places[piece.name], checkpoint.tensors
         )
         tensor_map.write(piece, array, where[piece.name], write)
-        journal.add(str(piece), hashlib.sha256(array).hexdigest())
+        journal.add(str(piece), hashlib.sha256(array.data).hexdigest())
       bar.update(4 * math.prod(piece.shape))
 
 

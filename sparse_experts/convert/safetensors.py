@@ -14,6 +14,7 @@ import math
 import pathlib
 import struct
 from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -118,7 +119,8 @@ class Writer:
       np.ascontiguousarray(array, np.float32).tofile(file)
 
   def _create(self, path: pathlib.Path, shapes: Mapping) -> None:
-    header, end = {'__metadata__': {'format': 'pt'}}, 0
+    header: dict[str, dict[str, Any]] = {'__metadata__': {'format': 'pt'}}
+    end = 0
     for name, shape in shapes.items():
       begin, end = end, end + 4 * math.prod(shape)
       header[name] = {

@@ -6,6 +6,7 @@ import functools
 import pathlib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from flax import serialization, traverse_util
@@ -105,7 +106,7 @@ def _legacy(path):
   try:
     tree = serialization.msgpack_restore((path / 'checkpoint').read_bytes())
     tree = tree['optimizer']
-    target = traverse_util.flatten_dict(
+    target: dict[str, Any] = traverse_util.flatten_dict(
       tree['target'],
       is_leaf=lambda _, leaf: not isinstance(leaf, dict) or 'driver' in leaf,
       sep='/',
@@ -122,7 +123,7 @@ def _legacy(path):
       specs[name] = zarr.spec(folder.parent, folder.name, ocdbt=False)
     else:
       found[name] = Tensor(leaf.shape, leaf.dtype, leaf.__getitem__)
-  return found | zarr.read(specs), step, sorted(tree.keys() - {'target'})
+  return found | zarr.read(specs), step, sorted(set(tree) - {'target'})
 
 
 def _scanned(unscanned: Places, names: Iterable[str]) -> dict[str, Place]:

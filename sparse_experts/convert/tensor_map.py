@@ -58,7 +58,7 @@ class Place:
 
   def index(self, experts: slice | None) -> tuple[Any, ...]:
     """The part of its one tensor that holds these experts."""
-    index = [] if experts is None else [experts]
+    index: list[Any] = [] if experts is None else [experts]
     if self.stack is not None:
       axis, layer, _ = self.stack
       index += [slice(None)] * (axis - len(index))
@@ -126,6 +126,7 @@ def read(piece: Piece, place: Place, tensors: Tensors) -> np.ndarray:
     theirs = tensors[place.name].read(place.index(piece.experts))
     ours = axes.to_ours(theirs, place.rule, piece.shape)
     return np.ascontiguousarray(ours, np.float32)
+  assert piece.experts is not None  # Each lies in a tensor of its own.
   ours = np.empty(piece.shape, np.float32)
   for i, e in enumerate(range(piece.experts.start, piece.experts.stop)):
     theirs = tensors[place.name.format(e=e)].read(())
@@ -152,6 +153,7 @@ def write(
     for name in (place.name, *place.copies):
       write_tensor(name, place.index(piece.experts), theirs)
     return
+  assert piece.experts is not None
   for i, e in enumerate(range(piece.experts.start, piece.experts.stop)):
     name = place.name.format(e=e)
     write_tensor(name, (), axes.to_theirs(array[i], place.rule))
@@ -229,8 +231,10 @@ def ours(
 
   def place(name):
     at = layout.split_path(name.split('/'))
-    split = splits.get(at.stack) if at else None
-    turn = split.turn(at.index) if split else None
+    if at is None or at.stack not in splits:
+      return Place(name)
+    split = splits[at.stack]
+    turn = split.turn(at.index)
     if turn is None:
       return Place(name)
     r, j = turn

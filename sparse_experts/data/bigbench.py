@@ -66,7 +66,7 @@ def read(file: epath.PathLike) -> list[Question]:
         'tasks of multiple choice can be ranked.'
       )
     options = tuple(scores)
-    label = max(range(len(options)), key=lambda j: scores[options[j]])
+    label = options.index(max(options, key=scores.__getitem__))
     context = f'{prefix}{before}{example["input"]}{after}'
     questions.append(Question(context, options, label))
   if not questions:

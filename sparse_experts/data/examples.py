@@ -82,8 +82,15 @@ def task_names(
 ) -> tuple[str, ...]:
   """What the task ids of a task's tokens mean; empty where it has none.
 
-  With 'mixture' the tasks of the mixture, sorted by name: a task's number does
-  not depend on how the mixture was put together.
+  Args:
+    task_name: of a task or mixture.
+    task_ids: one of `TASK_IDS`. With 'mixture' the names are those of the
+      mixture's tasks, sorted: a task's number does not depend on how the
+      mixture was put together.
+    modules: further modules that register tasks.
+
+  Raises:
+    ValueError: there is no such task.
 
   >>> task_names('docs_lm')[:3]
   ('ase', 'darts', 'deepchem')
@@ -141,10 +148,19 @@ def check_savable(
   split: str,
   feature_lengths: Mapping[str, int],
 ) -> None:
-  """Raises ValueError where a position in rows of a task cannot be saved.
+  """Checks that a position in rows of a task can be saved.
 
   TensorFlow says so when a position is saved, and then not of what has not been
   begun; of the whole program it can be asked before anything is read.
+
+  Args:
+    rows: all that is made of the examples of `task`.
+    task: whose parts the error names, where it is they that cannot.
+    split: that is read.
+    feature_lengths: length of each feature of the task, in tokens.
+
+  Raises:
+    ValueError: it cannot.
   """
   import seqio
 

@@ -46,7 +46,8 @@ def mixture(name: str, *, shots: int | str = 'zero', seed: int = 0) -> str:
   Raises:
     ValueError: shots is no such number, or a task is not from a table.
   """
-  shots = {'zero': 0, 'one': 1}.get(shots, shots)
+  if isinstance(shots, str):
+    shots = {'zero': 0, 'one': 1}.get(shots, shots)
   if shots != 'few' and not (isinstance(shots, int) and shots >= 0):
     raise ValueError(
       f"shots must be 'zero', 'one', 'few' or a number, not {shots!r}."
@@ -105,6 +106,11 @@ def prompt(
 ) -> str:
   """A question after examples of questions with their answers.
 
+  Args:
+    inputs: the question.
+    shots: questions and their answers, in the order they are shown.
+    separator: between one question with its answer and the next question.
+
   >>> prompt('3+4=', [('1+1=', '2')], separator=' ')
   '1+1= 2 3+4='
   """
@@ -112,7 +118,9 @@ def prompt(
   return separator.join([*shown, inputs])
 
 
-def _add(task: seqio.Task, shots: int | str, seed: int) -> seqio.Task:
+def _add(
+  task: seqio.Task, shots: int | typing.Literal['few'], seed: int
+) -> seqio.Task:
   """A task's benchmark with prompts."""
   host_tensorflow.load()
   import seqio

@@ -106,7 +106,17 @@ def text_rows(path: epath.Path, documents: str = 'paragraph') -> Iterator[Row]:
 def jsonl_rows(
   path: epath.Path, fields: Sequence[str], lists: Sequence[str] = ()
 ) -> Iterator[Row]:
-  """The objects of a file, one a line; `lists` are those fields that list."""
+  """The objects of a file, one a line; blank lines hold none.
+
+  Args:
+    path: of a .jsonl file in UTF-8.
+    fields: keys that every object has, in the order of a row's values.
+    lists: those of them whose value is a list of texts.
+
+  Raises:
+    ValueError: the file is no UTF-8, or a line is no object with such fields;
+      the message says which.
+  """
   # Numbers stay as they are written; json would take NaN, which is no JSON.
   decoder = json.JSONDecoder(
     parse_int=str,

@@ -61,7 +61,7 @@ class JsonVocabulary(seqio.Vocabulary):
     return None
 
   @property
-  def eos_id(self) -> int:
+  def eos_id(self) -> int | None:
     return self._special['eos']
 
   @property

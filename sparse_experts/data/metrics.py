@@ -303,9 +303,9 @@ def _class_f1(targets, predictions, name: str) -> float:
 
 
 def _word_f1(target: str, prediction: str) -> float:
-  target, prediction = target.split(), prediction.split()
-  common = collections.Counter(target) & collections.Counter(prediction)
-  return 2 * common.total() / max(1, len(target) + len(prediction))
+  asked, given = target.split(), prediction.split()
+  common = collections.Counter(asked) & collections.Counter(given)
+  return 2 * common.total() / max(1, len(asked) + len(given))
 
 
 def _correlation(function: Callable, targets, predictions) -> float:

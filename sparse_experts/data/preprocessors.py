@@ -182,8 +182,16 @@ def prefix_lm(
   wherever the cut falls; packing uses the room that is left. Both ends of a
   part are cuts and not ends of text, so no EOS is appended.
 
+  Args:
+    dataset: examples whose 'targets' are the tokens of a document, int32.
+    sequence_length: of 'inputs' and 'targets', in tokens.
+    output_features: the vocabulary of 'targets' provides EOS.
+
   Returns:
     Examples of 'inputs' and 'targets', at least one token each.
+
+  Raises:
+    ValueError: the shorter of the two has fewer than 2 tokens.
   """
   length = min(sequence_length['inputs'], sequence_length['targets'])
   if length < 2:
@@ -211,6 +219,11 @@ def lm(
   """Chunks of exactly the length of `targets`, the only feature.
 
   EOS stands where a document ends, not at the end of a chunk.
+
+  Args:
+    dataset: examples whose 'targets' are the tokens of a document, int32.
+    sequence_length: of 'targets', in tokens.
+    output_features: the vocabulary of 'targets' provides EOS.
   """
   eos = output_features['targets'].vocabulary.eos_id
   return concatenate_and_split(dataset, sequence_length['targets'], eos)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from etils import epath
@@ -85,7 +85,7 @@ def _parse_json(line: str, where: str) -> dict[str, Given]:
   return texts
 
 
-def is_ids(text: Any) -> bool:
+def is_ids(text: Any) -> TypeGuard[list[int]]:
   """Whether a text is given by its token ids."""
   return isinstance(text, list) and all(type(i) is int for i in text)
 
@@ -141,6 +141,15 @@ def of_file(
   """The examples of `read`, in the vocabulary and lengths of a dataset.
 
   A task without inputs, a language model's, continues them.
+
+  Args:
+    read: examples of a file, from `read`.
+    dataset: whose task has the vocabulary, and which has lengths in tokens:
+      what is longer is cut at its end.
+    features: what a row is for the model.
+
+  Raises:
+    ValueError: the dataset's task is unknown.
   """
   task = tasks.find(dataset.mixture_or_task_name, dataset.modules)
   lengths = dataset.feature_lengths
@@ -154,7 +163,7 @@ def of_file(
       vocabulary = task.output_features[name].vocabulary
       ids, last = vocabulary.encode(text), [vocabulary.eos_id] * end
     room = lengths[name] - len(last)
-    return np.array(ids[:room] + last, np.int32), max(0, len(ids) - room)
+    return np.array([*ids[:room], *last], np.int32), max(0, len(ids) - room)
 
   for texts in read:
     name = 'inputs' if asks else 'targets'

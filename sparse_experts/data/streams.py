@@ -36,6 +36,14 @@ Batch = dict[str, np.ndarray]
 def streams(rows: slice, batch_size: int, num_shards: int) -> range:
   """The streams of which some rows are among `rows` of the global batch.
 
+  Args:
+    rows: a range of [0, batch_size).
+    batch_size: rows of the global batch.
+    num_shards: streams, each of batch_size / num_shards rows.
+
+  Raises:
+    ValueError: streams would not be equal, or rows are no such range.
+
   >>> streams(slice(4, 8), batch_size=16, num_shards=2)
   range(0, 1)
   """

@@ -14,14 +14,19 @@ from sparse_experts.data.special_tokens import NO_TOKEN, T5, SpecialTokens
 def vocabulary_size(
   task_name: str, modules: Sequence[str] = (), feature: str | None = None
 ) -> int:
-  """Number of ids of a feature of a task; None: the largest over its features.
+  """Number of token ids of a task.
 
   >>> vocabulary_size('docs_lm')
   8100
 
+  Args:
+    task_name: of a task or mixture.
+    modules: further modules that register tasks.
+    feature: whose; None: the largest number over all features.
+
   Raises:
-    ValueError: the task has no such feature. FileNotFoundError: its vocabulary
-      cannot be read.
+    ValueError: there is no such task, or it has no such feature.
+    FileNotFoundError: its vocabulary cannot be read.
   """
   features = tasks.find(task_name, modules).output_features
   asked = [feature] if feature else list(features)
@@ -48,6 +53,12 @@ def check_vocabulary(
   special_tokens: SpecialTokens = T5,
 ) -> None:
   """Checks that a model with so many embeddings knows all ids of a task.
+
+  Args:
+    task_name: of a task or mixture.
+    embeddings: V, the number of ids that the model embeds.
+    modules: further modules that register tasks.
+    special_tokens: the model's, of which the task's texts know padding and EOS.
 
   Raises:
     ValueError: it does not (out-of-range ids would be clamped in silence), nor
@@ -117,6 +128,12 @@ def token_pieces(
 
   Of SentencePiece its pieces, where '▁' is the space before a word; control
   tokens are '<pad>', '</s>', '<unk>', sentinels '<extra_id_0>' and so on.
+
+  Args:
+    task_name: of a task or mixture.
+    feature: of the task, whose vocabulary it is.
+    ids: integers [I]; a negative one is padding.
+    modules: further modules that register tasks.
 
   >>> token_pieces('docs_lm', 'targets', [0, 8099])
   {0: '<pad>', 8099: '<extra_id_0>'}

@@ -177,7 +177,7 @@ class OptionScores:
         f'{self._length}: raise the length.'
       )
     return np.pad(
-      np.int32(option),
+      np.asarray(option, np.int32),
       (0, self._length - len(option)),
       constant_values=self._pad_id,
     )

@@ -199,6 +199,13 @@ class _Ranked:
 def judged_options(task, examples, log_likelihoods):
   """What a ranking of options is worth.
 
+  Args:
+    task: the seqio task, whose metrics are taken.
+    examples: its examples as seqio gives them: 'targets_pretokenized', bytes,
+      'options', a list of such, and maybe 'label', the index of the right one,
+      below 0 where that is not one.
+    log_likelihoods: of each example's options, [W] each, in nats.
+
   Returns:
     The task's metrics; the numbers of 'examples' and of 'ties', examples whose
     most probable options are several, of which the first is taken: where that

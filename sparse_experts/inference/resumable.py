@@ -61,7 +61,7 @@ class ResumableLines:
       count = int(multihost_utils.broadcast_one_to_all(count))
       self.done = self.done[:count]
 
-  def append(self, objects: Sequence[Mapping[str, Any]]) -> None:
+  def append(self, objects: Sequence[dict[str, Any]]) -> None:
     """Adds lines, by one write."""
     self.done += objects
     if jax.process_index() == 0:

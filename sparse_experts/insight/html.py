@@ -52,7 +52,13 @@ code { background: var(--panel); padding: 0 .25rem; margin-right: .3rem;
 
 
 def render(title: str, sections: Sequence[tuple[str, str]], lead: str) -> str:
-  """The page: `lead`, links to the sections, then each under its heading."""
+  """The page: `lead`, links to the sections, then each under its heading.
+
+  Args:
+    title: its title and heading, as plain text.
+    sections: names, as plain text, and contents, as HTML.
+    lead: what stands first, as HTML.
+  """
   links = ''.join(
     f'<a href="#{_anchor(name)}">{html.escape(name)}</a>\n'
     for name, _ in sections
@@ -91,11 +97,16 @@ def folded(title: str, content: str) -> str:
 
 
 def table(
-  header: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False
+  header: Sequence[str], rows: Sequence[Sequence[object]], text: bool = False
 ) -> str:
-  """Numbers to the right of names; or `text`, whose last column wraps.
+  """A table, whose cells are plain text.
 
-  A cell that is a tuple is set piece by piece.
+  Args:
+    header: a name for each column.
+    rows: a cell for each column. One that is a tuple of texts is set piece by
+      piece, each as code.
+    text: the last column is text and wraps; else columns after the first are
+      numbers, to the right.
   """
 
   def row(cells, tag):

@@ -35,7 +35,12 @@ _WIDTH = 4.6  # Inches: a column of print, a phone held upright.
 def curves(
   named: Mapping[str, Curve], *, ylabel: str, xlabel: str = 'step'
 ) -> Figure:
-  """One line for each name, at the steps it has."""
+  """One line for each name, at the steps it has.
+
+  Args:
+    named: curves by name; without a value other than 0 the axis is 0 to 1.
+    ylabel, xlabel: what the axes show, with its unit.
+  """
   figure, axes = _axes()
   for (name, curve), style in zip(named.items(), _styles()):
     marker = 'o' if len(curve.steps) < 12 else None

@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.typing import ArrayLike
 
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.features.base import TokenIds
 from sparse_experts.data.features.text import TextToText
 from sparse_experts.models.layout import LayerId
-from sparse_experts.models.objective import Batch, Objective
+from sparse_experts.models.objective import Objective
 from sparse_experts.moe import Record
 from sparse_experts.numbers import Count
 from sparse_experts.training import checkpoints, global_batch, step
@@ -136,7 +137,7 @@ def load(path: epath.PathLike) -> Records:
 
 
 def collect(
-  pairs: Iterable[tuple[Batch, Mapping[str, Record]]],
+  pairs: Iterable[tuple[Mapping[str, ArrayLike], Mapping[str, Record]]],
   token_ids: Mapping[str, TokenIds] = TextToText.token_ids,
 ) -> Records:
   """Batches and what `Objective.record` said of each, as one.
@@ -226,6 +227,12 @@ def record(
     params, at = restore_params(
       model, model_dir, dataset, mesh, parameters, dry_run
     )
+    suffix = '' if parameters == 'trained' else f'-{parameters}'
+    name = f'{dataset.mixture_or_task_name}-{dataset.split}-{at}{suffix}.npz'
+    path = checkpoints.root_of(model_dir) / 'records' / name
+    if dry_run:
+      next(dataset.evaluation(model.features))
+      return None, path
     take = jax.jit(
       functools.partial(
         step.record_step,
@@ -241,15 +248,7 @@ def record(
         placed = global_batch.place(batch, mesh, dataset.batch_size, 0)
         yield batch, take(params, placed)
 
-    if dry_run:
-      next(dataset.evaluation(model.features))
-    else:
-      found = collect(pairs(), model.features.token_ids)
-  suffix = '' if parameters == 'trained' else f'-{parameters}'
-  name = f'{dataset.mixture_or_task_name}-{dataset.split}-{at}{suffix}.npz'
-  path = checkpoints.root_of(model_dir) / 'records' / name
-  if dry_run:
-    return None, path
+    found = collect(pairs(), model.features.token_ids)
   found = explained(
     found,
     model,
@@ -266,6 +265,12 @@ def explained(
   found: Records, model: Objective, dataset: Dataset, **facts: Any
 ) -> Records:
   """Records of a dataset, with the text of its tokens and further facts.
+
+  Args:
+    found: from `collect`.
+    model: whose token ids were recorded.
+    dataset: that they are of: it has vocabularies and names of tasks.
+    **facts: by name, beside those there are.
 
   Raises:
     ValueError: there is no sparse layer among them.

@@ -7,7 +7,7 @@ References:
 from __future__ import annotations
 
 import collections
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Matrix(NamedTuple):
   values: np.ndarray
 
 
-def recount(record: Record) -> dict[str, np.ndarray]:
+def recount(record: Record) -> dict[str, np.ndarray | np.float64]:
   """The sums of `moe.metrics.counts`, from the record of the same tokens."""
   E, fate_BxLxK = record.num_experts, record.fate_BxLxK
   real_BxL, chosen_BxLxK = ~is_padding(record), is_choice(record)
@@ -56,7 +56,7 @@ def recount(record: Record) -> dict[str, np.ndarray]:
   return {name: np.float64(value) for name, value in sums.items()}
 
 
-def summary(record: Record) -> dict[str, float | np.ndarray]:
+def summary(record: Record) -> dict[str, Any]:
   """What `moe.summary` says of a layer, and more.
 
   'hot': experts of twice the mean load or more. 'log_z': of the router's

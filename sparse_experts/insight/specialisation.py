@@ -33,7 +33,7 @@ def share_by_label(
     names: of the labels. Those without a token have no row.
   """
   counts_RxE, tokens_R = _count_labels(record, label_BxL, len(names))
-  seen = np.flatnonzero(tokens_R)
+  seen = np.flatnonzero(tokens_R).tolist()
   return Matrix(
     tuple(names[i] for i in seen),
     experts(record),
@@ -165,7 +165,13 @@ def expert_table(records: Records, layer: str, tokens: int = 8) -> list[Expert]:
 
 
 def piece(records: Records, layer: str, token_id: int) -> str:
-  """The text of a token of a layer; its number where that is not recorded."""
+  """The text of a token; its number where that is not recorded.
+
+  Args:
+    records: that have the texts, by stack.
+    layer: one of their layers: what tokens are is its stack's.
+    token_id: of that stack's tokens.
+  """
   pieces = records.pieces.get(_stack(layer), {})
   return pieces.get(int(token_id), str(token_id))
 

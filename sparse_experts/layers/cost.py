@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 from flax import linen as nn
@@ -62,7 +62,7 @@ class Cost:
   group: tuple[int, int] | None = None
   untold: str | None = None
 
-  def __add__(self, other: Cost) -> Cost:
+  def __add__(self, other: Cost) -> Self:
     """The sum, of the class of the first.
 
     Example:

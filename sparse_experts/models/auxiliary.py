@@ -170,8 +170,9 @@ def _balance(
   if balance_over == 'batch_so_far':
     given += own
   if balance_over == 'last_step':  # There is none before the first.
+    is_there = given.tokens_G.sum() > 0
     given = jax.tree.map(
-      lambda last, now: jnp.where(given.tokens_G.sum() > 0, last, now),
+      lambda last, now: jnp.where(is_there, last, now),
       given,
       jax.lax.stop_gradient(own),
     )
@@ -183,12 +184,13 @@ def _share(auxes: Mapping[str, Aux], totals: Totals) -> Array | float:
 
   1 where the losses are no means over tokens.
   """
-  if any(aux.tokens is None for aux in auxes.values()):
+  tokens = [aux.tokens for aux in auxes.values() if aux.tokens is not None]
+  if len(tokens) < len(auxes):
     return 1.0
   expected = sum(totals.tokens[LayerId.parse(name).stack] for name in auxes)
-  return sum(aux.tokens for aux in auxes.values()) / or_one(expected)
+  return sum(tokens) / or_one(expected)
 
 
-def or_one(total: Array) -> Array:
+def or_one(total: Array | int) -> Array:
   """To divide by: 1 for 0. A mean over microbatches can be less than 1."""
   return jnp.where(total > 0, total, 1)

@@ -47,14 +47,16 @@ def update_biases(
     Wang et al. 2024, https://arxiv.org/abs/2408.15664, Algorithm 1.
     DeepSeek-AI 2024 (V3), https://arxiv.org/abs/2412.19437, section 2.1.2.
   """
-  flat = traverse_util.flatten_dict(params, keep_empty_nodes=True)
+  flat: dict[Any, Any] = traverse_util.flatten_dict(
+    params, keep_empty_nodes=True
+  )
   biases = [path for path in flat if path[-1] == BIAS]
   if not biases:
     raise ValueError(
       f'bias_rate={rate} moves the biases of routers, but none has one: set '
       'DeepSeek.balance_bias=True, or bias_rate=0.'
     )
-  masks = traverse_util.flatten_dict(trained or {})
+  masks: dict[Any, Any] = traverse_util.flatten_dict(trained or {})
   for path in biases:
     loads = [
       layer_sums[str(layer)]['chosen_E']

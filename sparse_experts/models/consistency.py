@@ -71,7 +71,8 @@ class Consistency(Wrapper):
       )
       for i in range(2)
     ]
-    return tuple(Two(*both) for both in zip(*passes))
+    outputs, auxes = zip(*passes)
+    return Two(*outputs), Two(*auxes)
 
   def predictions(self, outputs: Any, batch: Batch) -> tuple[Array, Array]:
     """As `Objective.predictions`, of one pass."""

@@ -168,7 +168,7 @@ class Contrastive(Objective):
   def check_data(self, dataset: Dataset) -> None:
     """Raises ValueError where a tower does not know all ids of the task."""
     for side in (self.features.left, self.features.right):
-      if not side.is_text:
+      if side.num_ids is None:
         continue
       ids = dataset.vocabulary_size(side.feature)
       if ids > side.num_ids:
@@ -192,11 +192,11 @@ class Contrastive(Objective):
     logits_BxI = jnp.exp(log_scale) * similar_BxI
     if outputs.bias is not None:
       logits_BxI += outputs.bias
-    one, other = (
+    (loss_1_B, right_1_B), (loss_2_B, right_2_B) = (
       self._choose(logits_BxI, pairs.weights_B > 0)
       for logits_BxI in (logits_BxI, logits_BxI.T)
     )
-    return tuple((a_B + b_B) / 2 for a_B, b_B in zip(one, other))
+    return (loss_1_B + loss_2_B) / 2, (right_1_B + right_2_B) / 2
 
   def _choose(self, logits_BxI: Array, is_pair_I: Array) -> tuple[Array, Array]:
     """Of each row its loss, and whether its own column is the largest; [B]."""

@@ -25,6 +25,7 @@ class Decodable(Protocol):
 
   def score(self, params: Any, batch: Any) -> Array:
     """Log-probability of each row's targets, float32 [B]."""
+    ...
 
   def decode(
     self, params: Any, batch: Any, keys_B: Array | None, *, max_tokens: int
@@ -37,6 +38,7 @@ class Decodable(Protocol):
       keys_B: a random key for each row; None where nothing is drawn.
       max_tokens: T, of an answer.
     """
+    ...
 
 
 def check_decodable(objective: Any) -> None:

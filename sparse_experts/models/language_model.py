@@ -132,7 +132,7 @@ class LanguageModel(nn.Module):
       Logits [B, V] of each answer's first token.
     """
     memory_BxMxD, _ = self._encode(batch)
-    if self.encoder is None:
+    if memory_BxMxD is None:
       tokens_BxL = batch['decoder_input_tokens']
       prompt_BxL = batch.get('decoder_causal_attention')
       attend_BxLxL = self._attend(batch)

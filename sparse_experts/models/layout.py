@@ -275,7 +275,7 @@ def split_period(kinds: Sequence[Any]) -> Split:
     Split(prefix=1, period=1, repeats=3)
   """
   n = len(kinds)
-  best = None
+  found = []
   for period in range(1, n // 2 + 1):
     for prefix in range(n - 2 * period + 1):
       repeats = 1
@@ -287,14 +287,14 @@ def split_period(kinds: Sequence[Any]) -> Split:
         repeats += 1
       if repeats > 1:
         compiled = n - (repeats - 1) * period
-        best = min(best or (n + 1,), (compiled, period, prefix, repeats))
-  if best is None:
+        found.append((compiled, period, prefix, repeats))
+  if not found:
     raise ValueError(
       f'scan needs a period that repeats, and the {n} layers '
       f'{"".join("s" if kind else "d" for kind in kinds)} (d dense, s sparse) '
       'have none; use scan=False.'
     )
-  _, period, prefix, repeats = best
+  _, period, prefix, repeats = min(found)
   return Split(prefix, period, repeats)
 
 

@@ -71,8 +71,7 @@ class Block(nn.Module):
     """The output, and the Aux of each sparse layer: 'layers' in FFN's place."""
     routing = self._routing(context)
     x_BxLxD, auxes = self._attend(x_BxLxD, context, routing)
-    if self.make_cross_attention is not None:
-      x_BxLxD = self._attend_memory(x_BxLxD, context)
+    x_BxLxD = self._attend_memory(x_BxLxD, context)
     x_BxLxD, of_ffn = self._feed_forward(x_BxLxD, routing)
     return x_BxLxD, auxes | of_ffn
 
@@ -104,9 +103,8 @@ class Block(nn.Module):
         bidirectional=not self.causal, name='relative_bias'
       )(context.queries_BxL, context.keys_BxM)
     h_BxLxD = self.make_norm(name='attention_norm')(x_BxLxD)
-    is_sparse = self.sparse and self.make_sparse_attention is not None
-    make = self.make_sparse_attention if is_sparse else self.make_attention
-    h_BxLxD = make(name='attention')(
+    make_sparse = self.make_sparse_attention if self.sparse else None
+    h_BxLxD = (make_sparse or self.make_attention)(name='attention')(
       h_BxLxD,
       h_BxLxD,
       mask_BxLxM=context.attend_BxLxM,
@@ -117,13 +115,15 @@ class Block(nn.Module):
       queries_BxL=context.queries_BxL,
       keys_BxM=context.keys_BxM,
       deterministic=context.deterministic,
-      **({'routing': routing} if is_sparse else {}),
+      **({'routing': routing} if make_sparse else {}),
     )
-    h_BxLxD, auxes = h_BxLxD if is_sparse else (h_BxLxD, {})
+    h_BxLxD, auxes = h_BxLxD if make_sparse else (h_BxLxD, {})
     return self._add(x_BxLxD, h_BxLxD, context.deterministic), auxes
 
   def _attend_memory(self, x_BxLxD: Array, context: Context) -> Array:
-    """Cross-attention."""
+    """Cross-attention, if there is any."""
+    if self.make_cross_attention is None:
+      return x_BxLxD
     memory_BxMxD = context.memory_BxMxD  # None once it is in the cache.
     h_BxLxD = self.make_norm(name='cross_attention_norm')(x_BxLxD)
     h_BxLxD = self.make_cross_attention(name='cross_attention')(
@@ -258,7 +258,7 @@ def map_rows(function: Callable[[Array], Array], cache: Any) -> Any:
   """
 
   def apply(path, leaf):
-    scanned = layout.is_scanned([getattr(key, 'key', None) for key in path])
+    scanned = layout.is_scanned([getattr(key, 'key', '') for key in path])
     return (jax.vmap(function) if scanned else function)(leaf)
 
   return jax.tree_util.tree_map_with_path(apply, cache)

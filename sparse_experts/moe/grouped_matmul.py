@@ -149,13 +149,13 @@ def _tiling(rows: int, inputs: int, outputs: int) -> tuple[int, int, int]:
 def _megablox_rows(x_RxI, w_ExDxF, sizes_E, transpose):
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-  outputs = w_ExDxF.shape[1 if transpose else 2]
+  (rows, inputs), outputs = x_RxI.shape, w_ExDxF.shape[1 if transpose else 2]
   y_RxO = gmm(
     x_RxI,
     w_ExDxF,
     sizes_E,
     x_RxI.dtype,
-    _tiling(*x_RxI.shape, outputs),
+    _tiling(rows, inputs, outputs),
     transpose_rhs=transpose,
   )
   return _zero_rest(y_RxO, sizes_E)
@@ -164,8 +164,8 @@ def _megablox_rows(x_RxI, w_ExDxF, sizes_E, transpose):
 def _megablox_outer(x_RxD, dy_RxF, sizes_E):
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-  tiling = _tiling(*x_RxD.shape, dy_RxF.shape[1])
-  return tgmm(x_RxD.T, dy_RxF, sizes_E, x_RxD.dtype, tiling)
+  (R, D), F = x_RxD.shape, dy_RxF.shape[1]
+  return tgmm(x_RxD.T, dy_RxF, sizes_E, x_RxD.dtype, _tiling(R, D, F))
 
 
 # 'padded'

@@ -14,6 +14,7 @@ from sparse_experts.letters import Array
 from sparse_experts.moe import groups, losses, metrics
 from sparse_experts.moe.assignment import SoftAssignment
 from sparse_experts.moe.capacity import CapacityRule
+from sparse_experts.moe.dispatchers import Dispatched
 from sparse_experts.moe.dispatchers.gather import gather
 from sparse_experts.moe.dispatchers.grouped import grouped
 from sparse_experts.moe.experts import Experts, init
@@ -69,8 +70,8 @@ class MoE(nn.Module):
   make_expert: Callable[..., nn.Module]
   group_size: Count | None = None
   capacity_rule: CapacityRule = CapacityRule()
-  dispatch: Callable[..., Array] = gather
-  exact_dispatch: Callable[..., Array] = grouped
+  dispatch: Callable[..., Dispatched] = gather
+  exact_dispatch: Callable[..., Dispatched] = grouped
   make_shared_expert: Callable[..., nn.Module] | None = None
   num_experts: int | None = None
 

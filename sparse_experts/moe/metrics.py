@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, SoftAssignment
@@ -91,7 +93,7 @@ def _positions(real_GxS: Array) -> dict[str, Array]:
   return {'tokens': tokens, 'padding': real_GxS.size - tokens}
 
 
-def summary(sums: Mapping[str, Array]) -> dict[str, float | np.ndarray]:
+def summary(sums: Mapping[str, ArrayLike]) -> dict[str, Any]:
   """Fractions of one layer from its summed metrics.
 
   Returns:

@@ -51,7 +51,7 @@ class Record:
 def record(
   assignment: Assignment | SoftAssignment,
   *,
-  shape: tuple[int, int],
+  shape: tuple[int, ...],
   capacity: int | None = None,
   mask_GxS: Array | None = None,
   lost: Mapping[str, Array] | None = None,

@@ -68,7 +68,7 @@ def ledger(
   names = sharding.names_of(boxed)
 
   kinds = ('total_params', 'block_params', 'sparse_params', 'active_params')
-  counts = dict.fromkeys(kinds, 0)
+  counts: dict[str, float] = dict.fromkeys(kinds, 0)
   components: dict[str, int] = {}
   flops, kaplan, padding = around, around, 0.0
   is_names = lambda x: isinstance(x, tuple)

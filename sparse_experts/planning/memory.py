@@ -167,9 +167,8 @@ def memory(
   order = sorted(set(stacks) - {'head'}, key=lambda name: LayerId(name, 0))
   saved = dict.fromkeys(order, 0.0)
   working = dict.fromkeys(order, 0.0)
-  for path, block in workload.blocks.items():
+  for stack, block in workload.in_stacks():
     kept, at_work = _block(workload, block, remat, model)
-    stack = layout.split_path(path).stack_name
     saved[stack] += block.layers * kept / shards
     working[stack] = max(working[stack], at_work / shards)
   copies = 2 if microbatches > 1 else 1

@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from sparse_experts import sharding
-from sparse_experts.models import layout
 from sparse_experts.models.transformer import REMAT_POLICIES
 from sparse_experts.planning import workload as workload_module
 from sparse_experts.planning.chips import Chip
@@ -248,8 +247,8 @@ def _group_size(wanted: int, legal: Sequence[int]) -> int:
 def _group_sizes(workload: Workload) -> dict[str, int]:
   """The model's own, by stack."""
   return {
-    layout.split_path(path).stack_name: block.group[0]
-    for path, block in workload.blocks.items()
+    stack: block.group[0]
+    for stack, block in workload.in_stacks()
     if block.group is not None
   }
 
@@ -259,9 +258,9 @@ def legal_group_sizes(
 ) -> dict[str, tuple[int, ...]]:
   """Groups of whole sequences, `rows` of which a device has at once."""
   return {
-    layout.split_path(path).stack_name: tuple(
+    stack: tuple(
       block.group[1] * i for i in range(1, rows + 1) if rows % i == 0
     )
-    for path, block in workload.blocks.items()
+    for stack, block in workload.in_stacks()
     if block.group is not None
   }

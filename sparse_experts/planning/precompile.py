@@ -247,7 +247,7 @@ def _host_peak_bytes() -> int:
   Not `getrusage`: Linux counts there what a parent had before it started us.
   """
   status = pathlib.Path('/proc/self/status').read_text()
-  return 1024 * int(re.search(r'VmHWM:\s+(\d+) kB', status).group(1))
+  return 1024 * int(re.findall(r'VmHWM:\s+(\d+) kB', status)[0])
 
 
 def _step(run: Run, mesh: Mesh | AbstractMesh, what: str):

@@ -40,7 +40,7 @@ class Roofline:
   def bound(self) -> str:
     """The largest of the four."""
     times = dataclasses.asdict(self)
-    return max(times, key=times.get)
+    return max(times, key=times.__getitem__)
 
 
 def train_flops(workload: Workload, remat: str) -> float:

@@ -310,11 +310,11 @@ def losses(router: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if row['router'] in ('Dense', router)
     and all(row[name] == value for name, value in design.items())
   ]
-  columns = (('dense_params', int), ('experts', int), ('loss', float))
-  return tuple(
+  params, experts, losses = (
     np.array([kind(row[name]) for row in chosen], float)
-    for name, kind in columns
+    for name, kind in (('dense_params', int), ('experts', int), ('loss', float))
   )
+  return params, experts, losses
 
 
 def _data(*columns: Any) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -47,11 +47,18 @@ class Workload:
   """
 
   blocks: Mapping[tuple[str, ...], Block]
-  logits: int
+  logits: float
   logits_flops: float
   itemsize: int
   is_relu: bool
   num_experts: int
+
+  def in_stacks(self) -> Iterator[tuple[str, Block]]:
+    """Each block, after the name of its stack."""
+    for path, block in self.blocks.items():
+      at = layout.split_path(path)
+      assert at is not None, path
+      yield at.stack_name, block
 
   def total(self, field: str) -> float:
     """Sum over all layers of a field of `Block`."""

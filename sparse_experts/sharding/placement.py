@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-MESH_AXES = ('data', 'expert', 'model')
+MESH_AXES: tuple[str, ...] = ('data', 'expert', 'model')
 
 MeshAxes = str | tuple[str, ...] | list[str] | None
 

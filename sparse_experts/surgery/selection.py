@@ -129,6 +129,7 @@ def _chosen(
     wanted = experts[index[0]]
     array = np.empty((wanted.size, *there[1:]), np.float32)
     for piece in tensor_map.pieces({name: there}):
+      assert piece.experts is not None
       here = (piece.experts.start <= wanted) & (wanted < piece.experts.stop)
       if here.any():
         part = tensor_map.read(piece, place, source.tensors)

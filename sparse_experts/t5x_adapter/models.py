@@ -97,7 +97,13 @@ class SparseModel(t5x_models.BaseTransformerModel):
     input_shapes: Mapping[str, tuple[int, ...]],
     input_types: Mapping[str, Any] | None = None,
   ) -> dict[str, Any]:
-    """'params' and their axes, and 'router_state' where there is such."""
+    """'params' and their axes, and 'router_state' where there is such.
+
+    Args:
+      rng: a key.
+      input_shapes: of a batch's features, by name.
+      input_types: their dtypes; int32 unless given.
+    """
     types = input_types or {}
     shapes = {
       name: jax.ShapeDtypeStruct(shape, types.get(name, jnp.int32))
@@ -131,6 +137,12 @@ class SparseModel(t5x_models.BaseTransformerModel):
   ):
     """`Objective.loss`: in training with a `dropout_rng`, else in evaluation.
 
+    Args:
+      params: T5X's parameters.
+      batch: features [B, L].
+      dropout_rng: a key; None: evaluation.
+      flax_mutables: T5X's, which hold 'router_state' where the model has it.
+
     Returns:
       The loss; metrics, or where there are `flax_mutables`, metrics and the
       mutables after.
@@ -158,12 +170,20 @@ class SparseModel(t5x_models.BaseTransformerModel):
     return loss, (measured, flax_mutables)
 
   def eval_fn(self, params, batch: Batch, flax_mutables=None):
-    """Loss and metrics at evaluation's capacity, without dropout."""
+    """Loss and metrics at evaluation's capacity, without dropout.
+
+    Args:
+      params, batch, flax_mutables: as of `loss_fn`.
+    """
     loss, measured = self.loss_fn(params, batch, None, flax_mutables)
     return loss, measured[0] if flax_mutables else measured
 
   def score_batch(self, params, batch: Batch, flax_mutables=None) -> Array:
-    """Exact log-probability of each row's targets, float32 [B]."""
+    """Exact log-probability of each row's targets, float32 [B], in nats.
+
+    Args:
+      params, batch, flax_mutables: as of `loss_fn`.
+    """
     return self.model.score(variables.join(params, flax_mutables), batch)
 
   def _compute_logits(self, params, batch: Batch, dropout_rng=None) -> Array:
@@ -174,7 +194,11 @@ class SparseModel(t5x_models.BaseTransformerModel):
   def predict_batch(
     self, params, batch: Batch, rng: Array | None = None, flax_mutables=None
   ) -> Array:
-    """Answers, int32 [B, T]; see `predict_batch_with_aux`."""
+    """Answers, int32 [B, T].
+
+    Args:
+      params, batch, rng, flax_mutables: as of `predict_batch_with_aux`.
+    """
     return self.predict_batch_with_aux(
       params, batch, rng, flax_mutables=flax_mutables
     )[0]

@@ -43,6 +43,16 @@ class Optax(optimizers.OptaxWrapper):
     return super().init_state(flax.core.unfreeze(params))
 
   def apply_gradient(self, hyper_params, params, state, grads):
+    """A step of the optimizer.
+
+    Args:
+      hyper_params: T5X's, of which the optimizer reads none.
+      params: trees of arrays. grads: alike.
+      state: the optimizer's, from `init_state` or the step before.
+
+    Returns:
+      Parameters, frozen, and state after the step.
+    """
     new_params, new_state = super().apply_gradient(
       hyper_params, flax.core.unfreeze(params), state, flax.core.unfreeze(grads)
     )

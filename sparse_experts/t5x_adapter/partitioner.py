@@ -59,7 +59,14 @@ class Partitioner(partitioning.PjitPartitioner):
     static_argnums=(),
     donate_argnums=(),
   ):
-    """`fn` compiled for the mesh; None is whole on every device."""
+    """A function compiled for the mesh.
+
+    Args:
+      fn: of positional arguments.
+      in_axis_resources, out_axis_resources: a PartitionSpec for each array of
+        its arguments and results; None: whole on every device.
+      static_argnums, donate_argnums: as of `jax.jit`.
+    """
     return _Partitioned(
       jax.jit(
         fn,

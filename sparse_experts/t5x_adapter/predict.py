@@ -80,6 +80,15 @@ def by_t5x(
   Prompt, without its start token, and answer have the length L of decoder
   features together.
 
+  Args:
+    model: the model.
+    params: its parameters.
+    batch: features, int32 [B, L]; prompts of a decoder alone are where
+      'decoder_causal_attention' is 1.
+    num_decodes: W.
+    decode_fn: T5X's, such as `t5x.decoding.temperature_sample`.
+    **decoder_params: further arguments of it.
+
   Returns:
     Tokens [B, W, L] and their scores [B, W].
 

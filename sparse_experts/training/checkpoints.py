@@ -106,7 +106,16 @@ def load_params(
 def load_average(
   path: epath.PathLike, boxed: Any, placed: Any
 ) -> tuple[Any, int]:
-  """The average of the parameters (`ema.averaged`), as `load_params`."""
+  """The average of the parameters (`ema.averaged`), and its step.
+
+  Args:
+    path: see `find`.
+    boxed, placed: shapes and shardings of the parameters.
+
+  Raises:
+    FileNotFoundError: no checkpoint. ValueError: of another architecture, or
+      without an average, or damaged.
+  """
   step = check_average(path, boxed)
   path, _ = find(path)
   verify(path, 'optimizer')
@@ -142,8 +151,13 @@ def restore(
 ) -> TrainState:
   """The state of a run at `step`, each array where `placed` says.
 
-  Any mesh and any number of processes will do. Nothing there changes; `batches`
-  continue where the run's did.
+  Any mesh and any number of processes will do. Nothing there changes.
+
+  Args:
+    model_dir: of the run.
+    step: of one of its checkpoints.
+    boxed, placed: shapes and shardings of the state.
+    batches: continue where the run's did.
 
   Raises:
     ValueError: the checkpoint is of another architecture or other data, or
@@ -166,7 +180,16 @@ def restore(
 def restore_data(
   model_dir: epath.PathLike, step: int, batches: Batches
 ) -> None:
-  """`batches` continue where a run's did at `step`; raises as `restore`."""
+  """The part of `restore` that is the data.
+
+  Args:
+    model_dir: of the run.
+    step: of one of its checkpoints.
+    batches: continue where the run's did.
+
+  Raises:
+    ValueError: the checkpoint is of other data, or damaged.
+  """
   path = directory_of(model_dir) / str(step)
   with _reading(path, checked=True):
     batches.restore(path / 'data')

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 
 class AveragedState(NamedTuple):
@@ -91,7 +92,7 @@ def averaged(
   return inner._replace(init=init, update=update)
 
 
-def _share(decay: float, n: jax.Array) -> jax.Array:
+def _share(decay: float, n: ArrayLike) -> jax.Array:
   """(1 - decay) / (1 - decay^n), float32, exactly 1 at n = 1.
 
   By expm1: for a decay near 1 the differences lose digits.
@@ -99,4 +100,4 @@ def _share(decay: float, n: jax.Array) -> jax.Array:
   if decay == 0:
     return jnp.float32(1)
   log = jnp.float32(math.log(decay))
-  return jnp.expm1(log) / jnp.expm1(log * n.astype(jnp.float32))
+  return jnp.expm1(log) / jnp.expm1(log * jnp.float32(n))

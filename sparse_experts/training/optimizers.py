@@ -158,7 +158,7 @@ def adafactor(
 
   def update(grads, state, params):
     step = optax.safe_increment(state.step)
-    beta2 = 1 - step.astype(jnp.float32) ** -decay_rate
+    beta2 = 1 - jnp.float32(step) ** -decay_rate
 
     def moments(dims, grad, old):
       square = grad**2 + epsilon1
@@ -261,8 +261,8 @@ def _in_float32(
   cast = lambda tree: optax.tree.cast(tree, jnp.float32)
   return optax.GradientTransformation(
     lambda params: tx.init(cast(params)),
-    lambda grads, state, params=None: tx.update(
-      cast(grads), state, cast(params)
+    lambda updates, state, params=None: tx.update(
+      cast(updates), state, cast(params)
     ),
   )
 

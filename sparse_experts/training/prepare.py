@@ -76,6 +76,17 @@ def prepare(
   Tracing shows the model's mistakes, opening the data its own, and names and
   shapes in a checkpoint whether it can be read.
 
+  Args:
+    model, model_dir, dataset: as of `train.train`, as all others are.
+    optimizer, learning_rate: the optimizer, and the rate that it is given.
+    eval_dataset: held-out data; None, or in a replay: no evaluation.
+    placement: the mesh, and which of its axes arrays are split over.
+    initial_checkpoint: where a new run has its parameters from.
+    microbatches: parts a batch is run in.
+    seed: of all randomness.
+    replay: a step to take once more, from the newest checkpoint before it;
+      None: the run goes on from its newest.
+
   Raises:
     ValueError, OSError: something does not fit the rest, or is not there.
   """

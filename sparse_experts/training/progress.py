@@ -45,11 +45,11 @@ class Progress:
     if metrics['skipped']:
       text += f'  {metrics["skipped"]} skipped'
     if speed:
-      tokens = f'{speed["tokens_per_second_without_padding"]:,.0f}'
-      positions = f'{speed["tokens_per_second_with_padding"]:,.0f}'
-      text += f'  {tokens} tokens/s'
-      if positions != tokens:
-        text += f' ({positions} with padding)'
+      without = f'{speed["tokens_per_second_without_padding"]:,.0f}'
+      padded = f'{speed["tokens_per_second_with_padding"]:,.0f}'
+      text += f'  {without} tokens/s'
+      if padded != without:
+        text += f' ({padded} with padding)'
     if self._bar is not None:
       self._bar.set_postfix_str(text)
     elif self._shown:

@@ -45,6 +45,13 @@ def replay(
   Data, draws and arithmetic are those of the run, so its numbers are the run's,
   bit for bit, on the same mesh and kind of device, in as many microbatches.
 
+  Args:
+    run: restored from a checkpoint before the step; it goes on to the step.
+    model: the run's.
+    mesh: that the run is on.
+    microbatches: parts a batch is run in, the run's.
+    seed: of its draws, the run's.
+
   Returns:
     'step', 'from' (where the run stood), 'metrics' (`spike.metrics`),
     'batch' and 'record', the step's batch and its records in training,

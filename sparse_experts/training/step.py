@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from sparse_experts import moe, sharding
 from sparse_experts.letters import Array
@@ -184,7 +184,7 @@ def _add_up(
 def jit_train_step(
   model: Objective,
   optimizer: optax.GradientTransformation,
-  mesh: Mesh,
+  mesh: Mesh | AbstractMesh,
   placed: TrainState,
   *,
   batch_size: int,
@@ -296,7 +296,7 @@ def summary(sums: Sums, microbatches: int) -> dict[str, Any]:
     `skipped` (steps) and, of the others, what `sums.summary` has and
     `gradient_norm` (mean over steps).
   """
-  metrics = {'skipped': int(sums['skipped'])}
+  metrics: dict[str, Any] = {'skipped': int(sums['skipped'])}
   steps = float(sums['batches']) / microbatches
   if steps:
     metrics |= sums_module.summary(sums)

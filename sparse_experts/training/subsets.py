@@ -149,7 +149,13 @@ def masks(optimizer: Any, params: Any) -> Any:
 
 
 def keep(masks: Any, tree: Any, other: float = 0.0) -> Any:
-  """The entries of `tree` that are trained, and `other` for all else."""
+  """The entries of `tree` that are trained, and `other` for all else.
+
+  Args:
+    masks: from `masks`, of a tree of the same structure.
+    tree: of arrays, whose dtypes stay.
+    other: a number.
+  """
   return jax.tree.map(
     lambda mask, leaf: _where(mask, leaf, jnp.full_like(leaf, other)),
     masks,
@@ -191,9 +197,10 @@ def _patterns(trained: Trained) -> list[_Pattern]:
         f'trained must be one of {", ".join(SUBSETS)} or a regular expression '
         f'of paths, not {text!r} ({error}).'
       ) from error
-    listed = isinstance(value, (tuple, list)) and len(value) > 0
     if value is not True and not (
-      listed and all(type(j) is int and j >= 0 for j in value)
+      isinstance(value, (tuple, list))
+      and value
+      and all(type(j) is int and j >= 0 for j in value)
     ):
       raise ValueError(
         f'trained: {text!r} is trained whole (True) or in some experts, such '
@@ -253,7 +260,7 @@ def _mark(
   experts: tuple[int, ...] | None,
 ) -> None:
   """Makes a mask true at these repeats of a scan and experts; None: all."""
-  index = [range(size) for size in mask.shape]
+  index: list[Sequence[int]] = [range(size) for size in mask.shape]
   if repeats is not None:
     index[names.index('layers')] = repeats
   if experts is not None and not mask[np.ix_(*index)].all():

@@ -29,9 +29,10 @@ class Total:
     self._read_last()
     self._last = sums
 
-  def sums(self) -> Sums | None:
-    """Everything added, as float64 of numpy; None before the first."""
+  def sums(self) -> Sums:
+    """Everything added, one batch at least, as float64 of numpy."""
     self._read_last()
+    assert self._total is not None
     return self._total
 
   def _read_last(self):

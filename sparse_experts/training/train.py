@@ -161,7 +161,7 @@ def train(
     trace = _trace(run, profile, closing)
     guard = Guard(max_skipped_in_a_row)
     log = Log(run.progress, schedules.as_schedule(learning_rate))
-    save = Save(saver, run.batches.to_save, (lease.check, guard.check))
+    save = Save(saver, ready.feed.to_save, (lease.check, guard.check))
     before = [lease, guard, trace.stop, log.add, Every(log_period, log)]
     before += _evaluations(ready, model, eval_period)
     after = [preemption, Every(checkpoint_period, save), trace.start]

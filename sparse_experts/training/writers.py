@@ -36,7 +36,14 @@ class Writers:
         self._forget_after(step)
 
   def write(self, name: str, step: int, metrics: Mapping[str, Any]) -> None:
-    """Writes a (nested) dictionary of metrics; per-expert arrays by index."""
+    """Writes metrics of a step, in process 0.
+
+    Args:
+      name: whose they are, such as 'train': a folder of tensorboard/.
+      step: the run's.
+      metrics: numbers, [E] arrays, whose entries are written by index, and
+        dictionaries of such.
+    """
     if jax.process_index() != 0:
       return
     scalars = dict(_scalars(metrics))

@@ -148,7 +148,7 @@ class Pairs(Features):
     """As '8 x 8 x 1 image, 76 caption'."""
     return ', '.join(
       f'{feature_lengths[side.feature]} {side.feature}'
-      if side.is_text
+      if side.shape is None
       else f'{" x ".join(map(str, side.shape))} {side.feature}'
       for side in self._sides.values()
     )
@@ -196,9 +196,7 @@ class Pairs(Features):
     found = spec and (tuple(spec.shape.as_list()), spec.dtype.name)
     said = 'none' if found is None else f'{found[1]} {found[0]}'
     if side.is_text:
-      fits = (
-        found is not None and spec.shape.rank == 1 and spec.dtype.is_integer
-      )
+      fits = spec is not None and spec.shape.rank == 1 and spec.dtype.is_integer
       wanted = 'token ids, whole numbers (n,)'
     else:
       fits = found == (side.shape, side.dtype)

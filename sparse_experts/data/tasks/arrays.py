@@ -74,6 +74,12 @@ class ArraySource(seqio.DataSource):
     shard_info: seqio.ShardInfo | None = None,
     **_,  # seqio's other arguments are for sources that cache.
   ) -> tf.data.Dataset:
+    """The rows of a split.
+
+    Args:
+      split: one of the source's.
+      shuffle, seed, shard_info: see `examples`.
+    """
     return examples(self.tensors[split], shuffle, seed, shard_info)
 
 
@@ -117,12 +123,19 @@ class TokenSource(ArraySource):
 
 
 def examples(
-  columns: Mapping[str, tf.Tensor],
+  columns: Mapping[str, Tensor],
   shuffle: bool,
   seed: int | None,
   shard_info: seqio.ShardInfo | None,
 ) -> tf.data.Dataset:
-  """The rows of columns, or of a shard of them, shuffled completely."""
+  """The rows of columns, or of a shard of them, shuffled completely.
+
+  Args:
+    columns: by name, each [I, ...] with one entry for each of I rows.
+    shuffle: whether to; without, they come in order.
+    seed: of the order; None: another one each time.
+    shard_info: the shard, every num_shards-th row; None: all of them.
+  """
   index, num_shards = 0, 1
   if shard_info:
     index, num_shards = shard_info.index, shard_info.num_shards

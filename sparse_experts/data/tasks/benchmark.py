@@ -241,7 +241,7 @@ def split(template: str) -> tuple[list[str], list[str]]:
   return texts, names
 
 
-def field(example: Mapping, path: str):
+def field(example: Mapping, path: str) -> Any:
   """The field of that name, or at `outer/inner`."""
   if path in example:
     return example[path]

@@ -70,6 +70,15 @@ class DocumentSource(seqio.DataSource):
     shard_info: seqio.ShardInfo | None = None,
     **_,  # seqio's other arguments are for sources that cache.
   ) -> tf.data.Dataset:
+    """Documents of a split: 'text', 'domain' and 'task_id', its number, int32.
+
+    Args:
+      split: one of the source's.
+      shuffle, seed, shard_info: see `arrays.examples`.
+
+    Raises:
+      ValueError: a file of the corpus is damaged.
+    """
     records = tf.data.TFRecordDataset(self.list_shards(split))
     try:
       columns = tf.io.parse_example(
@@ -94,7 +103,7 @@ def add_docs_task(
   preprocessors: Sequence[Callable],
   vocabulary: seqio.Vocabulary,
   *,
-  features: Sequence[str] | Mapping[str, seqio.Feature] = ('inputs', 'targets'),
+  features: Sequence[str] | preprocessors.Features = ('inputs', 'targets'),
   metric_fns: Sequence[Callable] = (),
   corpus_name: str = 'small',
 ) -> seqio.Task:

@@ -46,7 +46,7 @@ def read() -> dict[str, Columns]:
 def _draw(random: np.random.Generator, count: int) -> Columns:
   most = DIGITS[1]
 
-  def draw(limits, *shape):
+  def draw(limits: tuple[int, int], *shape: int) -> np.ndarray:
     x = random.integers(*limits, (count, *shape), endpoint=True)
     return x.astype(np.int32)
 

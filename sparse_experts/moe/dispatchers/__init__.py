@@ -10,13 +10,16 @@ from collections.abc import Callable
 
 from sparse_experts.letters import Array
 
+# What becomes of tokens; or that, and the choices lost, by who had no room.
+Dispatched = Array | tuple[Array, dict[str, Array]]
+
 
 def names() -> list[str]:
   """The dispatchers there are, by file name."""
   return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def load(name: str) -> Callable[..., Array]:
+def load(name: str) -> Callable[..., Dispatched]:
   """The dispatcher of this name.
 
   Raises:

@@ -186,7 +186,7 @@ def _run_chunk(
       return worst
     return min(worst, math.ceil(buffer_factor * balanced))
 
-  if P == 1:
+  if axis is None or P == 1:
     rows = Rows.sort(expert_IxK, X)
     y_IxD = rows.collect(run(rows.lay_out(x_IxD), rows.sizes_E), gate_IxK)
     none_IxK = jnp.zeros(expert_IxK.shape, bool)
