@@ -111,7 +111,7 @@ def differences(
   by infinity.
   """
   of: dict[str, float] = {}
-  for name in kept | found:
+  for name in {**kept, **found}:
     before, now = kept.get(name, 0), found.get(name, 0)
     change = now - before
     of[name] = change and (change / before if before else float('inf'))

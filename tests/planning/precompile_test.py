@@ -184,13 +184,17 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %b = f32[8]{0} all-reduce(%y), channel_id=2
   %c = (f32[4]{0}, f32[8]{0}) all-gather-start(%z), dimensions={0}
   %d = f32[8]{0} all-gather-done(%c)
-  ROOT %e = f32[8]{0} add(%a, %d)
+  %e = ((f32[4]{0}, f32[2]{0}), (f32[8]{0}, f32[4]{0})) all-gather-start(%z, %w)
+  %f = f32[6]{0} all-reduce-start(%y), channel_id=3
+  %g = (f32[7]{0}, f32[7]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%y)
+  ROOT %h = f32[8]{0} add(%a, %d)
 }
-"""
+"""  # noqa: E501
   assert hlo.Program(text).collectives() == {
     'all-to-all': {'count': 1, 'bytes': 2 * 64 * 80},
-    'all-reduce': {'count': 1, 'bytes': 32},
-    'all-gather': {'count': 1, 'bytes': 24},
+    'all-reduce': {'count': 2, 'bytes': 32 + 24},
+    'all-gather': {'count': 2, 'bytes': 32 + 32 + 16},
+    'collective-permute': {'count': 1, 'bytes': 28},
   }
 
 
