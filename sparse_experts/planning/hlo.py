@@ -140,7 +140,10 @@ class Program:
     )
 
   def collectives(self) -> dict[str, dict[str, int]]:
-    """Collectives by kind: how many, and bytes of their results."""
+    """Collectives by kind: how many, and bytes of their results.
+
+    Of a reduce-scatter on TPU, bytes of the whole array that it reduces.
+    """
     found: dict[str, dict[str, int]] = {}
     for name, times in self._times().items():
       for shapes, kind, start in _COLLECTIVE.findall(self._texts[name]):
@@ -151,6 +154,8 @@ class Program:
           if arrays[-2:] == [(4, [])] * 2 and len(arrays) > 2:
             arrays = arrays[:-2]
           arrays = arrays[len(arrays) // 2 :]
+        if kind == 'all-reduce' and name.startswith('all-reduce-scatter'):
+          kind = 'reduce-scatter'  # As XLA writes it for TPU, one fusion.
         entry = found.setdefault(kind, {'count': 0, 'bytes': 0})
         entry['count'] += times
         entry['bytes'] += times * sum(

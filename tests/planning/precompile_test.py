@@ -198,6 +198,29 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   }
 
 
+def test_a_reduce_scatter_is_no_all_reduce():
+  """XLA's form of it for TPU: a fusion that reduces all and keeps a part."""
+  text = """HloModule m
+
+%all-reduce-scatter.1 (p: f32[8,4]) -> f32[2,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %all-reduce.1 = f32[8,4]{1,0} all-reduce(%p), channel_id=1
+  %i = s32[] constant(0)
+  ROOT %part = f32[2,4]{1,0} dynamic-slice(%all-reduce.1, %i, %i), dynamic_slice_sizes={2,4}
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[2,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = f32[8,4]{1,0} all-reduce(%x), channel_id=2
+  ROOT %f = f32[2,4]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""  # noqa: E501
+  assert hlo.Program(text).collectives() == {
+    'all-reduce': {'count': 1, 'bytes': 8 * 4 * 4},
+    'reduce-scatter': {'count': 1, 'bytes': 8 * 4 * 4},
+  }
+
+
 def test_a_gather_that_runs_aside_is_read():
   """Its `async-update` is what XLA prints and does not parse."""
   text = """HloModule m
