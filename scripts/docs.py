@@ -162,8 +162,8 @@ def papers():
 
 def ledgers():
   """Programs that are kept, each a row: what one device does in a step."""
-  kinds = ('all-to-all', 'all-gather', 'all-reduce', 'reduce-scatter')
-  kinds += ('collective-permute',)
+  kinds = ('all-to-all', 'ragged-all-to-all', 'all-gather', 'all-reduce')
+  kinds += ('reduce-scatter', 'collective-permute')
   lines = []
   for path in sorted((ROOT / 'tests/data/ledgers').glob('*.json')):
     kept = program_ledger.read(path)
