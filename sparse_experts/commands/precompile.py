@@ -142,10 +142,17 @@ def _check_ledgers(args: argparse.Namespace) -> None:
     raise ValueError(f'{path} has no ledger; --write_ledger makes one.')
   kept = [program_ledger.read(file) for file in files]
   changes, failed = {}, []
-  # The compiler mostly waits for itself: one program at a time on each core.
+
+  def planned_of(file: pathlib.Path, ledger: program_ledger.Ledger):
+    try:
+      return _planned(ledger, args)
+    except ValueError as error:
+      raise ValueError(f'{file}: {error}') from error
+
+  # A compiler keeps one core busy until it writes machine code.
   pool = concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1))
   try:
-    programs = pool.map(lambda ledger: _planned(ledger, args), kept)
+    programs = pool.map(planned_of, files, kept)
     for file, ledger, planned in zip(files, kept, programs):
       found = _quantities(ledger, planned, args)
       apart = program_ledger.differences(ledger.quantities, found)

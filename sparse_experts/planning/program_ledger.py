@@ -107,14 +107,13 @@ def differences(
 ) -> list[tuple[str, float]]:
   """Quantities and by what part of what is kept they differ, largest first.
 
-  One that is on one side alone is 0 on the other, and 0 differs from all else
-  by infinity.
+  One that is on one side alone is 0 on the other: all of it is the difference.
   """
   of: dict[str, float] = {}
   for name in {**kept, **found}:
     before, now = kept.get(name, 0), found.get(name, 0)
     change = now - before
-    of[name] = change and (change / before if before else float('inf'))
+    of[name] = change and change / (before or now)
   return sorted(of.items(), key=lambda item: -abs(item[1]))
 
 

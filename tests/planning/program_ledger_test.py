@@ -60,8 +60,8 @@ def test_what_differs_most_is_first():
   ]
   # A collective that is new, and one that is gone.
   assert program_ledger.differences({'a': 4}, {'b': 1}) == [
-    ('b', float('inf')),
     ('a', -1),
+    ('b', 1),
   ]
 
 
