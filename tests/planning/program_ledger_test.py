@@ -219,12 +219,12 @@ def test_programs_are_what_is_kept():
 @needs_libtpu
 @pytest.mark.slow
 def test_a_rule_without_its_axis_is_found(tmp_path):
-  """GLaM's FFNs, then whole on all four devices of `model`."""
+  """GLaM's logits, then whole on all four devices of `model`; it still fits."""
   checkout.copy(tmp_path)
   rules = tmp_path / 'sparse_experts/sharding/placement.py'
   before = rules.read_text()
-  assert before.count("'mlp': 'model'") == 1
-  rules.write_text(before.replace("'mlp': 'model'", "'mlp': None"))
+  assert before.count("'vocab': 'model'") == 1
+  rules.write_text(before.replace("'vocab': 'model'", "'vocab': None"))
   name = 'tests/data/ledgers/glam_64b_64e_v5p_8x8x8.json'
   done = precompile_alone(tmp_path, f'--check_ledgers={name}')
   assert done.returncode == 2, done.stderr
