@@ -27,6 +27,7 @@ import mutants
 from sparse_experts import config, convert, moe, sharding
 from sparse_experts.commands import table
 from sparse_experts.papers import published
+from sparse_experts.planning import program_ledger
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -174,11 +175,40 @@ def known_bugs():
   return rows(heading, ('---',) * 3, *found)
 
 
+def ledgers():
+  """Programs that are kept, each a row: what one device does in a step."""
+  kinds = ('all-to-all', 'ragged-all-to-all', 'all-gather', 'all-reduce')
+  kinds += ('reduce-scatter', 'collective-permute')
+  lines = []
+  for path in sorted((ROOT / 'tests/data/ledgers').glob('*.json')):
+    kept = program_ledger.read(path)
+    number = collections.defaultdict(int, kept.quantities)
+    executed, useful = number['executed FLOPs'], number['useful FLOPs']
+    recipe = kept.gin_file[0].removeprefix('gin/models/').removesuffix('.gin')
+    lines.append(
+      (
+        f'`{recipe}`, `{kept.topology}`',
+        f'{executed:.3e}, {executed / useful:.2f}',
+        f'{number["peak HBM bytes"] / 2**30:.2f}',
+        *(
+          f'{number[f"{kind} count"]:,}, {number[f"{kind} bytes"] / 2**30:.2f}'
+          if number[f'{kind} count']
+          else ''
+          for kind in kinds
+        ),
+      )
+    )
+  heading = ('recipe, topology', 'executed FLOPs, over useful', 'peak')
+  alignment = ('---', *['---:'] * (2 + len(kinds)))
+  return rows((*heading, *kinds), alignment, *lines)
+
+
 # A part's name: the page that it is of, and how it is made.
 PARTS = {
   'routers': ('docs/routers.md', routers),
   'recipes': ('docs/recipes.md', lambda: of_files('gin/models/*/*.gin')),
   'papers': ('docs/recipes.md', papers),
+  'ledgers': ('docs/results/pods.md', ledgers),
   'names': ('docs/names.md', names),
   'mutants': ('docs/mutants.md', known_bugs),
   'tasks': (

@@ -140,16 +140,27 @@ class Program:
     )
 
   def collectives(self) -> dict[str, dict[str, int]]:
-    """Collectives by kind: how many, and bytes of their results."""
+    """Collectives by kind: how many, and bytes of their results.
+
+    Of a reduce-scatter on TPU, bytes of the whole array that it reduces.
+    """
     found: dict[str, dict[str, int]] = {}
     for name, times in self._times().items():
       for shapes, kind, start in _COLLECTIVE.findall(self._texts[name]):
-        arrays = [size * math.prod(dims) for size, dims in _shapes(shapes)]
+        arrays = _shapes(shapes)
+        # What a start returns is its operands, as many results and, of a
+        # permute, two counters; of an all-reduce it is the results.
+        if start and kind != 'all-reduce':
+          if arrays[-2:] == [(4, [])] * 2 and len(arrays) > 2:
+            arrays = arrays[:-2]
+          arrays = arrays[len(arrays) // 2 :]
+        if kind == 'all-reduce' and name.startswith('all-reduce-scatter'):
+          kind = 'reduce-scatter'  # As XLA writes it for TPU, one fusion.
         entry = found.setdefault(kind, {'count': 0, 'bytes': 0})
         entry['count'] += times
-        # An asynchronous start holds its operands beside its results.
-        size = sum(arrays) // 2 if start else sum(arrays)
-        entry['bytes'] += times * size
+        entry['bytes'] += times * sum(
+          size * math.prod(dims) for size, dims in arrays
+        )
     return found
 
   def _references(self, text: str) -> list[tuple[str, int]]:

@@ -196,15 +196,7 @@ def measure(
     expert_shards = sharding.shards('expert', mesh.shape)
   compile_seconds = time.perf_counter() - start
   lengths = run.lengths(what)
-  # The first token of an answer is of the pass over the question; without a
-  # capacity every device of an expert's has room for all rows.
-  program = hlo.Program(
-    text,
-    turns=(
-      {'jit(decode)/while': lengths['targets'] - 1} if what == 'decode' else {}
-    ),
-    filled=1 / expert_shards if what == 'decode' else 1.0,
-  )
+  program = read(run, text, what, expert_shards)
   flops, bytes_accessed = program.total
   collectives = [
     {'kind': kind, **entry} for kind, entry in program.collectives().items()
@@ -239,6 +231,23 @@ def measure(
     'compile_seconds': compile_seconds,
     'host_peak_bytes': _host_peak_bytes(),
   }
+
+
+def read(run: Run, text: str, what: str, expert_shards: int) -> hlo.Program:
+  """A run's program, its loops turning as often as the run says.
+
+  Args:
+    run: whose step it is.
+    text: its optimised HLO.
+    what: of STEPS.
+    expert_shards: devices that the experts are split over.
+  """
+  if what != 'decode':
+    return hlo.Program(text)
+  # The first token of an answer is of the pass over the question; without a
+  # capacity every device of an expert's has room for all rows.
+  turns = {'jit(decode)/while': run.lengths(what)['targets'] - 1}
+  return hlo.Program(text, turns=turns, filled=1 / expert_shards)
 
 
 def _host_peak_bytes() -> int:

@@ -10,9 +10,11 @@ import math
 import os
 import pathlib
 import re
+import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -32,6 +34,24 @@ _ENVIRONMENT = {
 
 # "Used 20.5G of 15.75G hbm", "(46.96G) exceeds available HBM (15.75G)".
 _NEEDED = re.compile(r'([\d.]+)([KMGT])\)? (?:of|exceeds available)')
+
+# "allocation 7: size 512, page 0, ..."; another memory than HBM has a color,
+# and what lives within one operation is thread-local.
+_ALLOCATION = re.compile(
+  r'^allocation \d+: size (\d+), (?!color)(?!.*thread-local)', re.MULTILINE
+)
+
+
+class Planned(NamedTuple):
+  """A program before its machine code is written.
+
+  Attributes:
+    text: its optimised HLO.
+    hbm_bytes: all that it holds of a device's memory at a time, without code.
+  """
+
+  text: str
+  hbm_bytes: int
 
 
 class DoesNotFit(ValueError):
@@ -112,6 +132,49 @@ def compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
         int(float(needed[1]) * 1024 ** ' KMGT'.index(needed[2])), text()
       ) from error
     return compiled, text()
+
+
+def planned(command: Sequence[str]) -> Planned:
+  """The program that a process compiles, which is ended before it has code.
+
+  Machine code takes nine tenths of the time that compiling takes, and XLA can
+  only write it or be stopped.
+
+  Args:
+    command: of a process that calls `compile`, once.
+
+  Raises:
+    ValueError: the process ended by itself, with what it said last.
+  """
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    with (folder / 'stderr').open('w') as stderr:
+      process = subprocess.Popen(
+        command,
+        env={**os.environ, 'TMPDIR': name},  # Where `compile` has its folder.
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+      )
+      try:  # XLA writes this one last.
+        while not any(folder.glob('*/*_after_buffer_assignment.txt')):
+          if process.poll() is not None:
+            said = (folder / 'stderr').read_text().splitlines() or ['']
+            raise ValueError(
+              said[-1].removeprefix('error: ')
+              or 'the program does not fit: XLA assigned it no buffers.'
+            )
+          time.sleep(0.1)
+      finally:
+        process.kill()
+        process.wait()
+    (text,) = folder.glob('*/*after_optimizations.txt')
+    (buffers,) = folder.glob('*/*after_optimizations-buffer-assignment.txt')
+    return Planned(text.read_text(), hbm_bytes(buffers.read_text()))
+
+
+def hbm_bytes(buffers: str) -> int:
+  """All that a program holds of HBM, from the text of its buffer assignment."""
+  return sum(map(int, _ALLOCATION.findall(buffers)))
 
 
 def facts(compiled: jax.stages.Compiled) -> dict[str, Any]:

@@ -175,6 +175,8 @@ BY_HAND = [
   (('plan', '--topology=v4', '--chips=9999999', '--hours=1'), '9,999,999'),
   (('plan', POD, SWITCH, '--gin.BATCH_SIZE=0'), 'BATCH_SIZE = 0'),
   (('precompile', POD, '--dry_run'), '--gin_file'),
+  (('precompile', SWITCH), '--topology'),
+  (('precompile', '--check_ledgers=NOWHERE'), 'NOWHERE'),
   (('precompile', POD, SWITCH, '--slices=0', '--dry_run'), '0 chips'),
   (('precompile', POD, SWITCH, '--step=x', '--dry_run'), "'x'"),
   (('precompile', SWITCH, '--topology=v4', '--dry_run'), 'v4'),

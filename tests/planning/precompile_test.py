@@ -184,13 +184,40 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %b = f32[8]{0} all-reduce(%y), channel_id=2
   %c = (f32[4]{0}, f32[8]{0}) all-gather-start(%z), dimensions={0}
   %d = f32[8]{0} all-gather-done(%c)
-  ROOT %e = f32[8]{0} add(%a, %d)
+  %e = ((f32[4]{0}, f32[2]{0}), (f32[8]{0}, f32[4]{0})) all-gather-start(%z, %w)
+  %f = f32[6]{0} all-reduce-start(%y), channel_id=3
+  %g = (f32[7]{0}, f32[7]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%y)
+  ROOT %h = f32[8]{0} add(%a, %d)
 }
-"""
+"""  # noqa: E501
   assert hlo.Program(text).collectives() == {
     'all-to-all': {'count': 1, 'bytes': 2 * 64 * 80},
-    'all-reduce': {'count': 1, 'bytes': 32},
-    'all-gather': {'count': 1, 'bytes': 24},
+    'all-reduce': {'count': 2, 'bytes': 32 + 24},
+    'all-gather': {'count': 2, 'bytes': 32 + 32 + 16},
+    'collective-permute': {'count': 1, 'bytes': 28},
+  }
+
+
+def test_a_reduce_scatter_is_no_all_reduce():
+  """XLA's form of it for TPU: a fusion that reduces all and keeps a part."""
+  text = """HloModule m
+
+%all-reduce-scatter.1 (p: f32[8,4]) -> f32[2,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %all-reduce.1 = f32[8,4]{1,0} all-reduce(%p), channel_id=1
+  %i = s32[] constant(0)
+  ROOT %part = f32[2,4]{1,0} dynamic-slice(%all-reduce.1, %i, %i), dynamic_slice_sizes={2,4}
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[2,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = f32[8,4]{1,0} all-reduce(%x), channel_id=2
+  ROOT %f = f32[2,4]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""  # noqa: E501
+  assert hlo.Program(text).collectives() == {
+    'all-reduce': {'count': 1, 'bytes': 8 * 4 * 4},
+    'reduce-scatter': {'count': 1, 'bytes': 8 * 4 * 4},
   }
 
 
