@@ -248,9 +248,7 @@ def kinds(
       f'0 to {num_layers - 1}.'
     )
   if len(set(sparse_layers)) < len(sparse_layers):
-    raise ValueError(
-      f'sparse_layers {tuple(sparse_layers)} have one twice; name each once.'
-    )
+    raise ValueError(f'sparse_layers {tuple(sparse_layers)} have one twice.')
   if isinstance(sparse_layers, Mapping):
     return tuple(sparse_layers.get(i, False) for i in range(num_layers))
   return tuple(i in sparse_layers for i in range(num_layers))
