@@ -113,9 +113,7 @@ class Lease:
     looks = 0
     while not self._create():
       try:
-        if not self._path.is_file():  # A link to nothing, a pipe.
-          raise ValueError('it is no file')
-        seen = self._path.read_bytes().decode()
+        seen = _read(self._path)
         holder = _parse(seen)
       except (OSError, ValueError) as error:
         looks += 1
@@ -233,19 +231,24 @@ class Lease:
 
 
 def _read(path: epath.Path) -> str | None:
-  """A lease, whatever its bytes; None if there is none."""
+  """A lease, whatever its bytes; None if there is no file."""
   try:
+    # To read a pipe would wait for ever; epath takes it for a file.
+    if storage.is_local(path) and not pathlib.Path(path).is_file():
+      return None
     return path.read_bytes().decode(errors='replace')
-  except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+  except FileNotFoundError:
     return None
 
 
-def _parse(text: str) -> dict[str, Any]:
+def _parse(text: str | None) -> dict[str, Any]:
   """The holder that a lease names.
 
   Raises:
     ValueError: it names none.
   """
+  if text is None:
+    raise ValueError('it is no file')
   try:
     holder = json.loads(text)
   except RecursionError as error:
@@ -257,7 +260,7 @@ def _parse(text: str) -> dict[str, Any]:
 
 def _owner(text: str | None) -> str | None:
   try:
-    return _parse(text or '').get('owner')
+    return _parse(text).get('owner')
   except ValueError:
     return None
 
