@@ -57,6 +57,7 @@ def _run(argv: Sequence[str]) -> int:
   args, rest = _command_parser(name, command).parse_known_args(argv[1:])
   args.command = name
   args.bindings = _bindings(rest)
+  _check_processes(args)
   try:
     _prepare(args)
     return command.run(args) or 0
@@ -155,6 +156,21 @@ def _bindings(rest: Sequence[str]) -> list[str]:
   return bindings
 
 
+def _check_processes(args: argparse.Namespace) -> None:
+  """Raises ValueError where flags of several processes do not go together."""
+  given = (args.num_processes, args.process_id)
+  if args.coordinator in (None, 'auto'):
+    if given != (None, None):
+      raise ValueError(
+        '--num_processes and --process_id belong to --coordinator=HOST:PORT; '
+        "'auto' finds them on a pod, and one process needs none of these."
+      )
+  elif None in given:
+    raise ValueError(
+      '--coordinator needs --num_processes=N and --process_id=I.'
+    )
+
+
 def _prepare(args: argparse.Namespace) -> None:
   """Quiet libraries, a compilation cache, and the other processes."""
   if not args.verbose:
@@ -177,10 +193,6 @@ def _prepare(args: argparse.Namespace) -> None:
   if args.coordinator == 'auto':
     jax.distributed.initialize()
   elif args.coordinator:
-    if args.num_processes is None or args.process_id is None:
-      raise ValueError(
-        '--coordinator needs --num_processes=N and --process_id=I.'
-      )
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     jax.distributed.initialize(
       args.coordinator, args.num_processes, args.process_id

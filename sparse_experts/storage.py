@@ -10,7 +10,7 @@ import stat
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -71,8 +71,14 @@ def mend_lines(path: epath.Path) -> None:
     )
 
 
-def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+def read_lines(
+  path: epath.Path, check: Callable[[dict[str, Any]], None]
+) -> list[dict[str, Any]]:
   """The JSON objects of a file's lines, but for half a one at its end.
+
+  Args:
+    path: of the file.
+    check: raises ValueError where an object is not one of this file's.
 
   Raises:
     ValueError: a line is none.
@@ -81,12 +87,16 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
   found = []
   for i, line in enumerate(whole.splitlines(), 1):
     try:
-      found.append(dict(json.loads(line)))
-    except (ValueError, TypeError) as error:
+      value = json.loads(line)
+      if not isinstance(value, dict):
+        raise ValueError('no JSON object')
+      check(value)
+    except (ValueError, RecursionError) as error:
       raise ValueError(
         f'{path} is damaged in line {i} ({error}): mend it, or move the file '
         'elsewhere.'
       ) from error
+    found.append(value)
   return found
 
 

@@ -4,6 +4,8 @@ import pytest
 from etils import epath
 
 from sparse_experts import storage
+from sparse_experts.insight import curves
+from sparse_experts.training import writers
 
 
 @pytest.mark.parametrize(
@@ -36,11 +38,36 @@ def test_half_a_line_is_cut_off(content, kept, tmp_path, capsys):
 def test_a_line_in_the_middle_that_is_damaged_is_named(tmp_path):
   path = epath.Path(tmp_path / 'lines.jsonl')
   path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
-  assert storage.read_lines(path) == [{'a': 1}, {'a': 2}]
-  for damage in ('{"a": 1}\n{"a": 2\n{}\n', '{"a": 1}\n3\n{}\n'):
-    path.write_text(damage)
+  read = []
+  assert storage.read_lines(path, read.append) == [{'a': 1}, {'a': 2}] == read
+  for damage in ('{"a": 2', '3', '[]', '[["a", 1]]', '[' * 100_000):
+    path.write_text('{"a": 1}\n' + damage + '\n{}\n')
     with pytest.raises(ValueError, match='lines.jsonl is damaged in line 2'):
-      storage.read_lines(path)
+      storage.read_lines(path, read.append)
+
+
+@pytest.mark.parametrize(
+  'line,why',
+  [
+    ('{"note": "mine"}', "'step' must be a whole number, not None"),
+    ('{"step": null, "name": "a"}', "'step' must be a whole number, not None"),
+    ('{"step": "a", "name": "a"}', "'step' must be a whole number, not 'a'"),
+    ('{"step": true, "name": "a"}', "'step' must be a whole number, not True"),
+    ('{"step": NaN, "name": "a"}', "'step' must be a whole number, not nan"),
+    ('{"step": Infinity, "name": "a"}', 'must be a whole number, not inf'),
+    ('{"step": 1}', "'name' must be a text, not None"),
+    ('{"step": 1, "name": "a", "b": "c"}', "'b' must be a number, not 'c'"),
+  ],
+)
+def test_a_line_that_is_no_metrics_is_named_and_stays(line, why, tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  good = '{"step": 1, "name": "train", "loss": NaN}\n'
+  path.write_text(f'{good}{line}\n{good}')
+  for read in (curves.read, lambda folder: writers.Writers(folder, 0)):
+    with pytest.raises(ValueError, match='jsonl is damaged in line 2') as error:
+      read(tmp_path)
+    assert why in str(error.value)
+  assert path.read_text() == f'{good}{line}\n{good}'
 
 
 def test_what_is_not_there_needs_no_mending(tmp_path):

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   from sparse_experts import config
   from sparse_experts.evaluation import evaluate
+  from sparse_experts.training import directories
 
   settings.parse(args)
   make_evaluation = config.bound(evaluate.Evaluation)
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     raise ValueError(
       f'--reliability takes a {", a ".join(PICTURES)}, not {args.reliability}.'
     )
+  if args.reliability:
+    directories.check_home(args.reliability)
   every = args.all_checkpoints or args.continuous
   evaluation = make_evaluation()
   if args.dry_run:

@@ -110,6 +110,7 @@ def convert(
       f'--output={output} is no local folder, where a checkpoint is converted '
       'to; copy it from there.'
     )
+  directories.check_home(output)
   output = pathlib.Path(output).absolute()
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise ValueError(f'{output} is there already; give another --output.')

@@ -29,7 +29,7 @@ from sparse_experts.models.decoding import (
 from sparse_experts.models.language_model import answered
 from sparse_experts.models.objective import Objective
 from sparse_experts.numbers import Count, Seed
-from sparse_experts.training import checkpoints
+from sparse_experts.training import checkpoints, directories
 from sparse_experts.training.checkpoints import restore_params
 
 TO_LOOK_AT = 4
@@ -86,6 +86,8 @@ def infer(
       'infer takes examples one by one: use a Dataset of pack=False.'
     )
   check_decodable(model)
+  if output is not None:
+    directories.check_home(output)
   special_tokens = model.special_tokens
   questions = None if input is None else prompts.read(input)
   if questions is not None:

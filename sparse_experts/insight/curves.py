@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from sparse_experts import storage
+from sparse_experts.training import writers
 
 
 class Curve(NamedTuple):
@@ -37,7 +37,7 @@ def read(model_dir: epath.PathLike) -> dict[str, dict[str, Curve]]:
       'logged a step.'
     )
   points: dict[str, dict[str, dict[int, float]]] = {}
-  for metrics in storage.read_lines(path):
+  for metrics in writers.read(path):
     name, step = metrics.pop('name'), metrics.pop('step')
     for key, value in metrics.items():
       points.setdefault(name, {}).setdefault(key, {})[step] = value

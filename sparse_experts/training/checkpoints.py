@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import hashlib
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,11 +43,27 @@ def root_of(path: epath.PathLike) -> epath.Path:
 
 
 def steps(model_dir: epath.PathLike) -> list[int]:
-  """The complete steps of a run, in order."""
+  """The complete steps of a run, in order.
+
+  Raises:
+    ValueError: there is something else where they lie.
+  """
   directory = directory_of(model_dir)
   if not directory.exists():
     return []
-  return sorted(ocp.utils.checkpoint_steps(directory))
+  if not directory.is_dir():
+    raise ValueError(
+      f'{directory} is a file, where the steps of a run lie: move it '
+      'elsewhere, or choose another MODEL_DIR.'
+    )
+  paths = ocp.utils.checkpoint_steps_paths(directory)
+  for path in paths:
+    if not _is_number(path.name):  # Orbax takes it for a step.
+      raise ValueError(
+        f'{path} is no step of a run, which is named by a number such as 10: '
+        'move it out of checkpoints.'
+      )
+  return sorted(int(path.name) for path in paths)
 
 
 def find(path: epath.PathLike) -> tuple[epath.Path, int]:
@@ -256,8 +273,13 @@ def verify(path: epath.Path, *items: str) -> None:
       processes ask for the same, and each reads its share.
 
   Raises:
-    ValueError: one is not. Steps without checksums pass.
+    ValueError: one is not. Steps without checksums pass; a line says so.
   """
+  if not checksums.there(path) and jax.process_index() == 0:
+    print(
+      f'{path} has no {checksums.NAME}: what is read of it is not verified',
+      file=sys.stderr,
+    )
   with _reading(path, checked=True):
     if found := checksums.damage(path, items, together=True):
       raise _damaged(path, found)
@@ -293,7 +315,12 @@ def optimizer_item(state: TrainState) -> dict[str, Any]:
 
 
 def _names_step(path: epath.Path) -> bool:
-  return path.name.isdigit() and path.parent.name == 'checkpoints'
+  return _is_number(path.name) and path.parent.name == 'checkpoints'
+
+
+def _is_number(name: str) -> bool:
+  """Whether a name is as `str` writes a number: not '007'."""
+  return name.isdecimal() and name == str(int(name))
 
 
 def _read_to(

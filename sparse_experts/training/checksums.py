@@ -7,7 +7,7 @@ CRC-32 of every 16 MiB of a file. A flipped bit always changes it, and so does
 any damage within 32 bits of one another; other damage goes unseen once in four
 billion. SHA-256 would take ten times as long, a third of a restore, and protect
 from people, not from disks. A step of before there were any has none, and is
-read unverified.
+read unverified, which is said.
 """
 
 from __future__ import annotations
@@ -59,16 +59,19 @@ def damage(
     None if there is nothing, or there are no checksums to tell.
   """
   step = epath.Path(step)
-  if not (step / NAME).exists():
+  if not there(step):
     return None
   try:
     sums = {
       name: (int(file['bytes']), list(map(int, file['crc32'])))
       for name, file in json.loads((step / NAME).read_text()).items()
-      if not items or name.partition('/')[0] in items
+      if _among(name, items)
     }
   except (ValueError, TypeError, KeyError, AttributeError):
     return f'{NAME} holds no checksums'
+  for name in files(step):
+    if '/' in name and name not in sums and _among(name, items):
+      return f'{name} is not in {NAME}'
   for name, (size, _) in sums.items():
     found = (step / name).stat().length if (step / name).exists() else 'no'
     if found != size:
@@ -84,6 +87,11 @@ def damage(
   return f'{name} is not what was written, from byte {start} on'
 
 
+def there(step: epath.PathLike) -> bool:
+  """Whether a step has checksums."""
+  return (epath.Path(step) / NAME).exists()
+
+
 def files(directory: epath.Path, inside: str = '') -> Iterator[str]:
   """Files in a directory and below it, in the order of their names."""
   for path in sorted((directory / inside).iterdir()):
@@ -92,6 +100,10 @@ def files(directory: epath.Path, inside: str = '') -> Iterator[str]:
       yield from files(directory, name)
     else:
       yield name
+
+
+def _among(name: str, items: Sequence[str]) -> bool:
+  return not items or name.partition('/')[0] in items
 
 
 def _first_wrong(

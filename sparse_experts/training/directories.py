@@ -15,7 +15,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
   """A path of a run, local or gs://.
 
   Raises:
-    ValueError: it is empty or of another kind.
+    ValueError: it is empty, begins with ~, or is of another kind.
   """
   text = os.fspath(path)
   if not text.strip():
@@ -23,6 +23,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
       f'{text!r} is no folder, maybe a variable of the shell that is not set; '
       'say one, such as --gin.MODEL_DIR=runs/first.'
     )
+  check_home(path)
   scheme, found, _ = text.partition('://')
   if found and scheme != 'gs':
     raise ValueError(
@@ -31,6 +32,19 @@ def absolute(path: epath.PathLike) -> epath.Path:
     )
   path = epath.Path(path)
   return path if found else path.absolute()  # Which makes gs:// a local one.
+
+
+def check_home(path: epath.PathLike) -> None:
+  """Raises ValueError where a path begins with ~.
+
+  A shell leaves that as it is after `--name=`, and a folder `~` would be made.
+  """
+  text = os.fspath(path)
+  if text.startswith('~'):
+    raise ValueError(
+      f'{text!r} begins with ~, which the shell leaves as it is after a flag: '
+      'write $HOME, as in --gin.MODEL_DIR=$HOME/runs/first.'
+    )
 
 
 def check_new(model_dir: epath.PathLike, by: str = '--gin.MODEL_DIR') -> None:

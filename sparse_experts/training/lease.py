@@ -35,6 +35,7 @@ RENEWED_EVERY = 5.0  # Seconds.
 EXPIRES_AFTER = 20.0  # Seconds in which no renewal is seen.
 # Seconds until who else was about to take a lease over has done so.
 _SETTLES = 0.3
+_LOOKS = 5  # At what cannot be read: it may be just being written.
 _MOST = 1000  # Bytes of a message that processes share.
 
 
@@ -52,9 +53,10 @@ class Lease:
       OSError: MODEL_DIR cannot be written.
     """
     self._path = epath.Path(model_dir) / 'lease.json'
-    self._lost: str | None = None
-    self._closed, self._mutex = threading.Event(), threading.Lock()
+    self._lost: Exception | None = None
+    self._closed, self._mutex = threading.Event(), threading.RLock()
     self._made: list[pathlib.Path] = []  # Folders, the innermost first.
+    self._found_empty, self._begun = False, False
     self._holder = {
       'host': socket.gethostname(),
       'pid': os.getpid(),
@@ -71,6 +73,7 @@ class Lease:
         self._take()
       except Exception as error:  # The others wait to hear of it.
         refusal = error
+        self.close()
     _share(refusal)
     if self._holds:
       threading.Thread(target=self._keep, daemon=True).start()
@@ -79,10 +82,12 @@ class Lease:
     """A hook: a run that has lost its lease stops.
 
     Raises:
-      ValueError: another trainer took it over, or MODEL_DIR is gone.
+      ValueError: another trainer took it over.
+      FileNotFoundError: it is gone, and MODEL_DIR with it.
     """
-    if self._lost:
-      raise ValueError(self._lost)
+    self._begun |= run is not None and run.step > run.start
+    if self._lost is not None:
+      raise self._lost
 
   def check(self) -> None:
     """As a call, and looks; before something is written that matters."""
@@ -91,21 +96,36 @@ class Lease:
     self()
 
   def close(self) -> None:
-    """Gives the lease back; a run that wrote nothing leaves nothing."""
+    """Gives the lease back; a run that took no step leaves nothing."""
     with self._mutex, contextlib.suppress(Exception):  # Others may clean up.
       self._closed.set()
       if self._holds and _owner(_read(self._path)) == self._holder['owner']:
-        self._path.unlink()
+        if self._found_empty and not self._begun:
+          for path in self._path.parent.iterdir():
+            path.rmtree() if path.is_dir() else path.unlink()
+        else:
+          self._path.unlink()
       for folder in self._made:
         folder.rmdir()  # Fails where there is something in it.
 
   def _take(self) -> None:
     """Creates the lease, or takes over one whose holder is gone."""
+    looks = 0
     while not self._create():
-      seen = _read(self._path)
-      if seen is None:
+      try:
+        seen = _read(self._path)
+        holder = _parse(seen)
+      except (OSError, ValueError) as error:
+        looks += 1
+        if looks == _LOOKS:
+          raise ValueError(
+            f'{self._path} cannot be read as a lease ({storage.cause(error)}): '
+            'remove it if no trainer runs there.'
+          ) from error
+        time.sleep(_SETTLES)
         continue
-      self._refuse_unless_gone(seen)
+      looks = 0
+      self._refuse_unless_gone(seen, holder)
       if _read(self._path) == seen:
         self._write()
         time.sleep(_SETTLES)
@@ -119,30 +139,41 @@ class Lease:
       'choose a directory that can, by --gin.MODEL_DIR',
     ):
       if not storage.is_local(self._path):  # There, nothing is exclusive.
-        return False if self._path.exists() else self._write() is None
+        if self._path.exists():
+          return False
+        self._found_empty = not any(self._path.parent.glob('*'))
+        self._write()
+        return True
       path = pathlib.Path(self._path)
       self._made += [folder for folder in path.parents if not folder.exists()]
       path.parent.mkdir(parents=True, exist_ok=True)
+      self._found_empty = not any(path.parent.iterdir())
       try:
-        with path.open('x') as file:
-          file.write(json.dumps(self._holder))
+        file = path.open('x')
       except FileExistsError:
         return False
+      try:
+        with file:
+          file.write(json.dumps(self._holder))
+      except OSError:
+        path.unlink()
+        raise
     return True
 
   def _write(self) -> None:
     storage.replace(self._path, json.dumps(self._holder).encode())
 
-  def _refuse_unless_gone(self, seen: str) -> None:
+  def _refuse_unless_gone(self, seen: str, holder: dict[str, Any]) -> None:
     """Returns once the holder is known to be gone.
 
     Raises:
       ValueError: it is not.
     """
-    holder = _parse(seen)
     here = holder.get('machine') and holder['machine'] == _machine()
-    if here and _started(holder.get('pid')) != holder.get('started'):
-      return
+    if here:
+      now = _started(holder['pid'])
+      if now is None or holder.get('started') not in (None, now):
+        return
     if not here:
       print(
         f'{self._path} is of {_name(holder)}: watching for {EXPIRES_AFTER:.0f} '
@@ -171,48 +202,70 @@ class Lease:
       if self._closed.is_set() or self._lost:
         return
       try:
-        seen = _read(self._path)
-        if seen is None and not self._path.parent.exists():
-          self._lost = (
-            f'MODEL_DIR {self._path.parent} is gone: put it back and start '
-            'again, or begin another.'
-          )
-        elif seen is not None and _owner(seen) != self._holder['owner']:
-          self._lost = (
-            f'MODEL_DIR {self._path.parent} was taken over by '
-            f'{_name(_parse(seen))}, as this trainer had not renewed its lease '
-            f'for {EXPIRES_AFTER:.0f} seconds: only one can go on.'
-          )
-        else:
+        self._lost = self._loss()
+        if self._lost is None:
           self._holder['renewals'] += 1
           self._write()
       except Exception:  # A full disk, a bucket away: the next save will tell.
         pass
 
+  def _loss(self) -> Exception | None:
+    """What has become of the lease, if it is not this run's any more."""
+    model_dir, seen = self._path.parent, _read(self._path)
+    if seen is None:
+      what = 'was emptied, or made anew' if model_dir.exists() else 'is gone'
+      return FileNotFoundError(
+        f'MODEL_DIR {model_dir} {what}: put back what was there and start '
+        'again, or begin another.'
+      )
+    if _owner(seen) == self._holder['owner']:
+      return None
+    try:
+      who = _name(_parse(seen))
+    except ValueError:
+      who = 'someone whose lease cannot be read'
+    return ValueError(
+      f'MODEL_DIR {model_dir} was taken over by {who}, as this trainer had not '
+      f'renewed its lease for {EXPIRES_AFTER:.0f} seconds: only one can go on.'
+    )
+
 
 def _read(path: epath.Path) -> str | None:
+  """A lease, whatever its bytes; None if there is no file."""
   try:
-    return path.read_text()
+    # To read a pipe would wait for ever; epath takes it for a file.
+    if storage.is_local(path) and not pathlib.Path(path).is_file():
+      return None
+    return path.read_bytes().decode(errors='replace')
   except FileNotFoundError:
     return None
 
 
 def _parse(text: str | None) -> dict[str, Any]:
-  """The holder that a lease names; nothing if it is damaged."""
+  """The holder that a lease names.
+
+  Raises:
+    ValueError: it names none.
+  """
+  if text is None:
+    raise ValueError('it is no file')
   try:
-    holder = json.loads(text or '')
-  except ValueError:
-    return {}
-  return holder if isinstance(holder, dict) else {}
+    holder = json.loads(text)
+  except RecursionError as error:
+    raise ValueError('nested too deep') from error
+  if not isinstance(holder, dict) or type(holder.get('pid')) is not int:
+    raise ValueError('it names no process')
+  return holder
 
 
 def _owner(text: str | None) -> str | None:
-  return _parse(text).get('owner')
+  try:
+    return _parse(text).get('owner')
+  except ValueError:
+    return None
 
 
 def _name(holder: dict[str, Any]) -> str:
-  if not holder:
-    return 'someone whose lease cannot be read'
   return (
     f'process {holder.get("pid")} on {holder.get("host")} since '
     f'{holder.get("since")}'
@@ -231,7 +284,7 @@ def _machine() -> str | None:
     return None
 
 
-def _started(pid: int | None) -> int | None:
+def _started(pid: int) -> int | None:
   """When a process started, in ticks since boot; None if there is none."""
   try:
     stat = pathlib.Path(f'/proc/{pid}/stat').read_text()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -14,19 +16,20 @@ from sparse_experts.training.loop import Run
 class Preemption:
   """Whether the run was asked to stop.
 
-  The second Ctrl-C ends the process at once, and leaves the last complete step.
+  Until it listens there is nothing to save: a signal ends the process as it did
+  before. The second Ctrl-C ends it at once, and leaves the last complete step.
   """
 
-  def __init__(self):
+  def __init__(self, leave: Callable[[], None] = lambda: None):
+    """Calls `leave` first where a signal ends what has not begun."""
+    self._leave = leave
     self._heard: signal.Signals | None = None
     self._heeded = False
     self._previous = {}
 
   def listen(self, which: signal.Signals = signal.SIGTERM) -> None:
     """Takes a signal. SIGTERM of several processes is JAX's to take."""
-    alone = jax.process_count() == 1 or which != signal.SIGTERM
-    if alone and threading.current_thread() is threading.main_thread():
-      self._previous[which] = signal.signal(which, self._ask)
+    self._take(which, self._ask)
 
   def reached(self, step: int) -> bool:
     """True at the step after which all processes are to save and stop."""
@@ -43,6 +46,9 @@ class Preemption:
       run.results['signal'] = (self._heard or signal.SIGTERM).name
 
   def __enter__(self) -> Preemption:
+    for which in (signal.SIGTERM, signal.SIGINT):
+      if signal.getsignal(which) not in (signal.SIG_IGN, None):
+        self._take(which, self._end)
     return self
 
   def __exit__(self, kind, *_) -> None:
@@ -55,6 +61,22 @@ class Preemption:
       signal.signal(which, previous)
     if kind is None and self._heard == signal.SIGINT and not self._heeded:
       raise KeyboardInterrupt
+
+  def _take(self, which: signal.Signals, handler: Callable) -> None:
+    alone = jax.process_count() == 1 or which != signal.SIGTERM
+    if alone and threading.current_thread() is threading.main_thread():
+      self._previous.setdefault(which, signal.getsignal(which))
+      signal.signal(which, handler)
+
+  def _end(self, which: int, frame: Any) -> None:
+    """Ends the process as the signal would have."""
+    self._leave()
+    previous = self._previous[which]
+    signal.signal(which, previous)
+    if callable(previous):
+      previous(which, frame)
+    else:
+      signal.raise_signal(which)
 
   def _ask(self, which: int, _) -> None:
     self._heard = signal.Signals(which)

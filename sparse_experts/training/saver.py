@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -94,12 +94,24 @@ class Saver:
   training goes on. `saved step N` on stderr means that step N is complete.
   """
 
-  def __init__(self, model_dir: epath.PathLike, keep: int | None = 3):
+  def __init__(
+    self,
+    model_dir: epath.PathLike,
+    keep: int | None = 3,
+    check: Callable[[], None] = lambda: None,
+  ):
     """Opens MODEL_DIR/checkpoints, keeping the last `keep` steps (None: all).
+
+    Args:
+      model_dir: of the run.
+      keep: steps.
+      check: raises where MODEL_DIR is this run's no more, FileNotFoundError
+        where it is gone; asked before a step is written and before it counts.
 
     Raises:
       OSError: the directory cannot be written.
     """
+    self._check = check
     self._announcer: threading.Thread | None = None
     self._model_dir, self._step, self._failed = model_dir, 0, False
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -136,8 +148,10 @@ class Saver:
 
     Raises:
       OSError: this step, or the one before, cannot be written.
+      ValueError: MODEL_DIR is another's.
     """
     self._wait()
+    self._check()
     self._step = int(state.step)
     with self._saving():
       self._manager.save(
@@ -173,10 +187,28 @@ class Saver:
         yield
     except Exception:
       self._failed = True
+      self._check_after_failure()
+      raise
+
+  def _check_after_failure(self) -> None:
+    """Says what is behind a failure where MODEL_DIR is lost.
+
+    What was being written has made a deleted MODEL_DIR again; that goes.
+    """
+    try:
+      self._check()
+    except FileNotFoundError:
+      if self._announcer is not None:
+        self._announcer.join(10)  # Then nothing is written any more.
+      with contextlib.suppress(Exception):
+        for part in self._directory.glob(f'{self._step}.orbax-checkpoint-tmp*'):
+          part.rmtree()
+        self._directory.rmdir()  # Fails where there is something in it.
       raise
 
   def _write_checksums(self) -> None:
     """Of the step being saved, just before orbax commits it by a rename."""
+    self._check()
     name = f'{self._step}.orbax-checkpoint-tmp*'
     renamed = self._directory / str(self._step)  # Or written in place.
     checksums.write(next(iter(self._directory.glob(name)), renamed))

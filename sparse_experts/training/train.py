@@ -122,6 +122,7 @@ def train(
       directories.check_new(model_dir)
       if not dry_run:
         lease = closing.enter_context(contextlib.closing(Lease(model_dir)))
+        preemption = closing.enter_context(Preemption(lease.close))
     ready = prepare(
       model,
       model_dir,
@@ -139,7 +140,6 @@ def train(
     if dry_run:
       _draw(ready, model_dir)
       return {}
-    preemption = closing.enter_context(Preemption())
     run = _begin(
       ready,
       model,
@@ -151,17 +151,17 @@ def train(
     )
     if replay is not None:
       return replaying.replay(run, model, ready.mesh, microbatches, seed)
-    saver = Saver(model_dir, keep_checkpoints)
+    preemption.listen()
+    saver = Saver(model_dir, keep_checkpoints, lease.check)
     closing.callback(saver.close)
     if on_start is not None and jax.process_index() == 0:
       on_start(run.model_dir)
     write_hardware(model_dir, ready.mesh)
     _open(run, model.positions(ready.shapes), closing)
-    preemption.listen()
     trace = _trace(run, profile, closing)
     guard = Guard(max_skipped_in_a_row)
     log = Log(run.progress, schedules.as_schedule(learning_rate))
-    save = Save(saver, ready.feed.to_save, (lease.check, guard.check))
+    save = Save(saver, ready.feed.to_save, (guard.check,))
     before = [lease, guard, trace.stop, log.add, Every(log_period, log)]
     before += _evaluations(ready, model, eval_period)
     after = [preemption, Every(checkpoint_period, save), trace.start]

@@ -12,6 +12,9 @@ from etils import epath
 
 from sparse_experts import storage
 
+# What every line has; all else are metrics.
+_KINDS = {'step': (int, 'a whole number'), 'name': (str, 'a text')}
+
 
 class Writers:
   """Scalars to MODEL_DIR/tensorboard/<name>/ and MODEL_DIR/metrics.jsonl.
@@ -49,6 +52,9 @@ class Writers:
     scalars = dict(_scalars(metrics))
     line = json.dumps({'step': step, 'name': name, **scalars})
     with self._writing():
+      # First, for it makes no folder: one that was deleted stays so.
+      with self._lines.open('a') as file:
+        file.write(line + '\n')
       if name not in self._summaries:
         from clu import metric_writers  # Imports TensorFlow.
 
@@ -56,8 +62,6 @@ class Writers:
           str(self._dir / 'tensorboard' / name)
         )
       self._summaries[name].write_scalars(step, scalars)
-      with self._lines.open('a') as file:
-        file.write(line + '\n')
 
   def close(self) -> None:
     with self._writing():
@@ -68,7 +72,7 @@ class Writers:
     """Leaves the lines that a run has written up to a step."""
     if not self._lines.exists():
       return
-    lines = storage.read_lines(self._lines)
+    lines = read(self._lines)
     kept = [line for line in lines if line['step'] <= step]
     if kept != lines:
       text = ''.join(json.dumps(line) + '\n' for line in kept)
@@ -79,6 +83,22 @@ class Writers:
       f'metrics in {self._dir}',
       'the same command goes on from the latest step once that is mended',
     )
+
+
+def read(path: epath.Path) -> list[dict[str, Any]]:
+  """The lines of a metrics.jsonl: 'step', 'name', and numbers.
+
+  Raises:
+    ValueError: a line is damaged, or something else.
+  """
+  return storage.read_lines(path, _check)
+
+
+def _check(line: Mapping[str, Any]) -> None:
+  for name, value in {**dict.fromkeys(_KINDS), **line}.items():
+    kind, what = _KINDS.get(name, ((int, float), 'a number'))
+    if not isinstance(value, kind) or isinstance(value, bool):
+      raise ValueError(f'{name!r} must be {what}, not {value!r:.80}')
 
 
 def _scalars(metrics: Mapping[str, Any], prefix: str = ''):

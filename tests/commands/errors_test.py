@@ -7,6 +7,8 @@ import shutil
 import command
 import pytest
 
+from sparse_experts.training import checksums
+
 # Outside of pytest, which would hide what libraries log. No corpus is there, no
 # package to make one of.
 RUN_ALL = """
@@ -285,6 +287,35 @@ MISTAKES = {
     _train('--coordinator=127.0.0.1:1'),
     ['--coordinator needs --num_processes=N and --process_id=I'],
   ),
+  'processes without a coordinator': (
+    _train('--num_processes=2'),
+    ['--num_processes and --process_id belong to --coordinator=HOST:PORT'],
+  ),
+  'processes of a pod': (
+    _train('--coordinator=auto', '--process_id=0'),
+    ["'auto' finds them on a pod"],
+  ),
+  '~ of a run': (
+    _train(model_dir='~/NEW'),
+    ["'~/NEW' begins with ~", 'write $HOME'],
+  ),
+  '~ of a checkpoint': (
+    ['inspect', '--checkpoint=~/NEW'],
+    ["'~/NEW' begins with ~", 'write $HOME'],
+  ),
+  '~ of a report': (['report', '~/NEW'], ["'~/NEW' begins with ~"]),
+  '~ of answers': (
+    _run('infer', '--output=~/NEW', model_dir='TRAINED'),
+    ["'~/NEW' begins with ~"],
+  ),
+  '~ of a picture': (
+    _run('evaluate', '--reliability=~/NEW.png', '--gin.RANK_OPTIONS=True'),
+    ["'~/NEW.png' begins with ~"],
+  ),
+  '~ of a conversion': (
+    ['convert', '--to=native', '--input=TRAINED', '--output=~/NEW'],
+    ["'~/NEW' begins with ~"],
+  ),
   'argument': (_train('--stepz=3'), ["unknown argument '--stepz=3'", '--help']),
   'word': (
     _train('TRAIN_STEPS=3'),
@@ -319,10 +350,10 @@ def folder(tmp_path_factory) -> pathlib.Path:
   shutil.rmtree(copied('NO_OPTIMIZER') / 'optimizer')
   identity = copied('OTHER_CORPUS') / 'data' / 'batches.json'
   saved = json.loads(identity.read_text())
-  (folder / 'OTHER_CORPUS/checkpoints/2/checksums.json').unlink()
   identity.write_text(
     json.dumps({**saved, 'corpus': {'tiny_sums': 'other sums'}})
   )
+  checksums.write(identity.parent.parent)
   (folder / 'FILE').touch()
   (folder / 'adam.gin').write_text(
     'from __gin__ import dynamic_registration\n'
@@ -397,7 +428,10 @@ def test_a_damaged_step_is_refused_or_whole(damage, folder, tmp_path):
         assert outcome.stderr.count('\n') == 1
         refused.add(file.relative_to(step.relative_to(folder)).parts[0])
     if outcomes[0].code == 0:
-      assert outcomes[0].stdout == whole.stdout
+      there, before = (json.loads(o.stdout) for o in (outcomes[0], whole))
+      told = there.pop('checksums'), before.pop('checksums')
+      assert there == before
+      assert (told[0] == told[1]) == (file.name != checksums.NAME)
     shutil.rmtree(copy)
   # Without checksums, a step of before there were any, all else tells.
   cut = {'checksums.json'} if damage is _truncate else set()

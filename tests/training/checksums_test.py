@@ -133,9 +133,46 @@ def test_what_is_cut_or_gone_is_named(run, how):
 def test_a_step_of_before_there_were_checksums_loads(run):
   for file in run.glob('checkpoints/*/checksums.json'):
     file.unlink()
-  assert inspect(run).code == 0
+  said = 'checkpoints/2 has no checksums.json: what is read of it is not verif'
+  outcome = inspect(run)
+  assert outcome.code == 0 and outcome.stderr.count(said) == 1
+  assert json.loads(outcome.stdout)['checksums'] == 'not verified'
+  outcome = command.run('inspect', f'--checkpoint={run}')
+  assert 'checksums: not verified\n' in outcome.stdout
   outcome = command.train(run, '--gin.TRAIN_STEPS=3')
   assert 'resumed at step 2\n' in outcome.stderr
+  assert outcome.stderr.count(said) == 1
+  outcome = inspect(run)
+  assert json.loads(outcome.stdout)['checksums'] == 'verified'
+  assert outcome.stderr == ''
+
+
+@pytest.mark.parametrize('named', ['nothing', 'others'])
+def test_a_file_that_has_no_checksum_is_damage(run, named):
+  sums = run / 'checkpoints' / '2' / checksums.NAME
+  content = json.loads(sums.read_text()) if named == 'others' else {}
+  sums.write_text(json.dumps({f'x{name}': of for name, of in content.items()}))
+  outcome = inspect(run)
+  assert outcome.code == 2 and outcome.stderr.count('\n') == 1
+  assert 'checkpoints/2 is damaged or incomplete' in outcome.stderr
+  assert ' is not in checksums.json)' in outcome.stderr
+  assert 'step 1 before it is whole' in outcome.stderr
+
+
+@pytest.mark.parametrize('name', ['\u00b2', '007', 'copy_2'])
+def test_a_folder_that_is_no_step_is_named(run, name):
+  (run / 'checkpoints' / '2').rename(run / 'checkpoints' / name)
+  for outcome in (inspect(run), go_on(run)):
+    assert outcome.code == 2 and outcome.stderr.count('\n') == 1
+    assert f'checkpoints/{name} is no step of a run' in outcome.stderr
+
+
+def test_a_file_where_steps_lie_is_named(tmp_path):
+  (tmp_path / 'checkpoints').touch()
+  for outcome in (inspect(tmp_path), go_on(tmp_path)):
+    assert outcome.code == 2 and outcome.stderr.count('\n') == 1
+    assert 'checkpoints is a file, where the steps of a run' in outcome.stderr
+  assert [path.name for path in tmp_path.iterdir()] == ['checkpoints']
 
 
 def test_parts_of_a_large_file_have_their_own(tmp_path, monkeypatch):

@@ -76,6 +76,44 @@ def test_ctrl_c_saves_and_ends_with_130(whole, python_folder):
   assert_goes_on(python_folder / 'run', whole)
 
 
+@pytest.mark.parametrize('which', ['SIGTERM', 'SIGINT'])
+def test_nothing_is_left_of_a_run_that_did_not_start(which, python_folder):
+  """SIGTERM while it is built, Ctrl-C before the first step."""
+  (python_folder / 'pressing.gin').write_text(
+    'from __gin__ import dynamic_registration\n'
+    'import start_hook\n'
+    + (
+      'HOOKS = [@start_hook.interrupt]\n'
+      if which == 'SIGINT'
+      else 'LEARNING_RATE = @start_hook.rate\n'
+    )
+  )
+  (python_folder / 'start_hook.py').write_text(
+    'import os, signal\n'
+    'def interrupt(run):\n'
+    '  assert (run.model_dir / "config.gin").exists()\n'
+    '  os.kill(os.getpid(), signal.SIGINT)\n'
+    'def rate(step):\n'
+    '  os.kill(os.getpid(), signal.SIGTERM)\n'
+    '  return 0.1\n'
+  )
+  # Else the process of the tests would end.
+  before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+  try:
+    outcome = command.run(
+      *arguments(
+        python_folder / 'of' / 'run',
+        f'--gin_file={python_folder / "pressing.gin"}',
+      )
+    )
+    after = signal.getsignal(signal.SIGTERM)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert after is signal.default_int_handler
+  assert (outcome.code, outcome.stderr) == (130, 'interrupted\n')
+  assert not (python_folder / 'of').exists()
+
+
 def _wait(moment: str, process, model_dir: pathlib.Path) -> None:
   """Until a process is there."""
 
@@ -112,6 +150,8 @@ def test_ctrl_c_at_any_moment(moment, whole, tmp_path):
   assert 'Traceback' not in stderr
   codes = (130, 0) if moment == 'late' else (130,)
   assert process.returncode in codes, stderr
+  if moment == 'before a step':
+    assert list(tmp_path.iterdir()) == []
   assert_goes_on(tmp_path, whole)
 
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import command
 import pytest
@@ -77,9 +79,42 @@ def test_another_machine_is_watched(brisk, tmp_path, capsys):
   second.close()
 
 
-def test_a_lease_that_cannot_be_read_expires(brisk, tmp_path):
-  (tmp_path / 'lease.json').write_text('{"host": "a')
+NO_LEASES = {
+  'half a one': lambda path: path.write_text('{"pid": 1'),
+  'no text': lambda path: path.write_bytes(b'\xff\xfe\x00'),
+  'no object': lambda path: path.write_text('[1]'),
+  'no process': lambda path: path.write_text('{"pid": "1\\u0000"}'),
+  'deep': lambda path: path.write_text('[' * 100_000),
+  'a folder': lambda path: path.mkdir(),
+  'a link to nothing': lambda path: path.symlink_to('nowhere'),
+  'a pipe': lambda path: os.mkfifo(path),
+}
+
+
+@pytest.mark.parametrize('what', NO_LEASES)
+def test_what_is_no_lease_is_named(what, tmp_path, monkeypatch):
+  monkeypatch.setattr(lease, '_SETTLES', 0.01)
+  path = tmp_path / 'lease.json'
+  NO_LEASES[what](path)
+  with pytest.raises(ValueError, match='cannot be read as a lease') as refused:
+    lease.Lease(tmp_path)
+  line = str(refused.value)
+  assert line.startswith(str(path)) and '\n' not in line
+  assert line.endswith('remove it if no trainer runs there.')
+  assert path.is_symlink() or path.exists()
+
+
+@pytest.mark.parametrize('unknown', [{}, {'started': None}])
+def test_a_process_of_unknown_start_is_known_by_its_id(unknown, tmp_path):
+  path = tmp_path / 'lease.json'
+  here = {'machine': lease._machine(), 'owner': 'other', **unknown}
+  with sleeper() as process:
+    path.write_text(json.dumps({'pid': process.pid, **here}))
+    with pytest.raises(ValueError, match=f'process {process.pid} on '):
+      lease.Lease(tmp_path)
+    process.kill()
   lease.Lease(tmp_path).close()
+  assert not path.exists()
 
 
 def test_of_many_that_take_over_one_does(tmp_path):
@@ -107,16 +142,55 @@ def test_of_many_that_take_over_one_does(tmp_path):
 
 def test_a_model_dir_that_is_deleted_is_gone(brisk, tmp_path):
   held = lease.Lease(tmp_path / 'run')
-  (tmp_path / 'run' / 'lease.json').unlink()
-  held.check()  # The lease alone is written again.
-  (tmp_path / 'run' / 'lease.json').unlink()
-  held._closed.set()
-  (tmp_path / 'run').rmdir()
-  held._closed.clear()
-  with pytest.raises(ValueError, match='run is gone: put it back'):
+  shutil.rmtree(tmp_path / 'run')
+  with pytest.raises(FileNotFoundError, match='run is gone: put back'):
     held.check()
   held.close()
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('other', [None, 'no lease', '{"pid": 1}'])
+def test_one_that_is_made_anew_is_lost_within_a_renewal(brisk, other, tmp_path):
+  run = tmp_path / 'run'
+  held = lease.Lease(run)
+  held._mutex.acquire()  # Else it may be renewed in the middle of this.
+  shutil.rmtree(run)
+  run.mkdir()
+  (run / 'notes').touch()
+  if other is not None:
+    (run / 'lease.json').write_text(other)
+  before = sorted(run.iterdir())
+  held._mutex.release()
+  lost = FileNotFoundError if other is None else ValueError
+  with pytest.raises(lost, match='was emptied, or made anew|was taken over by'):
+    for _ in range(200):
+      time.sleep(0.02)
+      held()
+  held.close()
+  assert sorted(run.iterdir()) == before
+
+
+def test_a_run_that_took_no_step_leaves_nothing(tmp_path):
+  run = tmp_path / 'of' / 'run'
+  held = lease.Lease(run)
+  (run / 'config.gin').touch()
+  (run / 'checkpoints').mkdir()
+  held(types.SimpleNamespace(start=0, step=0))
+  held.close()
+  assert list(tmp_path.iterdir()) == []
+
+  # What was there, and what a step is in, stays.
+  for there, step in (True, 0), (False, 1):
+    run.mkdir(parents=True)
+    if there:
+      (run / 'notes').touch()
+    held = lease.Lease(run)
+    (run / 'config.gin').touch()
+    held(types.SimpleNamespace(start=0, step=step))
+    held.close()
+    names = {path.name for path in run.iterdir()}
+    assert names == {'config.gin'} | ({'notes'} if there else set())
+    shutil.rmtree(run)
 
 
 @pytest.mark.slow

@@ -154,6 +154,18 @@ def test_preemption_takes_sigterm_and_hands_it_back():
   assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize('which', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_it_listens_ends_what_has_not_begun(which):
+  heard = []
+  before = signal.signal(which, lambda *_: heard.append('ended'))
+  try:
+    with preemption.Preemption(lambda: heard.append('left')):
+      os.kill(os.getpid(), which)
+    assert heard == ['left', 'ended']
+  finally:
+    signal.signal(which, before)
+
+
 @pytest.mark.parametrize('failure', [OSError('full'), None])
 def test_a_ctrl_c_after_the_last_step_hides_no_failure(failure):
   expected = type(failure) if failure else KeyboardInterrupt

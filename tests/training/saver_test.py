@@ -4,9 +4,14 @@ import json
 import resource
 import shutil
 import subprocess
+import types
 
 import command
+import jax.numpy as jnp
+import optax
 import pytest
+
+from sparse_experts.training import lease, saver, state
 
 EVERY_STEP = '--gin.CHECKPOINT_PERIOD=1'
 
@@ -96,12 +101,40 @@ def test_a_file_that_may_not_grow_ends_a_save(whole, tmp_path):
   assert outcome.code == 0 and 'resumed at step 6\n' in outcome.stderr
 
 
+@pytest.mark.parametrize('anew', [False, True])
+def test_a_model_dir_that_is_deleted_in_a_save_stays_so(anew, tmp_path):
+  """Writes on their way make folders again."""
+  run = tmp_path / 'run'
+  held = lease.Lease(run)
+  params = {'w': jnp.ones(2)}
+  zero = jnp.int32(0)
+  now = state.TrainState(zero, params, optax.sgd(0.1).init(params), zero)
+  writer = saver.Saver(run, check=held.check)
+
+  def delete(folder, streams):
+    shutil.rmtree(run)
+    folder.mkdir(parents=True)
+    (folder / 'late').touch()
+    if anew:
+      (run / 'notes').touch()
+
+  with pytest.raises(FileNotFoundError, match='was emptied, or made anew'):
+    try:
+      writer.save(now, saver.DataArgs(types.SimpleNamespace(save=delete)))
+    finally:
+      writer.close()
+  held.close()
+  left = [path.name for path in tmp_path.rglob('*')]
+  assert sorted(left) == (['notes', 'run'] if anew else [])
+
+
 def test_a_model_dir_that_is_deleted_ends_a_run(python_folder):
   (python_folder / 'deleter.py').write_text(
     'import shutil\n'
     'def delete(run):\n'
     '  if run.step == 2:\n'
     '    shutil.rmtree(run.model_dir)\n'
+    '    run.model_dir.mkdir()\n'  # As a writer might.
   )
   (python_folder / 'deleter.gin').write_text(
     'from __gin__ import dynamic_registration\n'
@@ -115,5 +148,5 @@ def test_a_model_dir_that_is_deleted_ends_a_run(python_folder):
       *('--gin.LOG_PERIOD=100', '--gin.CHECKPOINT_PERIOD=2'),
     )
   )
-  assert f'MODEL_DIR {run} is gone' in line
+  assert f'MODEL_DIR {run} was emptied, or made anew' in line
   assert not run.exists()
