@@ -89,6 +89,21 @@ class Lease:
     if self._lost is not None:
       raise self._lost
 
+  def __enter__(self) -> Lease:
+    return self
+
+  def __exit__(self, kind, error, _) -> None:
+    """Closes it; what cannot be written in a MODEL_DIR that is lost, is that.
+
+    Raises:
+      ValueError, FileNotFoundError: as a call, in place of an OSError.
+    """
+    try:
+      if isinstance(error, OSError):
+        self.check()
+    finally:
+      self.close()
+
   def check(self) -> None:
     """As a call, and looks; before something is written that matters."""
     if self._holds:

@@ -121,7 +121,7 @@ def train(
     if replay is None:
       directories.check_new(model_dir)
       if not dry_run:
-        lease = closing.enter_context(contextlib.closing(Lease(model_dir)))
+        lease = closing.enter_context(Lease(model_dir))
         preemption = closing.enter_context(Preemption(lease.close))
     ready = prepare(
       model,
