@@ -178,7 +178,9 @@ class Lease:
   def _write(self) -> None:
     storage.replace(self._path, json.dumps(self._holder).encode())
 
-  def _refuse_unless_gone(self, seen: str, holder: dict[str, Any]) -> None:
+  def _refuse_unless_gone(
+    self, seen: str | None, holder: dict[str, Any]
+  ) -> None:
     """Returns once the holder is known to be gone.
 
     Raises:

@@ -117,6 +117,7 @@ def train(
     microbatches=microbatches,
     max_skipped_in_a_row=max_skipped_in_a_row,
   )
+  preemption = Preemption()  # Of a run that writes nothing, it takes nothing.
   with contextlib.ExitStack() as closing:
     if replay is None:
       directories.check_new(model_dir)
