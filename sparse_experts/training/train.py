@@ -157,8 +157,7 @@ def train(
     closing.callback(saver.close)
     if on_start is not None and jax.process_index() == 0:
       on_start(run.model_dir)
-    write_hardware(model_dir, ready.mesh)
-    _open(run, model.positions(ready.shapes), closing)
+    _open(run, ready.mesh, model.positions(ready.shapes), closing)
     trace = _trace(run, profile, closing)
     guard = Guard(max_skipped_in_a_row)
     log = Log(run.progress, schedules.as_schedule(learning_rate))
@@ -222,8 +221,14 @@ def _begin(
   )
 
 
-def _open(run: Run, positions: int, closing: contextlib.ExitStack) -> None:
-  """Gives a run its writers, and says where it stands."""
+def _open(
+  run: Run,
+  mesh: jax.sharding.Mesh,
+  positions: int,
+  closing: contextlib.ExitStack,
+) -> None:
+  """Gives a run its writers, and says where it stands and on what."""
+  write_hardware(run.model_dir, mesh)
   run.progress = Progress(run.start, run.stop, positions)
   closing.callback(run.progress.close)
   run.writers = Writers(run.model_dir, run.start or -1)  # 0 is anew.
