@@ -3,7 +3,7 @@
     MODEL_DIR/checkpoints/<step>/{params,optimizer,data}/
 
 `saver.Saver` writes them. What is read and what is said of damage are one
-subject, hence the 370 lines.
+subject, hence the 390 lines.
 """
 
 from __future__ import annotations

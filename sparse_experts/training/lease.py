@@ -89,6 +89,21 @@ class Lease:
     if self._lost is not None:
       raise self._lost
 
+  def __enter__(self) -> Lease:
+    return self
+
+  def __exit__(self, kind, error, _) -> None:
+    """Closes it; what cannot be written in a MODEL_DIR that is lost, is that.
+
+    Raises:
+      ValueError, FileNotFoundError: as a call, in place of an OSError.
+    """
+    try:
+      if isinstance(error, OSError):
+        self.check()
+    finally:
+      self.close()
+
   def check(self) -> None:
     """As a call, and looks; before something is written that matters."""
     if self._holds:
@@ -163,7 +178,9 @@ class Lease:
   def _write(self) -> None:
     storage.replace(self._path, json.dumps(self._holder).encode())
 
-  def _refuse_unless_gone(self, seen: str, holder: dict[str, Any]) -> None:
+  def _refuse_unless_gone(
+    self, seen: str | None, holder: dict[str, Any]
+  ) -> None:
     """Returns once the holder is known to be gone.
 
     Raises:

@@ -117,11 +117,12 @@ def train(
     microbatches=microbatches,
     max_skipped_in_a_row=max_skipped_in_a_row,
   )
+  preemption = Preemption()  # Of a run that writes nothing, it takes nothing.
   with contextlib.ExitStack() as closing:
     if replay is None:
       directories.check_new(model_dir)
       if not dry_run:
-        lease = closing.enter_context(contextlib.closing(Lease(model_dir)))
+        lease = closing.enter_context(Lease(model_dir))
         preemption = closing.enter_context(Preemption(lease.close))
     ready = prepare(
       model,
@@ -156,8 +157,7 @@ def train(
     closing.callback(saver.close)
     if on_start is not None and jax.process_index() == 0:
       on_start(run.model_dir)
-    write_hardware(model_dir, ready.mesh)
-    _open(run, model.positions(ready.shapes), closing)
+    _open(run, ready.mesh, model.positions(ready.shapes), closing)
     trace = _trace(run, profile, closing)
     guard = Guard(max_skipped_in_a_row)
     log = Log(run.progress, schedules.as_schedule(learning_rate))
@@ -221,8 +221,14 @@ def _begin(
   )
 
 
-def _open(run: Run, positions: int, closing: contextlib.ExitStack) -> None:
-  """Gives a run its writers, and says where it stands."""
+def _open(
+  run: Run,
+  mesh: jax.sharding.Mesh,
+  positions: int,
+  closing: contextlib.ExitStack,
+) -> None:
+  """Gives a run its writers, and says where it stands and on what."""
+  write_hardware(run.model_dir, mesh)
   run.progress = Progress(run.start, run.stop, positions)
   closing.callback(run.progress.close)
   run.writers = Writers(run.model_dir, run.start or -1)  # 0 is anew.

@@ -76,7 +76,9 @@ def test_ctrl_c_saves_and_ends_with_130(whole, python_folder):
   assert_goes_on(python_folder / 'run', whole)
 
 
-@pytest.mark.parametrize('which', ['SIGTERM', 'SIGINT'])
+@pytest.mark.parametrize(
+  'which', ['SIGTERM', pytest.param('SIGINT', marks=pytest.mark.slow)]
+)
 def test_nothing_is_left_of_a_run_that_did_not_start(which, python_folder):
   """SIGTERM while it is built, Ctrl-C before the first step."""
   (python_folder / 'pressing.gin').write_text(

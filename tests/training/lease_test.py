@@ -149,6 +149,18 @@ def test_a_model_dir_that_is_deleted_is_gone(brisk, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+def test_what_cannot_be_written_in_one_that_is_gone_is_that(tmp_path):
+  with (
+    pytest.raises(FileNotFoundError, match='run is gone: put back'),
+    lease.Lease(tmp_path / 'run'),
+  ):
+    shutil.rmtree(tmp_path / 'run')
+    raise OSError('metrics cannot be written')
+  with pytest.raises(OSError, match='disk is full'), lease.Lease(tmp_path):
+    raise OSError('the disk is full')
+  assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize('other', [None, 'no lease', '{"pid": 1}'])
 def test_one_that_is_made_anew_is_lost_within_a_renewal(brisk, other, tmp_path):
   run = tmp_path / 'run'
