@@ -53,6 +53,7 @@ setuptools.setup(
     # Upper bounds: docs/dependencies.md says what is known to break.
     'jax>=0.10.2,<0.13',
     'ml_dtypes',
+    'PyYAML',
     'numpy',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.11.30,<1',
@@ -72,7 +73,6 @@ setuptools.setup(
   ],
   extras_require={
     'test': [
-      'PyYAML',
       'basedpyright==1.40.2',  # Its number of errors is held.
       'hypothesis',
       'ipykernel',

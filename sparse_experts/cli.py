@@ -15,6 +15,7 @@ from sparse_experts import __version__, failures
 
 COMMANDS = {
   'train': 'train a model, from its latest checkpoint if there is one',
+  'sweep': 'train over a grid of values and several seeds',
   'evaluate': 'held-out loss and task metrics of a checkpoint',
   'infer': "a checkpoint's answers to a task's examples",
   'record': "what the experts do with each token of a task's split",
@@ -56,7 +57,12 @@ def _run(argv: Sequence[str]) -> int:
   command = importlib.import_module(f'sparse_experts.commands.{name}')
   args, rest = _command_parser(name, command).parse_known_args(argv[1:])
   args.command = name
-  args.bindings = _bindings(rest)
+  prefixes = ('gin', *getattr(command, 'PREFIXES', ()))
+  args.bindings, *others = (
+    _given(rest, prefix, prefixes) for prefix in prefixes
+  )
+  for prefix, given in zip(prefixes[1:], others):
+    setattr(args, prefix, given)
   _check_processes(args)
   try:
     _prepare(args)
@@ -141,18 +147,26 @@ def _command_parser(name: str, command) -> argparse.ArgumentParser:
   return parser
 
 
-def _bindings(rest: Sequence[str]) -> list[str]:
-  """`NAME=VALUE` from --gin.NAME=VALUE; anything else is a mistake."""
+def _given(
+  rest: Sequence[str], prefix: str, prefixes: Sequence[str]
+) -> list[str]:
+  """`NAME=VALUE` of each --prefix.NAME=VALUE.
+
+  Raises:
+    ValueError: an argument has none of `prefixes`.
+  """
   bindings = []
   for argument in rest:
-    if not argument.startswith('--gin.') or '=' not in argument:
+    start, _, _ = argument.partition('.')
+    if start not in (f'--{known}' for known in prefixes) or '=' not in argument:
       raise ValueError(
         f'unknown argument {argument!r}; bindings are --gin.NAME=VALUE, and '
         '--help lists the flags.'
       )
     if len(argument.splitlines()) > 1:  # Else gin reads more than one.
       raise ValueError(f'{argument!r} has several lines; an override has one.')
-    bindings.append(argument.removeprefix('--gin.'))
+    if start == f'--{prefix}':
+      bindings.append(argument.removeprefix(f'{start}.'))
   return bindings
 
 

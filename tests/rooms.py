@@ -19,6 +19,7 @@ LAYERS = (
   'planning',
   'insight bench',
   'config',
+  'sweeps',
   'papers convert',
   'surgery',
   'commands',

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 
-def parse(args: argparse.Namespace, *more_files: str) -> None:
-  """Parses `args.gin_file`, then `more_files`, then `args.bindings`."""
+def parse(
+  args: argparse.Namespace, *more_files: str, bindings: Sequence[str] = ()
+) -> None:
+  """Parses what a command line gives.
+
+  Args:
+    args: `gin_file`, and after all files `bindings`.
+    more_files: after those of `args`.
+    bindings: after those of `args`.
+  """
   from sparse_experts import config
 
   files = [*args.gin_file, *more_files]
@@ -15,7 +24,8 @@ def parse(args: argparse.Namespace, *more_files: str) -> None:
       f'{args.command} needs --gin_file=FILE; `python -m sparse_experts list` '
       'names those that come with the package.'
     )
-  config.parse(files, args.bindings, search_paths(args))
+  bindings = [*args.bindings, *bindings]
+  config.parse(files, bindings, search_paths(args))
 
 
 def trace(args: argparse.Namespace):

@@ -23,6 +23,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from sparse_experts import storage
+
 NAME = 'checksums.json'
 _PART = 2**24  # Bytes that have one checksum.
 _PIECE = 2**20  # Bytes that are read at once, and fit into a cache.
@@ -85,6 +87,16 @@ def damage(
     return None
   name, start = parts[wrong]
   return f'{name} is not what was written, from byte {start} on'
+
+
+def forget(step: epath.PathLike, item: str) -> None:
+  """Takes an item that is no more out of a step's checksums."""
+  file = epath.Path(step) / NAME
+  if not file.exists():
+    return
+  sums = json.loads(file.read_text())
+  kept = {k: v for k, v in sums.items() if not _among(k, (item,))}
+  storage.replace(file, (json.dumps(kept, indent=1) + '\n').encode())
 
 
 def there(step: epath.PathLike) -> bool:

@@ -1,0 +1,1 @@
+"""Runs of one recipe over a grid of values and several seeds."""

@@ -1,0 +1,33 @@
+"""A command that ends with the process that started it, however that ends.
+
+python -m sparse_experts.sweeps.follow train --gin_file=...
+
+Whoever starts it holds the other end of its stdin. That end closes when the
+holder ends, by SIGKILL, too. Then the command is asked to stop, as by SIGTERM,
+so that `train` saves its step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+LETS_GO = 300  # Seconds that a command may take to save and end.
+
+
+def _follow() -> None:
+  while os.read(0, 2**16):
+    pass
+  os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(LETS_GO)
+  os._exit(128 + signal.SIGKILL)
+
+
+if __name__ == '__main__':
+  threading.Thread(target=_follow, daemon=True).start()
+  from sparse_experts import cli
+
+  sys.exit(cli.main())

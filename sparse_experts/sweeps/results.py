@@ -1,0 +1,109 @@
+"""What the runs of a sweep came to, and what of them stays on the disk."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from sparse_experts import storage
+from sparse_experts.insight import curves
+from sparse_experts.sweeps.grid import Point
+from sparse_experts.training import checkpoints, checksums
+
+FILE = 'results.jsonl'
+
+
+def steps_taken(model_dir: pathlib.Path) -> int:
+  """The last step that a run has saved, 0 before the first."""
+  return max(checkpoints.steps(model_dir), default=0)
+
+
+def of(
+  model_dir: pathlib.Path, point: Point, flops_per_step: int
+) -> dict[str, Any]:
+  """A line of results.jsonl.
+
+  Args:
+    model_dir: of a run that is finished.
+    point: which it is.
+    flops_per_step: useful ones, see `planning.ledger`.
+
+  Returns:
+    'overrides', values by name; 'seed'; 'run', its folder's name; 'step', the
+    last one; 'eval', the last evaluation's metrics but those of layers, {} where
+    nothing is held out; 'seconds', of its steps' training, without compiling
+    and evaluating; 'flops' of all its steps.
+  """
+  found = curves.read(model_dir)
+  step = steps_taken(model_dir)
+  last = {
+    name: float(curve.values[-1])
+    for name, curve in found.get('eval', {}).items()
+    if not name.startswith('layers/')
+  }
+  return {
+    'overrides': {k: _plain(v) for k, v in point.overrides.items()},
+    'seed': point.seed,
+    'run': model_dir.name,
+    'step': step,
+    'eval': last,
+    'seconds': round(seconds(found['train']), 2),
+    'flops': flops_per_step * step,
+  }
+
+
+def _plain(value: str) -> Any:
+  """A number, text or tuple, where it is one; JSON has lists for tuples."""
+  try:
+    return ast.literal_eval(value)
+  except (ValueError, SyntaxError):  # '@top_k.TopK', a path.
+    return value
+
+
+def seconds(train: Mapping[str, curves.Curve]) -> float:
+  """Of the training between the lines of a run, whatever stopped it between."""
+  steps, rates = train['steps_per_second']
+  total, before = 0.0, 0
+  for step, rate in zip(steps.tolist(), rates.tolist()):
+    total += (step - before) / rate
+    before = step
+  return total
+
+
+def write(folder: pathlib.Path, lines: list[Mapping[str, Any]]) -> None:
+  """Writes results.jsonl, whole or not at all."""
+  text = ''.join(json.dumps(line) + '\n' for line in lines)
+  storage.replace(folder / FILE, text.encode())
+
+
+def slim(model_dir: pathlib.Path) -> None:
+  """Leaves the parameters of the last step, which is all that is read of it.
+
+  The optimizer's state goes, so that the run cannot go on.
+  """
+  kept = steps_taken(model_dir)
+  folder = checkpoints.directory_of(model_dir)
+  for step in checkpoints.steps(model_dir):
+    path = pathlib.Path(folder / str(step))
+    if step != kept:
+      shutil.rmtree(path)
+    elif (path / 'optimizer').exists():
+      shutil.rmtree(path / 'optimizer')
+      checksums.forget(path, 'optimizer')
+
+
+def gigabytes(folder: pathlib.Path) -> float:
+  """Of all files below a folder."""
+  total = 0
+  for root, _, names in os.walk(folder):
+    for name in names:
+      try:
+        total += (pathlib.Path(root) / name).stat().st_size
+      except FileNotFoundError:  # A run's, renamed just now.
+        continue
+  return total / 1e9

@@ -1,0 +1,60 @@
+"""Combinations of values, and what a run is a function of."""
+
+import pytest
+
+from sparse_experts.sweeps import grid, identity
+
+
+def test_every_combination_has_every_seed():
+  found = grid.points(['NUM_EXPERTS=2,4', 'router.k=1, 2'], [7, 8])
+  assert [point.bindings for point in found] == [
+    [f'NUM_EXPERTS={n}', f'router.k={k}', f'SEED={seed}']
+    for n in (2, 4)
+    for k in (1, 2)
+    for seed in (7, 8)
+  ]
+  (alone,) = grid.points([], [0])
+  assert alone.bindings == ['SEED=0'] and alone.name == 'seed 0'
+
+
+@pytest.mark.parametrize(
+  'text,values',
+  [
+    ('2', ['2']),
+    ("'a,b',{'c': (1, 2)}", ["'a,b'", "{'c': (1, 2)}"]),
+    ('(0,),[1, (2, 3)]', ['(0,)', '[1, (2, 3)]']),
+    ('"(",2', ['"("', '2']),
+  ],
+)
+def test_commas_inside_brackets_and_quotes_part_nothing(text, values):
+  assert grid.split(text) == values
+
+
+@pytest.mark.parametrize(
+  'axes,message',
+  [
+    (['A=1', 'A=2'], '--grid.A is there twice'),
+    (['SEED=1,2'], '--grid.SEED: seeds are --seeds=N'),
+    (['A='], '--grid.A= must have values, each once'),
+    (['A=1,,2'], 'must have values, each once'),
+    (['A=1,2,1'], 'must have values, each once'),
+  ],
+)
+def test_wrong_grids(axes, message):
+  with pytest.raises(ValueError, match=message):
+    grid.points(axes, [0])
+
+
+def test_a_digest_is_of_all_that_a_run_is_a_function_of(monkeypatch):
+  text = "A = 3\nMODEL_DIR = 'x'\nB = 4\n"
+  ours = identity.digest(identity.configuration(text), {'task': 'a'})
+  assert len(ours) == 12
+  moved = identity.configuration(text.replace("'x'", "'elsewhere'"))
+  assert identity.digest(moved, {'task': 'a'}) == ours
+  others = {
+    identity.digest(identity.configuration(text), {'task': 'b'}),
+    identity.digest(identity.configuration('A = 2\nB = 4\n'), {'task': 'a'}),
+  }
+  monkeypatch.setattr(identity, 'code', lambda: 'other')
+  others.add(identity.digest(moved, {'task': 'a'}))
+  assert len(others | {ours}) == 4
