@@ -35,9 +35,9 @@ def of(
 
   Returns:
     'overrides', values by name; 'seed'; 'run', its folder's name; 'step', the
-    last one; 'eval', the last evaluation's metrics but those of layers, {} where
-    nothing is held out; 'seconds', of its steps' training, without compiling
-    and evaluating; 'flops' of all its steps.
+    last one; 'eval', the last metrics of an evaluation but those of layers, {}
+    where nothing is held out; 'seconds', of its steps' training, without
+    compiling and evaluating; 'flops' of all its steps.
   """
   found = curves.read(model_dir)
   step = steps_taken(model_dir)
