@@ -67,7 +67,7 @@ class Lease:
     self._closed, self._mutex = threading.Event(), threading.RLock()
     self._made: list[pathlib.Path] = []  # Folders, the innermost first.
     self._found_empty, self._begun = False, False
-    self._creates = False
+    self._creates = False  # There, but without the text that says whose it is.
     self._holder = {
       'host': socket.gethostname(),
       'pid': os.getpid(),
@@ -189,7 +189,7 @@ class Lease:
         path.unlink()
         raise
       finally:
-        self._creates = False
+        self._creates = False  # The file is there, and its text is not yet.
     return True
 
   def _write(self) -> None:
