@@ -189,7 +189,7 @@ class Lease:
         path.unlink()
         raise
       finally:
-        self._creates = False  # The file is there, and its text is not yet.
+        self._creates = False
     return True
 
   def _write(self) -> None:
