@@ -133,6 +133,23 @@ def given(path: epath.PathLike, by: str) -> epath.Path:
   return epath.Path(path).expanduser()
 
 
+def decoded(path: epath.PathLike, data: bytes) -> str:
+  """The text of a file's bytes, without a byte-order mark.
+
+  Raises:
+    ValueError: it is no UTF-8; the message has the file and the line.
+  """
+  try:
+    return data.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    line = error.object.count(b'\n', 0, error.start) + 1
+    byte = error.object[error.start]
+    raise ValueError(
+      f'{os.fspath(path)}:{line} has the byte 0x{byte:02x}, which is no UTF-8; '
+      'save the file as UTF-8, for example by iconv -f LATIN1 -t UTF-8.'
+    ) from error
+
+
 def check_regular(path: epath.Path, by: str) -> None:
   """Raises ValueError of what is there, and can be read once or without end."""
   if is_local(path) and os.path.exists(path):

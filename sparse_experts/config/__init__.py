@@ -21,7 +21,7 @@ import gin.config
 import gin.config_parser
 
 import gin
-from sparse_experts import earlier
+from sparse_experts import earlier, storage
 from sparse_experts.config import order, overrides, provenance, types
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent.parent
@@ -318,15 +318,7 @@ class _Open(io.StringIO):
     if self._path in _READING:
       chain = [*_READING[_READING.index(self._path) :], self._path]
       raise ValueError(f'a gin file includes itself: {" -> ".join(chain)}.')
-    data = pathlib.Path(path).read_bytes()
-    try:
-      text = data.decode('utf-8-sig')  # A byte-order mark is no text.
-    except UnicodeDecodeError as wrong:
-      line = data.count(b'\n', 0, wrong.start) + 1
-      raise ValueError(
-        f'{path}:{line} has the byte 0x{data[wrong.start]:02x}, which is no '
-        'UTF-8; save the file as UTF-8.'
-      ) from wrong
+    text = storage.decoded(path, pathlib.Path(path).read_bytes())
     super().__init__(earlier.translate(text))
 
   def __enter__(self):

@@ -186,15 +186,7 @@ def _decoded(path: epath.Path) -> str:
         f'{path}:1 is {name}; save it as UTF-8, for example by iconv -f {name} '
         '-t UTF-8.'
       )
-  data = data.removeprefix(b'\xef\xbb\xbf')
-  try:
-    text = data.decode()
-  except UnicodeDecodeError as error:
-    line = data.count(b'\n', 0, error.start) + 1
-    raise ValueError(
-      f'{path}:{line} has the byte 0x{data[error.start]:02x}, which is no '
-      'UTF-8; save the file as UTF-8, for example by iconv -f LATIN1 -t UTF-8.'
-    ) from error
+  text = storage.decoded(path, data)
   if '\0' in text:
     line = text.count('\n', 0, text.index('\0')) + 1
     raise ValueError(

@@ -3,7 +3,7 @@
     MODEL_DIR/checkpoints/<step>/{params,optimizer,data}/
 
 `saver.Saver` writes them. What is read and what is said of damage are one
-subject, hence the 390 lines.
+subject, hence more lines than others have.
 """
 
 from __future__ import annotations

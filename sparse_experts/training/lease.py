@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,8 +46,17 @@ class Lease:
   Several processes of one run are one owner: process 0 holds it for all.
   """
 
-  def __init__(self, model_dir: epath.PathLike):
+  def __init__(
+    self,
+    model_dir: epath.PathLike,
+    announce: Callable[[Callable[[], None]], None] = lambda close: None,
+  ):
     """Takes the lease, in all processes or in none.
+
+    Args:
+      model_dir: of the run.
+      announce: is given `close` before anything is written, for what may end
+        the process at any moment.
 
     Raises:
       ValueError: another trainer holds it.
@@ -57,6 +67,7 @@ class Lease:
     self._closed, self._mutex = threading.Event(), threading.RLock()
     self._made: list[pathlib.Path] = []  # Folders, the innermost first.
     self._found_empty, self._begun = False, False
+    self._creates = False  # There, but without the text that says whose it is.
     self._holder = {
       'host': socket.gethostname(),
       'pid': os.getpid(),
@@ -67,6 +78,7 @@ class Lease:
       'renewals': 0,
     }
     self._holds = jax.process_index() == 0
+    announce(self.close)
     refusal = None
     if self._holds:
       try:
@@ -114,7 +126,9 @@ class Lease:
     """Gives the lease back; a run that took no step leaves nothing."""
     with self._mutex, contextlib.suppress(Exception):  # Others may clean up.
       self._closed.set()
-      if self._holds and _owner(_read(self._path)) == self._holder['owner']:
+      seen = _read(self._path)
+      ours = self._creates or _owner(seen) == self._holder['owner']
+      if self._holds and seen is not None and ours:
         if self._found_empty and not self._begun:
           for path in self._path.parent.iterdir():
             path.rmtree() if path.is_dir() else path.unlink()
@@ -167,12 +181,15 @@ class Lease:
         file = path.open('x')
       except FileExistsError:
         return False
+      self._creates = True
       try:
         with file:
           file.write(json.dumps(self._holder))
       except OSError:
         path.unlink()
         raise
+      finally:
+        self._creates = False
     return True
 
   def _write(self) -> None:

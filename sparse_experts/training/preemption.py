@@ -20,12 +20,15 @@ class Preemption:
   before. The second Ctrl-C ends it at once, and leaves the last complete step.
   """
 
-  def __init__(self, leave: Callable[[], None] = lambda: None):
-    """Calls `leave` first where a signal ends what has not begun."""
-    self._leave = leave
+  def __init__(self):
+    self._leave: Callable[[], None] = lambda: None
     self._heard: signal.Signals | None = None
     self._heeded = False
     self._previous = {}
+
+  def leave_by(self, leave: Callable[[], None]) -> None:
+    """Calls `leave` first where a signal ends what has not begun."""
+    self._leave = leave
 
   def listen(self, which: signal.Signals = signal.SIGTERM) -> None:
     """Takes a signal. SIGTERM of several processes is JAX's to take."""

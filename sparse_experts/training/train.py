@@ -122,8 +122,8 @@ def train(
     if replay is None:
       directories.check_new(model_dir)
       if not dry_run:
-        lease = closing.enter_context(Lease(model_dir))
-        preemption = closing.enter_context(Preemption(lease.close))
+        closing.enter_context(preemption)
+        lease = closing.enter_context(Lease(model_dir, preemption.leave_by))
     ready = prepare(
       model,
       model_dir,

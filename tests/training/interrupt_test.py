@@ -99,8 +99,12 @@ def test_nothing_is_left_of_a_run_that_did_not_start(which, python_folder):
     '  os.kill(os.getpid(), signal.SIGTERM)\n'
     '  return 0.1\n'
   )
-  # Else the process of the tests would end.
-  before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+  # Else the process of the tests would end; or, in the background of a shell,
+  # hear no Ctrl-C.
+  before = {
+    name: signal.signal(name, signal.default_int_handler)
+    for name in (signal.SIGTERM, signal.SIGINT)
+  }
   try:
     outcome = command.run(
       *arguments(
@@ -108,10 +112,11 @@ def test_nothing_is_left_of_a_run_that_did_not_start(which, python_folder):
         f'--gin_file={python_folder / "pressing.gin"}',
       )
     )
-    after = signal.getsignal(signal.SIGTERM)
+    after = {signal.getsignal(name) for name in before}
   finally:
-    signal.signal(signal.SIGTERM, before)
-  assert after is signal.default_int_handler
+    for name, handler in before.items():
+      signal.signal(name, handler)
+  assert after == {signal.default_int_handler}
   assert (outcome.code, outcome.stderr) == (130, 'interrupted\n')
   assert not (python_folder / 'of').exists()
 

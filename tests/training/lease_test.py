@@ -73,7 +73,8 @@ def test_another_machine_is_watched(brisk, tmp_path, capsys):
   rewrite(tmp_path / 'lease.json', machine='another boot', since='2099')
   with pytest.raises(ValueError, match='is being trained in'):
     lease.Lease(tmp_path)
-  first._closed.set()  # As if it had died.
+  with first._mutex:  # No renewal is on its way.
+    first._closed.set()  # As if it had died.
   second = lease.Lease(tmp_path)
   assert 'watching for 1 seconds' in capsys.readouterr().err
   second.close()
@@ -138,6 +139,19 @@ def test_of_many_that_take_over_one_does(tmp_path):
   owner.check()
   assert sum('is being trained in' in str(one) for one in outcomes) == 7
   owner.close()
+
+
+def test_a_signal_while_it_is_taken_leaves_nothing(tmp_path, monkeypatch):
+  closes = []
+
+  def end(_):  # As a signal's handler does, before the lease has its text.
+    closes[0]()
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(lease.json, 'dumps', end)
+  with pytest.raises(KeyboardInterrupt):
+    lease.Lease(tmp_path / 'run', closes.append)
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_dir_that_is_deleted_is_gone(brisk, tmp_path):

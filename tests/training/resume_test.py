@@ -159,7 +159,8 @@ def test_a_signal_before_it_listens_ends_what_has_not_begun(which):
   heard = []
   before = signal.signal(which, lambda *_: heard.append('ended'))
   try:
-    with preemption.Preemption(lambda: heard.append('left')):
+    with preemption.Preemption() as asked:
+      asked.leave_by(lambda: heard.append('left'))
       os.kill(os.getpid(), which)
     assert heard == ['left', 'ended']
   finally:
