@@ -22,6 +22,7 @@ COMMANDS = {
   'inspect': 'count parameters and arithmetic, or read a checkpoint',
   'show': 'every value in effect, where it was set, and what it overrode',
   'report': 'one HTML page about a run: curves, routing, samples, config',
+  'compare': 'runs side by side: configurations, curves, paired differences',
   'convert': 'a checkpoint from or to T5X, Hugging Face, or our own format',
   'table': 'a table of a paper, published beside computed',
   'corpus': 'fetch a documentation corpus, once, and say what it holds',

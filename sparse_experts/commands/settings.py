@@ -28,6 +28,18 @@ def parse(
   config.parse(files, bindings, search_paths(args))
 
 
+def flops_per_step() -> int:
+  """Useful FLOPs of a training step of what is parsed, see `ledger.ledger`."""
+  from sparse_experts import config
+  from sparse_experts.planning import ledger
+  from sparse_experts.training import train
+
+  dataset = config.argument(train.train, 'dataset')
+  model = config.argument(train.train, 'model')
+  facts = ledger.ledger(model, dataset.feature_lengths)
+  return facts['train_flops_per_sequence'] * dataset.batch_size
+
+
 def trace(args: argparse.Namespace):
   """Where what `parse` has read is from, see `config.trace`."""
   from sparse_experts import config

@@ -6,14 +6,18 @@ import argparse
 import dataclasses
 import pathlib
 import shlex
+import shutil
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sparse_experts.commands import printing, settings
 
 PREFIXES = ('grid',)  # --grid.NAME=VALUE,VALUE, beside --gin.NAME=VALUE.
 LAUNCHES = ('here', 'print', 'jobset')
+# Of a run that has ended, by its exit code.
+_STATES = {0: 'finished', 128 + signal.SIGTERM: 'stopped', -15: 'stopped'}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,12 +124,12 @@ def run(args: argparse.Namespace) -> int | None:
   if args.json:
     printing.as_json(lines)
   else:
-    print(_table(runs, {}))
+    print(_table(runs, dict.fromkeys(failed, 'failed')))
     print(f'\nresults:  {folder / results.FILE}')
   if failed:
     raise ValueError(
-      f'{len(failed)} of {len(runs)} runs failed; the logs say why: '
-      f'{", ".join(failed)}.'
+      f'{len(failed)} of {len(runs)} runs failed; {folder / "logs"} says why, '
+      f'in {", ".join(f"{name}.txt" for name in failed)}.'
     )
   return None
 
@@ -140,7 +144,6 @@ def _runs(args: argparse.Namespace, folder) -> list[_Run]:
   """All of the sweep, each parsed as its process will parse it."""
   from sparse_experts import config
   from sparse_experts.data import examples
-  from sparse_experts.planning import ledger
   from sparse_experts.sweeps import grid, identity
   from sparse_experts.training import train
 
@@ -158,8 +161,6 @@ def _runs(args: argparse.Namespace, folder) -> list[_Run]:
       examples.digests(dataset.mixture_or_task_name, dataset.modules),
     )
     model_dir = folder / 'runs' / name
-    model = config.argument(train.train, 'model')
-    facts = ledger.ledger(model, dataset.feature_lengths)
     runs.append(
       _Run(
         point,
@@ -176,7 +177,7 @@ def _runs(args: argparse.Namespace, folder) -> list[_Run]:
           f'--gin.MODEL_DIR={model_dir}',
         ],
         config.argument(train.train, 'train_steps'),
-        facts['train_flops_per_sequence'] * dataset.batch_size,
+        settings.flops_per_step(),
       )
     )
   return runs
@@ -185,12 +186,8 @@ def _runs(args: argparse.Namespace, folder) -> list[_Run]:
 def _train(
   args: argparse.Namespace, folder: pathlib.Path, runs: list[_Run]
 ) -> list[str]:
-  """Runs what is not finished; returns the logs of those that failed."""
+  """Runs what is not finished; returns the names of those that failed."""
   from sparse_experts.sweeps import pool, results
-
-  by_name = {each.model_dir.name: each for each in runs}
-  failed: list[str] = []
-  shown = _Shown(runs)
 
   def waiting() -> Iterator[pool.Job]:
     for each in runs:
@@ -205,7 +202,11 @@ def _train(
       yield pool.Job(name, each.arguments, folder / 'logs' / f'{name}.txt')
 
   def collect() -> None:
-    finished = [each for each in runs if each.is_finished]
+    finished = [
+      each
+      for each in runs
+      if states.get(each.model_dir.name) != 'running' and each.is_finished
+    ]
     for each in finished:
       results.slim(each.model_dir)
     results.write(
@@ -213,66 +214,83 @@ def _train(
       [results.of(e.model_dir, e.point, e.flops_per_step) for e in finished],
     )
 
+  def started(job: pool.Job) -> None:
+    states[job.name] = 'running'
+    live.say(f'{points[job.name]}: {job.log}')
+
   def ended(job: pool.Job, code: int) -> None:
+    states[job.name] = _STATES.get(code, 'failed')
     if code:
-      failed.append(str(job.log))
+      live.say(f'{points[job.name]} {states[job.name]}: {job.log}')
     collect()
 
+  points = {each.model_dir.name: each.point.name for each in runs}
+  states: dict[str, str] = {}
+  live = _Live()
   folder.mkdir(parents=True, exist_ok=True)
   collect()
   pool.run(
     waiting(),
     args.parallel,
-    started=lambda job: print(
-      f'{by_name[job.name].point.name}: {job.log}', file=sys.stderr
-    ),
+    started=started,
     ended=ended,
-    look=lambda jobs: shown.show({job.name: '' for job in jobs}),
+    look=lambda: live.show(_table(runs, states)),
   )
-  return failed
+  live.clear()
+  return [name for name, state in states.items() if state == 'failed']
 
 
-class _Shown:
-  """The table of a sweep on stderr, anew where something has changed."""
+class _Live:
+  """Text on a terminal's stderr that is written anew where it has changed.
 
-  def __init__(self, runs: list[_Run]):
-    self._runs, self._last = runs, ''
+  Elsewhere there is none of it, and only what is said.
+  """
 
-  def show(self, running: dict[str, str]) -> None:
-    text = _table(self._runs, running)
-    if text == self._last:
+  def __init__(self):
+    self._text = ''
+
+  def show(self, text: str) -> None:
+    if not sys.stderr.isatty():
       return
-    if sys.stderr.isatty() and self._last:
-      print(
-        f'\033[{self._last.count(chr(10)) + 1}A\033[J', end='', file=sys.stderr
-      )
-    if sys.stderr.isatty():
-      print(text, file=sys.stderr)
-    self._last = text
+    columns, lines = shutil.get_terminal_size()
+    shown = [line[: columns - 1] for line in text.splitlines()]
+    if len(shown) > lines - 1:
+      shown = [*shown[: lines - 2], f'... {len(shown) - lines + 2} more']
+    text = '\n'.join(shown)
+    if text != self._text:
+      self.clear()
+      print(text, file=sys.stderr, flush=True)
+      self._text = text
+
+  def clear(self) -> None:
+    if self._text:
+      lines = self._text.count('\n') + 1
+      print(f'\033[{lines}A\033[J', end='', file=sys.stderr, flush=True)
+    self._text = ''
+
+  def say(self, line: str) -> None:
+    """A line that stays."""
+    self.clear()
+    print(line, file=sys.stderr, flush=True)
 
 
-def _table(runs: list[_Run], running: dict[str, str]) -> str:
+def _table(runs: list[_Run], states: Mapping[str, str]) -> str:
+  """Of all runs, those that are running first.
+
+  Args:
+    runs: of the sweep.
+    states: 'running', 'finished' or 'failed', by name; others wait.
+  """
   from sparse_experts import console
 
   rows = []
   for each in runs:
     step, loss = _progress(each)
-    state = (
-      'finished'
-      if each.is_finished
-      else 'running'
-      if each.model_dir.name in running
-      else 'waiting'
-    )
-    rows.append(
-      (
-        each.point.name,
-        state,
-        f'{step}/{each.steps}',
-        loss,
-        each.model_dir.name,
-      )
-    )
+    name = each.model_dir.name
+    state = states.get(name, 'finished' if each.is_finished else 'waiting')
+    steps = f'{step:,} / {each.steps:,}'
+    rows.append((each.point.name, state, steps, loss, name))
+  rows.sort(key=lambda row: row[1] != 'running')
   return console.table(('run', '', 'step', 'held-out loss', 'folder'), rows)
 
 

@@ -106,6 +106,14 @@ def parse(
   overrides.one_line(gin.finalize)
 
 
+def parse_text(gin_text: str, bindings: Sequence[str] = ()) -> None:
+  """As `parse`, of the text of a gin file."""
+  with tempfile.NamedTemporaryFile('w', suffix='.gin') as file:
+    file.write(gin_text)
+    file.flush()
+    parse([file.name], bindings, [])
+
+
 def trace(
   files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]
 ) -> list[list[provenance.Binding]]:
@@ -160,10 +168,7 @@ def model() -> Any:
 
 def model_of(gin_text: str, bindings: Sequence[str] = ()) -> Any:
   """`model` of the text of a gin file, which is then what is parsed."""
-  with tempfile.NamedTemporaryFile('w', suffix='.gin') as file:
-    file.write(gin_text)
-    file.flush()
-    parse([file.name], bindings, [])
+  parse_text(gin_text, bindings)
   return model()
 
 
@@ -264,7 +269,10 @@ def argument(function, name: str) -> Any:
   Raises:
     ValueError: they bind none.
   """
-  bindings = gin.get_bindings(function)
+  try:
+    bindings = gin.get_bindings(function)
+  except ValueError:  # No file imports its module.
+    bindings = {}
   if name not in bindings:
     raise ValueError(
       f'the gin files give {function.__name__} no {name}; add a file that does.'

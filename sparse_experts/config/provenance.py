@@ -132,21 +132,8 @@ def is_macro(value: Any) -> bool:
 
 
 def statements(path: str) -> dict[str, Any]:
-  """Bindings of any gin file by name; nothing that it names need be there.
-
-  References are text, macros are replaced by what the file says they are.
-  """
-  bindings = {}
-  parser = gin.config_parser.ConfigParser(
-    pathlib.Path(path).read_text('utf-8-sig'), AsWritten()
-  )
-  for statement in parser:
-    if isinstance(statement, gin.config_parser.BindingStatement):
-      parts = (statement.scope, statement.selector, statement.arg_name)
-      scope, selector, argument = parts
-      name = f'{scope}/{selector}' if scope else selector
-      name = f'{name}.{argument}' if argument else name
-      bindings[name] = statement.value
+  """As `written`, of a file, with macros replaced by what it says they are."""
+  bindings = written(pathlib.Path(path).read_text('utf-8-sig'))
 
   def resolved(value):
     while isinstance(value, str) and value[:1] == '%' and value[1:] in bindings:
@@ -154,6 +141,22 @@ def statements(path: str) -> dict[str, Any]:
     return value
 
   return {name: resolved(value) for name, value in bindings.items()}
+
+
+def written(text: str) -> dict[str, Any]:
+  """Bindings of any gin text by name; nothing that it names need be there.
+
+  References and macros are text, see `Written`.
+  """
+  bindings = {}
+  for statement in gin.config_parser.ConfigParser(text, AsWritten()):
+    if isinstance(statement, gin.config_parser.BindingStatement):
+      parts = (statement.scope, statement.selector, statement.arg_name)
+      scope, selector, argument = parts
+      name = f'{scope}/{selector}' if scope else selector
+      name = f'{name}.{argument}' if argument else name
+      bindings[name] = statement.value
+  return bindings
 
 
 def _of_file(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,15 @@ class Curve(NamedTuple):
 
   steps: np.ndarray
   values: np.ndarray
+
+
+class Band(NamedTuple):
+  """The least, mean and largest values at steps, all [T]."""
+
+  steps: np.ndarray
+  low: np.ndarray
+  mean: np.ndarray
+  high: np.ndarray
 
 
 def read(model_dir: epath.PathLike) -> dict[str, dict[str, Curve]]:
@@ -70,6 +79,31 @@ def load_over_time(
       f'{", ".join(layers(curves)) or "no sparse layers"}.'
     )
   return loads[0].steps, np.stack([curve.values for curve in loads], -1)
+
+
+def seconds(train: Mapping[str, Curve]) -> Curve | None:
+  """Of training up to each step: without compiling, evaluating and saving.
+
+  Whatever stopped the run between is left out. None: it did not measure.
+  """
+  if 'steps_per_second' not in train:
+    return None
+  steps, rates = train['steps_per_second']
+  taken = np.diff(steps, prepend=0) / rates
+  return Curve(np.insert(steps, 0, 0), np.insert(np.cumsum(taken), 0, 0.0))
+
+
+def band(of: Sequence[Curve]) -> Band:
+  """Curves of several seeds as one, where all of them are.
+
+  Between its own steps a curve is a straight line.
+  """
+  low = max(curve.steps[0] for curve in of)
+  high = min(curve.steps[-1] for curve in of)
+  at = np.unique(np.concatenate([curve.steps for curve in of]))
+  at = at[(low <= at) & (at <= high)]
+  values = np.stack([np.interp(at, *curve) for curve in of])
+  return Band(at, values.min(0), values.mean(0), values.max(0))
 
 
 def _curve(at: dict[int, float]) -> Curve:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sparse_experts.insight import routing
-from sparse_experts.insight.curves import Curve
+from sparse_experts.insight.curves import Band, Curve
 from sparse_experts.insight.records import Records
 from sparse_experts.insight.routing import Matrix, Path
 from sparse_experts.moe import FATES, Record
@@ -48,6 +48,23 @@ def curves(
   axes.set(xlabel=xlabel, ylabel=ylabel)
   if not any(curve.values.any() for curve in named.values()):
     axes.set_ylim(0, 1)
+  if len(named) > 1:
+    _legend(axes)
+  return figure
+
+
+def bands(
+  named: Mapping[str, Band], *, ylabel: str, xlabel: str = 'step'
+) -> Figure:
+  """The mean over seeds of each name, and from the least to the largest."""
+  figure, axes = _axes()
+  for (name, band), style in zip(named.items(), _styles()):
+    axes.plot(band.steps, band.mean, label=name, **style)
+    axes.fill_between(
+      band.steps, band.low, band.high, alpha=0.2, linewidth=0,
+      color=style['color'],
+    )  # fmt: skip
+  axes.set(xlabel=xlabel, ylabel=ylabel)
   if len(named) > 1:
     _legend(axes)
   return figure

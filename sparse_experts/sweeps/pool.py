@@ -32,7 +32,7 @@ def run(
   *,
   started: Callable[[Job], None],
   ended: Callable[[Job, int], None],
-  look: Callable[[list[Job]], None],
+  look: Callable[[], None],
 ) -> None:
   """Runs all of them; returns when the last has ended.
 
@@ -45,7 +45,7 @@ def run(
     parallel: how many run at once.
     started: called when one has started.
     ended: called when one has ended, with its exit code.
-    look: called now and then with those that are running.
+    look: called now and then.
   """
   running: dict[subprocess.Popen, Job] = {}
   waiting = iter(jobs)
@@ -60,7 +60,7 @@ def run(
           started(job)
       for process in [p for p in running if p.poll() is not None]:
         ended(running.pop(process), process.returncode)
-      look(list(running.values()))
+      look()
       if running:
         time.sleep(_LOOK)
   except BaseException:

@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
 from sparse_experts import storage
 from sparse_experts.insight import curves
 from sparse_experts.sweeps.grid import Point
@@ -52,7 +54,7 @@ def of(
     'run': model_dir.name,
     'step': step,
     'eval': last,
-    'seconds': round(seconds(found['train']), 2),
+    'seconds': round(float(curves.seconds(found['train']).values[-1]), 2),
     'flops': flops_per_step * step,
   }
 
@@ -65,20 +67,37 @@ def _plain(value: str) -> Any:
     return value
 
 
-def seconds(train: Mapping[str, curves.Curve]) -> float:
-  """Of the training between the lines of a run, whatever stopped it between."""
-  steps, rates = train['steps_per_second']
-  total, before = 0.0, 0
-  for step, rate in zip(steps.tolist(), rates.tolist()):
-    total += (step - before) / rate
-    before = step
-  return total
+def write(folder: pathlib.Path, lines: list[dict[str, Any]]) -> None:
+  """Writes results.jsonl, whole or not at all.
 
-
-def write(folder: pathlib.Path, lines: list[Mapping[str, Any]]) -> None:
-  """Writes results.jsonl, whole or not at all."""
-  text = ''.join(json.dumps(line) + '\n' for line in lines)
+  Lines of other runs that are there, of an earlier sweep of this folder, stay
+  before these.
+  """
+  ours = {line['run'] for line in lines}
+  others = [
+    line
+    for line in _lines(folder)
+    if line['run'] not in ours and (folder / 'runs' / line['run']).exists()
+  ]
+  text = ''.join(json.dumps(line) + '\n' for line in [*others, *lines])
   storage.replace(folder / FILE, text.encode())
+
+
+def finished(folder: epath.Path) -> list[epath.Path] | None:
+  """MODEL_DIRs of the finished runs of a sweep; None: it is not a sweep's."""
+  if not (folder / FILE).exists():
+    return None
+  return [folder / 'runs' / line['run'] for line in _lines(folder)]
+
+
+def _lines(folder: epath.PathLike) -> list[dict[str, Any]]:
+  path = epath.Path(folder) / FILE
+  return storage.read_lines(path, _check) if path.exists() else []
+
+
+def _check(line: Mapping[str, Any]) -> None:
+  if not isinstance(line.get('run'), str):
+    raise ValueError("it must have 'run', the name of a folder")
 
 
 def slim(model_dir: pathlib.Path) -> None:

@@ -2,10 +2,8 @@
 
 import json
 
-import numpy as np
 import pytest
 
-from sparse_experts.insight.curves import Curve
 from sparse_experts.sweeps import results
 from sparse_experts.sweeps.grid import Point
 
@@ -47,10 +45,20 @@ def test_a_line(model_dir):
   }
 
 
-def test_seconds_are_of_the_steps_that_count():
-  # Ten at 1 a second, ten at 2; what was done twice is in curves once.
-  rates = Curve(np.array([10, 20]), np.array([1.0, 2.0]))
-  assert results.seconds({'steps_per_second': rates}) == 15
+def test_lines_of_another_sweep_stay_while_its_runs_do(tmp_path):
+  for name in 'abc':
+    (tmp_path / 'runs' / name).mkdir(parents=True)
+  results.write(tmp_path, [{'run': 'a', 'seed': 0}, {'run': 'b', 'seed': 1}])
+  (tmp_path / 'runs/a').rmdir()
+  results.write(tmp_path, [{'run': 'c', 'seed': 2}])
+  assert results.finished(tmp_path) == [
+    tmp_path / 'runs/b',
+    tmp_path / 'runs/c',
+  ]
+  results.write(tmp_path, [{'run': 'b', 'seed': 3}])
+  lines = (tmp_path / 'results.jsonl').read_text().splitlines()
+  assert [json.loads(line)['seed'] for line in lines] == [2, 3]
+  assert results.finished(tmp_path / 'runs') is None
 
 
 def test_a_slim_run_has_its_last_parameters(model_dir):

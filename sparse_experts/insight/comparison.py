@@ -1,0 +1,336 @@
+"""Runs side by side: what they differ in, and what that is worth.
+
+Runs that differ in the seed only are one group. Groups are compared seed by
+seed, at equal steps, at equal useful FLOPs and at equal seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from sparse_experts.config import provenance
+from sparse_experts.insight import curves
+from sparse_experts.insight.curves import Curve
+from sparse_experts.training import checkpoints
+
+BUDGETS = ('steps', 'FLOPs', 'seconds')
+_OF_A_RUN = ('SEED', 'MODEL_DIR')  # What runs of a group differ in.
+# What a step or an evaluation writes that is not what it has reached.
+_NO_METRICS = (
+  'targets', 'skipped', 'gradient_norm', 'learning_rate', 'steps_per_second',
+  'tokens_per_second_with_padding', 'tokens_per_second_without_padding',
+)  # fmt: skip
+_LONGEST = 48  # Letters of a group's name.
+
+
+class Run(NamedTuple):
+  """A run as it has written itself down.
+
+  Attributes:
+    model_dir: where it lies.
+    seed: its SEED; 0 where its configuration has none.
+    settings: values of its configuration as text, by name, but for its seed
+      and its place; and 'data', digests of what it has read.
+    metrics: curves by name, such as 'loss': held-out ones where there are any,
+      else those of training.
+    held_out: whether they are.
+    seconds: of training up to a step; None where it did not measure.
+    flops: useful ones of a step; None where they cannot be counted.
+  """
+
+  model_dir: epath.Path
+  seed: int
+  settings: Mapping[str, str]
+  metrics: Mapping[str, Curve]
+  held_out: bool
+  seconds: Curve | None
+  flops: int | None
+
+  def by(self, budget: str, metric: str) -> Curve | None:
+    """A metric over what it cost: one of BUDGETS."""
+    steps, values = self.metrics[metric]
+    if budget == 'steps':
+      return Curve(steps, values)
+    if budget == 'FLOPs':
+      return self.flops and Curve(steps * float(self.flops), values)
+    return self.seconds and Curve(np.interp(steps, *self.seconds), values)
+
+
+class Group(NamedTuple):
+  """Runs that differ in the seed only, in order of seeds."""
+
+  name: str
+  runs: list[Run]
+
+  def with_flops(self, flops: int | None) -> Group:
+    """The same, whose runs have so many in a step."""
+    return Group(self.name, [run._replace(flops=flops) for run in self.runs])
+
+
+class Difference(NamedTuple):
+  """What a group has more than another, seed by seed.
+
+  Attributes:
+    metric: what is compared.
+    of, minus: names of the groups.
+    equal: one of BUDGETS.
+    at: how much of it: the most that all runs of both have reached.
+    seeds: that both have.
+    difference: mean over seeds.
+    interval: of 95%, by Student's t with one degree of freedom less than there
+      are seeds; None for a single seed.
+  """
+
+  metric: str
+  of: str
+  minus: str
+  equal: str
+  at: float
+  seeds: list[int]
+  difference: float
+  interval: tuple[float, float] | None
+
+
+def read(model_dir: epath.PathLike) -> Run:
+  """A run from its folder, whose FLOPs are not counted.
+
+  Args:
+    model_dir: of a run.
+
+  Raises:
+    FileNotFoundError: it has no metrics.jsonl or no config.gin.
+  """
+  root = epath.Path(model_dir)
+  history = curves.read(root)
+  file = root / 'config.gin'
+  if not file.exists():
+    raise FileNotFoundError(
+      f'{model_dir} has no config.gin, which says what its runs differ in: '
+      'give the MODEL_DIR of a run that `train` has made.'
+    )
+  bindings = provenance.written(file.read_text())
+  settings = {k: repr(v) for k, v in bindings.items()}
+  seed = settings.get('SEED', '0')
+  settings = {k: v for k, v in settings.items() if k not in _OF_A_RUN}
+  if data := _data(root):
+    settings['data'] = data
+  metrics = _held_out(history)
+  seconds = curves.seconds(history['train']) if 'train' in history else None
+  return Run(
+    root,
+    int(seed),
+    settings,
+    metrics or _metrics(history.get('train', {})),
+    bool(metrics),
+    seconds,
+    flops=None,
+  )
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+  """Runs by what they have in common, in the order they are given.
+
+  A group is named by the values that are its own, or, where these are long, by
+  the folder of its first run.
+
+  Raises:
+    ValueError: two runs are of one group and seed, or some have no held-out
+      metrics and others have.
+  """
+  if len({run.held_out for run in runs}) > 1:
+    without = next(run for run in runs if not run.held_out)
+    raise ValueError(
+      f'{without.model_dir} has no held-out metrics and others have: compare '
+      'runs that evaluate (EVAL_PERIOD), or those that do not.'
+    )
+  found: dict[tuple, list[Run]] = {}
+  for run in runs:
+    found.setdefault(tuple(sorted(run.settings.items())), []).append(run)
+  for alike in found.values():
+    alike.sort(key=lambda run: run.seed)
+    for run, other in itertools.pairwise(alike):
+      if run.seed == other.seed:
+        raise ValueError(
+          f'{run.model_dir} and {other.model_dir} are of one configuration and '
+          f'of one seed, {run.seed}; give one of them.'
+        )
+  names = _names(list(found.values()))
+  return [Group(*named) for named in zip(names, found.values())]
+
+
+def settings(groups: Sequence[Group]) -> dict[str, list[str | None]]:
+  """Values that differ between groups, one for each; None: it has none."""
+  of_groups = [group.runs[0].settings for group in groups]
+  return _different(of_groups)
+
+
+def metrics(groups: Sequence[Group]) -> list[str]:
+  """What all runs have curves of, the loss first."""
+  runs = [run for group in groups for run in group.runs]
+  shared = [
+    name for name in runs[0].metrics if all(name in run.metrics for run in runs)
+  ]
+  return sorted(shared, key=lambda name: name != 'loss')
+
+
+def differences(metric: str, groups: Sequence[Group]) -> list[Difference]:
+  """Each group minus the first one, at each budget that can be told.
+
+  A value between two evaluations is on the line between them. What a run had
+  reached before its first evaluation is not told.
+  """
+  first, *others = groups
+  return [
+    found
+    for other in others
+    for budget in BUDGETS
+    if (found := _difference(metric, other, first, budget)) is not None
+  ]
+
+
+def paired(
+  values: Sequence[float], others: Sequence[float]
+) -> tuple[float, tuple[float, float] | None]:
+  """Mean of differences in pairs, and its 95% interval.
+
+  Args:
+    values, others: of the same seeds, in turn.
+
+  Returns:
+    mean, and the interval by Student's t with n - 1 degrees of freedom; None
+    for a single pair.
+
+  Example:
+    >>> paired([4.0, 5.0], [3.0, 3.0])[0]
+    1.5
+  """
+  from scipy import stats
+
+  differences = np.subtract(values, others)
+  mean, n = float(differences.mean()), len(differences)
+  if n < 2:
+    return mean, None
+  half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n))
+  return mean, (mean - half, mean + half)
+
+
+def _difference(
+  metric: str, of: Group, minus: Group, budget: str
+) -> Difference | None:
+  by_seed = [
+    {run.seed: run.by(budget, metric) for run in group.runs}
+    for group in (of, minus)
+  ]
+  every = [curve for group in by_seed for curve in group.values()]
+  seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+  if not seeds or any(curve is None for curve in every):
+    return None
+  at = float(min(curve.steps[-1] for curve in every))
+  if at < max(curve.steps[0] for curve in every):
+    return None
+  values, others = (
+    [float(np.interp(at, *group[seed])) for seed in seeds] for group in by_seed
+  )
+  mean, interval = paired(values, others)
+  return Difference(
+    metric, of.name, minus.name, budget, at, seeds, mean, interval
+  )
+
+
+def _held_out(history: Mapping[str, Mapping[str, Curve]]) -> dict[str, Curve]:
+  """Metrics of evaluations; those of tasks with the task's name before it."""
+  found = _metrics(history.get('eval', {}))
+  for name, of_task in history.items():
+    if name.startswith('evaluation/'):
+      task = name.removeprefix('evaluation/')
+      found |= {f'{task}/{k}': v for k, v in _metrics(of_task).items()}
+  return found
+
+
+def _metrics(found: Mapping[str, Curve]) -> dict[str, Curve]:
+  return {
+    name: curve
+    for name, curve in found.items()
+    if not name.startswith('layers/') and name not in _NO_METRICS
+  }
+
+
+def _data(root: epath.Path) -> str | None:
+  """Digests of the data of a run, as its last checkpoint has them."""
+  steps = checkpoints.steps(root)
+  if not steps:
+    return None
+  file = checkpoints.directory_of(root) / str(steps[-1]) / 'data/batches.json'
+  if not file.exists():
+    return None
+  corpus = json.loads(file.read_text()).get('corpus') or {}
+  return ', '.join(f'{name} {digest}' for name, digest in corpus.items())
+
+
+def _names(alike: Sequence[Sequence[Run]]) -> list[str]:
+  different = _different([runs[0].settings for runs in alike])
+  names = [
+    ' '.join(
+      f'{name}={values[i]}'
+      for name, values in different.items()
+      if values[i] is not None
+    )
+    for i in range(len(alike))
+  ]
+  if max(map(len, names)) <= _LONGEST and len(set(names)) == len(names):
+    return names if len(alike) > 1 else ['all']
+  folders = [runs[0].model_dir for runs in alike]
+  names = [folder.name for folder in folders]
+  return names if len(set(names)) == len(names) else list(map(str, folders))
+
+
+def _different(
+  mappings: Sequence[Mapping[str, str]],
+) -> dict[str, list[str | None]]:
+  names = functools.reduce(lambda found, x: {**found, **x}, mappings, {})
+  rows = {name: [x.get(name) for x in mappings] for name in names}
+  return {name: row for name, row in rows.items() if len(set(row)) > 1}
+
+
+def facts(groups: Sequence[Group]) -> dict[str, Any]:
+  """All of it, for --json; a number that is not finite is None."""
+  return {
+    'settings': settings(groups),
+    'groups': [
+      {
+        'name': group.name,
+        'seeds': [run.seed for run in group.runs],
+        'runs': [str(run.model_dir) for run in group.runs],
+        'step': [int(_last(run.metrics)) for run in group.runs],
+        'metrics': {
+          name: [_finite(run.metrics[name].values[-1]) for run in group.runs]
+          for name in metrics(groups)
+        },
+      }
+      for group in groups
+    ],
+    'differences': [
+      {
+        **found._asdict(),
+        'difference': _finite(found.difference),
+        'interval': found.interval and list(map(_finite, found.interval)),
+      }
+      for metric in metrics(groups)
+      for found in differences(metric, groups)
+    ],
+  }
+
+
+def _last(curves: Mapping[str, Curve]) -> int:
+  return max(curve.steps[-1] for curve in curves.values())
+
+
+def _finite(value: float) -> float | None:
+  return float(value) if np.isfinite(value) else None
