@@ -22,7 +22,7 @@ case ${1:-} in
       tests/data/{streams,own_files,docstrings}_test.py
       tests/training/{resume,checksums,objectives}_test.py
       tests/convert/formats_test.py tests/commands/cli_test.py
-      tests/planning/workload_test.py)
+      tests/planning/workload_test.py tests/models/distillation_test.py)
     shift
     ;;
 esac

@@ -15,8 +15,8 @@ from sparse_experts.inference.batch_decoding import Answers
 from sparse_experts.models.decoding import (
   GREEDY,
   BeamSearch,
-  Decodable,
   Sampling,
+  is_decodable,
 )
 from sparse_experts.models.objective import Objective
 
@@ -44,7 +44,7 @@ class TaskMetrics:
       ValueError: options are to be ranked, and no task has any.
     """
     self._judges = []
-    for task in _judged(dataset) if isinstance(model, Decodable) else ():
+    for task in _judged(dataset) if is_decodable(model) else ():
       part = dataclasses.replace(dataset, mixture_or_task_name=task.name)
       if rank_options and _has_options(task, part):
         judge = _Ranked(task, model, part, mesh)

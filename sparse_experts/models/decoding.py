@@ -7,19 +7,21 @@ and which fill it up is the model's to say, by its `SpecialTokens`.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from sparse_experts.data.special_tokens import SpecialTokens
 from sparse_experts.letters import Array
 from sparse_experts.models.beam_search import BeamSearch
 from sparse_experts.models.sampling import GREEDY, Sampling
 
-__all__ = ['GREEDY', 'BeamSearch', 'Decodable', 'Sampling', 'check_decodable']
+__all__ = [
+  'GREEDY', 'BeamSearch', 'Decodable', 'Sampling', 'check_decodable',
+  'is_decodable',
+]  # fmt: skip
 
 
-@runtime_checkable
 class Decodable(Protocol):
-  """An objective that writes text, see `language.Language`."""
+  """An objective that writes text, see `language.Language`, `is_decodable`."""
 
   special_tokens: SpecialTokens
 
@@ -41,9 +43,20 @@ class Decodable(Protocol):
     ...
 
 
+def is_decodable(objective: Any) -> bool:
+  """Whether an objective is `Decodable`.
+
+  `isinstance` of a protocol says from Python 3.12 on that a wrapper is none,
+  for it no longer sees what `__getattr__` hands on.
+  """
+  return all(
+    hasattr(objective, name) for name in ('special_tokens', 'score', 'decode')
+  )
+
+
 def check_decodable(objective: Any) -> None:
   """Raises ValueError unless the objective writes text."""
-  if not isinstance(objective, Decodable):
+  if not is_decodable(objective):
     raise ValueError(
       f'{type(objective).__name__} writes no text: answers come from Language '
       'and what wraps it, by recipes such as gin/quickstart.gin.'

@@ -14,7 +14,7 @@ import jax
 from sparse_experts import sharding
 from sparse_experts.layers import cost
 from sparse_experts.models import layout
-from sparse_experts.models.decoding import Decodable
+from sparse_experts.models.decoding import is_decodable
 from sparse_experts.models.objective import Objective
 from sparse_experts.training import optimizers
 
@@ -128,7 +128,7 @@ def ledger(
     'optimizer_bytes': _optimizer_bytes(names, boxed),
     'feature_lengths': dict(feature_lengths),
     'example': model.features.size(feature_lengths),
-    'writes_text': isinstance(model, Decodable),
+    'writes_text': is_decodable(model),
   }
 
 
