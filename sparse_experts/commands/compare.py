@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  from sparse_experts.insight import comparison, comparison_page
+  from sparse_experts.sweeps import comparison, comparison_page
   from sparse_experts.training import directories
 
   settings.refuse(
@@ -78,7 +78,7 @@ def _flops_per_step(group) -> int | None:
 
 def _text(groups) -> str:
   from sparse_experts import console
-  from sparse_experts.insight import comparison, comparison_page
+  from sparse_experts.sweeps import comparison, comparison_page
 
   def tables() -> Iterator[str]:
     metric, *_ = comparison.metrics(groups)

@@ -56,7 +56,12 @@ def curves(
 def bands(
   named: Mapping[str, Band], *, ylabel: str, xlabel: str = 'step'
 ) -> Figure:
-  """The mean over seeds of each name, and from the least to the largest."""
+  """The mean over seeds of each name, and from the least to the largest.
+
+  Args:
+    named: bands by name.
+    ylabel, xlabel: what the axes show, with its unit.
+  """
   figure, axes = _axes()
   for (name, band), style in zip(named.items(), _styles()):
     axes.plot(band.steps, band.mean, label=name, **style)

@@ -1,1 +1,1 @@
-"""Runs of one recipe over a grid of values and several seeds."""
+"""Runs of one recipe over a grid of values and seeds, and runs side by side."""

@@ -10,8 +10,8 @@ so that `train` saves its step.
 from __future__ import annotations
 
 import os
+import runpy
 import signal
-import sys
 import threading
 import time
 
@@ -28,6 +28,4 @@ def _follow() -> None:
 
 if __name__ == '__main__':
   threading.Thread(target=_follow, daemon=True).start()
-  from sparse_experts import cli
-
-  sys.exit(cli.main())
+  runpy.run_module('sparse_experts', run_name='__main__', alter_sys=True)

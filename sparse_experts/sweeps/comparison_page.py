@@ -8,8 +8,9 @@ import numpy as np
 from etils import epath
 
 from sparse_experts import storage
-from sparse_experts.insight import comparison, curves, html, plots
-from sparse_experts.insight.comparison import Difference, Group
+from sparse_experts.insight import curves, html, plots
+from sparse_experts.sweeps import comparison
+from sparse_experts.sweeps.comparison import Difference, Group
 
 _X = {
   'steps': 'steps',
@@ -35,7 +36,7 @@ def write(path: epath.PathLike, groups: Sequence[Group]) -> None:
     ('Runs', _runs(groups)),
     ('Configuration', _configuration(groups)),
     *(
-      (metric.capitalize(), _metric(metric, groups))
+      (_words(metric).capitalize(), _metric(metric, groups))
       for metric in comparison.metrics(groups)
     ),
   ]
@@ -60,10 +61,10 @@ def differences(found: Sequence[Difference]) -> list[tuple[str, ...]]:
       row.minus,
       row.equal,
       f'{row.at:.4g}',
-      f'{row.difference:+.4g}',
+      _signed(row.difference),
       'one seed tells none'
       if row.interval is None
-      else f'{row.interval[0]:+.4g} to {row.interval[1]:+.4g}',
+      else ' to '.join(map(_signed, row.interval)),
       f'{len(row.seeds)}',
     )
     for row in found
@@ -88,7 +89,7 @@ def steps(group: Group) -> str:
 
 def _runs(groups: Sequence[Group]) -> str:
   metrics = comparison.metrics(groups)
-  header = ('group', 'seeds', 'steps', *metrics)
+  header = ('group', 'seeds', 'steps', *map(_words, metrics))
   rows = [
     (
       group.name,
@@ -128,7 +129,7 @@ def _configuration(groups: Sequence[Group]) -> str:
 
 def _metric(metric: str, groups: Sequence[Group]) -> str:
   held_out = 'held-out ' if groups[0].runs[0].held_out else 'training '
-  ylabel = held_out + metric + (', nats' if metric == 'loss' else '')
+  ylabel = held_out + _words(metric) + (', nats' if metric == 'loss' else '')
   figures = []
   for budget in comparison.BUDGETS:
     of = [[run.by(budget, metric) for run in group.runs] for group in groups]
@@ -136,7 +137,7 @@ def _metric(metric: str, groups: Sequence[Group]) -> str:
       named = {
         group.name: curves.band(found) for group, found in zip(groups, of)
       }
-      title = f'{metric} by {budget}'
+      title = f'{_words(metric).capitalize()} by {budget}'
       figures.append(
         (title, plots.bands(named, xlabel=_X[budget], ylabel=ylabel))
       )
@@ -146,7 +147,7 @@ def _metric(metric: str, groups: Sequence[Group]) -> str:
     return text
   return (
     text
-    + html.heading(f'Differences of {metric}, seed by seed')
+    + html.heading(f'Differences of {_words(metric)}, seed by seed')
     + html.table(DIFFERENCES, rows)
     + html.paragraph(
       'Each group minus the first, at the most that all runs of both have '
@@ -154,3 +155,12 @@ def _metric(metric: str, groups: Sequence[Group]) -> str:
       "The interval is by Student's t, over the seeds that both have."
     )
   )
+
+
+def _signed(value: float) -> str:
+  """Four digits; what rounding has left of nothing is nothing."""
+  return f'{round(value, 12):+.4g}'
+
+
+def _words(metric: str) -> str:
+  return metric.replace('_', ' ')

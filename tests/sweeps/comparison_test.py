@@ -6,8 +6,9 @@ import made_run
 import numpy as np
 import pytest
 
-from sparse_experts.insight import comparison, curves
+from sparse_experts.insight import curves
 from sparse_experts.insight.curves import Curve
+from sparse_experts.sweeps import comparison
 
 # Held-out losses at steps 0, 10 and 20, by NUM_EXPERTS and seed.
 LOSSES = {
