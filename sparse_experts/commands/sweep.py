@@ -16,6 +16,7 @@ from sparse_experts.commands import printing, settings
 
 PREFIXES = ('grid',)  # --grid.NAME=VALUE,VALUE, beside --gin.NAME=VALUE.
 LAUNCHES = ('here', 'print', 'jobset')
+_CLUSTER = ('image', 'queue', 'tpu', 'tpu_topology')  # What a JobSet needs.
 # Of a run that has ended, by its exit code.
 _STATES = {0: 'finished', 128 + signal.SIGTERM: 'stopped', -15: 'stopped'}
 
@@ -310,15 +311,17 @@ def _progress(each: _Run) -> tuple[int, str]:
 def _write_jobsets(args: argparse.Namespace, folder, runs: list[_Run]) -> None:
   from sparse_experts.sweeps import jobset
 
-  given = {
-    'image': args.image,
-    'queue': args.queue,
-    'tpu': args.tpu,
-    'tpu_topology': args.tpu_topology,
-  }
+  given = {name: getattr(args, name) for name in _CLUSTER}
   if missing := [f'--{name}' for name, value in given.items() if not value]:
     raise ValueError(f'--launch=jobset needs {", ".join(missing)}.')
-  of = jobset.Slice(*given.values(), args.hosts, args.chips_per_host)
+  of = jobset.Slice(
+    image=args.image,
+    queue=args.queue,
+    tpu=args.tpu,
+    topology=args.tpu_topology,
+    hosts=args.hosts,
+    chips_per_host=args.chips_per_host,
+  )
   for each in runs:
     name = each.model_dir.name
     path = folder / 'jobsets' / f'{name}.yaml'

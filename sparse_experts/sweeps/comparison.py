@@ -58,9 +58,11 @@ class Run(NamedTuple):
     steps, values = self.metrics[metric]
     if budget == 'steps':
       return Curve(steps, values)
-    if budget == 'FLOPs':
-      return self.flops and Curve(steps * float(self.flops), values)
-    return self.seconds and Curve(np.interp(steps, *self.seconds), values)
+    if budget == 'FLOPs' and self.flops is not None:
+      return Curve(steps * float(self.flops), values)
+    if budget == 'seconds' and self.seconds is not None:
+      return Curve(np.interp(steps, *self.seconds), values)
+    return None
 
 
 class Group(NamedTuple):
@@ -225,12 +227,16 @@ def _difference(
   metric: str, of: Group, minus: Group, budget: str
 ) -> Difference | None:
   by_seed = [
-    {run.seed: run.by(budget, metric) for run in group.runs}
+    {
+      run.seed: curve
+      for run in group.runs
+      if (curve := run.by(budget, metric)) is not None
+    }
     for group in (of, minus)
   ]
   every = [curve for group in by_seed for curve in group.values()]
   seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
-  if not seeds or any(curve is None for curve in every):
+  if not seeds or len(every) < len(of.runs) + len(minus.runs):
     return None
   at = float(min(curve.steps[-1] for curve in every))
   if at < max(curve.steps[0] for curve in every):

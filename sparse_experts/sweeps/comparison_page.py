@@ -9,6 +9,7 @@ from etils import epath
 
 from sparse_experts import storage
 from sparse_experts.insight import curves, html, plots
+from sparse_experts.insight.curves import Curve
 from sparse_experts.sweeps import comparison
 from sparse_experts.sweeps.comparison import Difference, Group
 
@@ -132,11 +133,12 @@ def _metric(metric: str, groups: Sequence[Group]) -> str:
   ylabel = held_out + _words(metric) + (', nats' if metric == 'loss' else '')
   figures = []
   for budget in comparison.BUDGETS:
-    of = [[run.by(budget, metric) for run in group.runs] for group in groups]
-    if all(curve is not None for found in of for curve in found):
-      named = {
-        group.name: curves.band(found) for group, found in zip(groups, of)
-      }
+    named = {
+      group.name: curves.band(found)
+      for group in groups
+      if len(found := _curves(group, budget, metric)) == len(group.runs)
+    }
+    if len(named) == len(groups):
       title = f'{_words(metric).capitalize()} by {budget}'
       figures.append(
         (title, plots.bands(named, xlabel=_X[budget], ylabel=ylabel))
@@ -155,6 +157,12 @@ def _metric(metric: str, groups: Sequence[Group]) -> str:
       "The interval is by Student's t, over the seeds that both have."
     )
   )
+
+
+def _curves(group: Group, budget: str, metric: str) -> list[Curve]:
+  """Of those of its runs that can tell."""
+  found = [run.by(budget, metric) for run in group.runs]
+  return [curve for curve in found if curve is not None]
 
 
 def _signed(value: float) -> str:

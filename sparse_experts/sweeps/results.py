@@ -42,6 +42,7 @@ def of(
     compiling and evaluating; 'flops' of all its steps.
   """
   found = curves.read(model_dir)
+  seconds = curves.seconds(found['train'])
   step = steps_taken(model_dir)
   last = {
     name: float(curve.values[-1])
@@ -54,7 +55,7 @@ def of(
     'run': model_dir.name,
     'step': step,
     'eval': last,
-    'seconds': round(float(curves.seconds(found['train']).values[-1]), 2),
+    'seconds': None if seconds is None else round(float(seconds.values[-1]), 2),
     'flops': flops_per_step * step,
   }
 
@@ -80,7 +81,7 @@ def write(folder: pathlib.Path, lines: list[dict[str, Any]]) -> None:
     if line['run'] not in ours and (folder / 'runs' / line['run']).exists()
   ]
   text = ''.join(json.dumps(line) + '\n' for line in [*others, *lines])
-  storage.replace(folder / FILE, text.encode())
+  storage.replace(epath.Path(folder / FILE), text.encode())
 
 
 def finished(folder: epath.Path) -> list[epath.Path] | None:
