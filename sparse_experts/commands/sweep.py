@@ -90,9 +90,12 @@ class _Run:
 
 
 def run(args: argparse.Namespace) -> int | None:
+  import jax
+
   from sparse_experts.sweeps import results
   from sparse_experts.training import directories
 
+  jax.config.update('jax_platforms', 'cpu')  # Chips are for its runs.
   for name in ('seeds', 'parallel', 'hosts', 'chips_per_host'):
     if getattr(args, name) < 1:
       raise ValueError(
