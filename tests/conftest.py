@@ -26,6 +26,7 @@ import jax
 import pytest
 from durations import (  # noqa: F401 - hooks of every run.
   pytest_addoption,
+  pytest_collection_modifyitems,
   pytest_sessionfinish,
   pytest_terminal_summary,
 )

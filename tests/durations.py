@@ -1,4 +1,8 @@
-"""How long the tests take: the ten slowest files, and a limit that is held."""
+"""How long the tests take: the ten slowest files, and a limit that is held.
+
+Files with slow tests are run first, so that no process ends with one of them
+while the others have nothing left.
+"""
 
 import collections
 import time
@@ -15,6 +19,14 @@ def pytest_addoption(parser):
     metavar='N',
     help='Fail where the run, up to the last test, takes longer.',
   )
+
+
+@pytest.hookimpl(trylast=True)  # Once it is known what is run.
+def pytest_collection_modifyitems(items):
+  slow = collections.Counter(
+    item.path for item in items if item.get_closest_marker('slow')
+  )
+  items.sort(key=lambda item: -slow[item.path])
 
 
 def _by_file(reporter):

@@ -28,3 +28,22 @@ def test_a_run_over_its_limit_fails(tmp_path, limit):
   assert 'slowest 10 files' in done.stdout
   assert done.returncode == (1 if limit < 1 else 0), done.stdout
   assert ('and their limit is 0.1 s' in done.stdout) == (limit < 1)
+
+
+def test_files_with_slow_tests_are_first(tmp_path):
+  (tmp_path / 'a_test.py').write_text(TESTS)
+  marked = TESTS.replace('def', 'import pytest\n\n@pytest.mark.slow\ndef')
+  (tmp_path / 'b_test.py').write_text(marked)
+  (tmp_path / 'conftest.py').write_text('from durations import *\n')
+  done = subprocess.run(
+    [
+      *(sys.executable, '-m', 'pytest', '-c', ROOT / 'pyproject.toml'),
+      *(f'--rootdir={tmp_path}', '--collect-only', tmp_path),
+    ],
+    env={'PYTHONPATH': str(ROOT / 'tests'), 'PATH': ''},
+    capture_output=True,
+    text=True,
+  )
+  assert 0 <= done.stdout.find('b_test.py') < done.stdout.find('a_test.py'), (
+    done
+  )
