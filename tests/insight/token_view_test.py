@@ -111,8 +111,8 @@ def test_colours_are_seen_and_letters_read_on_them(colour):
     assert contrast(colour, page) >= 2
 
 
-# Linear RGB as one sees it without red, green or blue cones (Machado et al. 2009,
-# https://doi.org/10.1109/TVCG.2009.113, Table 1, severity 1).
+# Linear RGB as one sees it without red, green or blue cones: Machado et al.,
+# 2009, https://doi.org/10.1109/TVCG.2009.113, Table 1, severity 1.
 SEEN = {
   'all cones': np.eye(3),
   'protanopia': [
