@@ -5,37 +5,23 @@ import re
 import numpy as np
 import pytest
 
-from sparse_experts.data import prompts
+from sparse_experts.data import prompts, vocabularies
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.features.text import Text, TextToText
 
 BOTH = {'inputs': 16, 'targets': 16}
+SUMS = [(f'{a}+{b}', f'{a + b}') for a in (8, 9) for b in range(10)]
 
 
-def sums(**kwargs):
-  """The held-out sums, '8+0' to '9+9', in batches of 8."""
+def sums(lengths, task='tiny_sums'):
+  """The held-out sums in batches of 8."""
   return Dataset(
-    'tiny_sums', batch_size=8, split='validation', pack=False,
-    modules=('tiny_tasks',), **kwargs,
+    task, lengths, batch_size=8, split='validation', pack=False,
+    modules=('tiny_tasks',),
   )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-  'features, lengths',
-  [
-    (TextToText(), BOTH),
-    (Text(), BOTH),
-    (Text(), {'targets': 16}),
-    (Text(), {'targets': 2}),  # '10' to '18' are cut to '1' and an end.
-  ],
-)
-def test_rows_are_the_tasks(features, lengths):
-  dataset = sums(feature_lengths=lengths)
-  answers = [(f'{a}+{b}', f'{a + b}') for a in (8, 9) for b in range(10)]
-  if 'inputs' in lengths:
-    texts = [{'inputs': x, 'targets': y} for x, y in answers]
-  else:
-    texts = [{'inputs': y} for _, y in answers]
+def assert_rows_are_the_tasks(texts, dataset, features):
   given = prompts.tokenized(texts, dataset)
   found = list(prompts.batches(given, dataset, features))
   expected = list(dataset.evaluation(features))
@@ -44,8 +30,35 @@ def test_rows_are_the_tasks(features, lengths):
     assert ours.keys() == theirs.keys()
     for name, x in ours.items():
       np.testing.assert_array_equal(x, theirs[name], err_msg=name)
-  cuts = [text.texts.get('targets_cut', 0) for text in given]
-  assert cuts == [max(len(y) + 1 - lengths['targets'], 0) for _, y in answers]
+  return [text.texts for text in given]
+
+
+@pytest.mark.parametrize('features', [TextToText(), Text()])
+def test_rows_are_the_tasks(features):
+  texts = [{'inputs': x, 'targets': y} for x, y in SUMS]
+  assert assert_rows_are_the_tasks(texts, sums(BOTH), features) == texts
+
+
+def test_rows_of_a_language_model(forget_new_tasks):
+  """Two digits and an end are three tokens, of which two have room."""
+  import seqio
+  from tiny_tasks import Sums
+
+  seqio.TaskRegistry.add(
+    'tiny_answers',
+    source=Sums(),
+    preprocessors=[
+      seqio.preprocessors.tokenize,
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features={'targets': seqio.Feature(vocabularies.byte())},
+  )
+  texts = [{'inputs': y} for _, y in SUMS]
+  for length in (16, 2):
+    dataset = sums({'targets': length}, 'tiny_answers')
+    found = assert_rows_are_the_tasks(texts, dataset, Text())
+    cuts = [text.get('targets_cut', 0) for text in found]
+    assert cuts == [max(len(y) + 1 - length, 0) for _, y in SUMS]
 
 
 @pytest.mark.parametrize(
@@ -61,4 +74,4 @@ def test_rows_are_the_tasks(features, lengths):
 )
 def test_what_cannot_be_a_row(texts, lengths, says):
   with pytest.raises(ValueError, match=re.escape(says)):
-    prompts.tokenized(texts, sums(feature_lengths=lengths))
+    prompts.tokenized(texts, sums(lengths))

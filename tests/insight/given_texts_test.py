@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 import tiny_models
 
 from sparse_experts import sharding
@@ -17,6 +18,7 @@ ALONE, WITH_TARGETS = (
 )
 
 
+@pytest.mark.slow  # It compiles a decoder.
 def test_an_encoder_decoder_reads_its_greedy_answer():
   model = tiny_models.make_model(layers=2, num_experts=4)
   batch = {
