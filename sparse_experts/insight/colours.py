@@ -8,11 +8,11 @@ from __future__ import annotations
 
 COLOURS = (
   '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#AA3377',
-  '#7A4B1F',
+  '#8C6238',
 )  # fmt: skip
-_TAKES_WHITE = {'#0072B2', '#AA3377', '#7A4B1F'}
+_TAKES_WHITE = {'#0072B2', '#AA3377', '#8C6238'}
 
 
 def ink(colour: str) -> str:
   """The colour of text on one of `COLOURS`: contrast is 4.5 at least."""
-  return '#ffffff' if colour in _TAKES_WHITE else '#000000'
+  return '#ffffff' if colour in _TAKES_WHITE else '#111111'

@@ -8,6 +8,7 @@ there are colours each has axes of its own. matplotlib is of the extra
 
 from __future__ import annotations
 
+import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -53,6 +54,8 @@ def curves(
   ]
   for axes in zero:
     _say(axes, 'all zero')
+  if all(np.all(curve.steps % 1 == 0) for curve in named.values()):
+    figure.axes[0].xaxis.get_major_locator().set_params(integer=True)
   if len(zero) == len(figure.axes):
     figure.axes[0].set_ylim(0, 1)
   return figure
@@ -153,6 +156,7 @@ def confidence(records: Records) -> Figure:
     draw,
     xlabel='largest probability of a token',
     ylabel='share of tokens, by 0.025',
+    together=3,
   )
   if not values:
     _say(figure.axes[0], 'no router has logits')
@@ -186,12 +190,16 @@ def paths(found: Sequence[Path]) -> Figure:
   """How frequent paths are, beside what independent layers would give."""
   figure, axes = _axes(height=0.9 + 0.22 * len(found))
   names = [' → '.join(map(str, path.experts)) for path in found]
-  axes.barh(names, [path.share for path in found], color=COLOURS[0])
+  axes.barh(
+    names, [path.share for path in found], color=COLOURS[0], label='found'
+  )
   axes.plot(
     [path.by_chance for path in found], names, linestyle='', marker='D',
     markersize=4, color=COLOURS[1], label='by chance',
   )  # fmt: skip
   axes.invert_yaxis()
+  longest = max(map(len, names), default=1)
+  axes.tick_params('y', labelsize=min(_POINTS, max(5, 250 / longest)))
   axes.set(xlabel='share of tokens', ylabel='experts, layer by layer')
   _legend(axes)
   return figure
@@ -251,6 +259,7 @@ def _series(
   *,
   xlabel: str,
   ylabel: str,
+  together: int = len(COLOURS),
 ) -> Figure:
   """All in one pair of axes, or where they are many each in its own.
 
@@ -258,13 +267,14 @@ def _series(
     names: of the series.
     draw: draws one of a name, in a style.
     xlabel, ylabel: of all axes.
+    together: so many share axes at most.
   """
-  if len(names) <= len(COLOURS):
+  if len(names) <= together:
     figure, axes = _axes()
     for i, name in enumerate(names):
       dashes = _DASHES[i % len(_DASHES)]
       draw(axes, name, {'color': COLOURS[i], 'linestyle': dashes})
-    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set(xlabel=xlabel, ylabel=textwrap.fill(ylabel, 28))
     if len(names) > 1:
       _legend(axes)
     return figure
@@ -298,7 +308,7 @@ def _heat_map(
     matrix.values, aspect='auto', cmap='cividis', interpolation='nearest',
     vmin=low, vmax=high,
   )  # fmt: skip
-  is_long = max(map(len, matrix.columns)) > 3
+  is_long = max(map(len, (*matrix.rows, *matrix.columns))) > 3
   _few_ticks(axes.xaxis, matrix.columns, most=8 if is_long else 16)
   _few_ticks(axes.yaxis, matrix.rows, most=40)
   axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -307,13 +317,15 @@ def _heat_map(
 
 
 def _legend(axes: Axes) -> None:
-  """Over the axes, in as many columns as there is room for."""
-  _, labels = axes.get_legend_handles_labels()
-  columns = max(1, 66 // (max(map(len, labels)) + 8))  # Of 66 letters a line.
-  axes.legend(
-    frameon=False, fontsize=_POINTS - 1, ncols=min(columns, len(labels)),
-    loc='lower left', bbox_to_anchor=(0, 1), handlelength=2.8,
+  """Over the axes, across the whole figure."""
+  handles, labels = axes.get_legend_handles_labels()
+  columns = max(1, 80 // (max(map(len, labels)) + 8))  # Of 80 letters a line.
+  axes.figure.legend(
+    handles, labels, loc='outside upper left', frameon=False, handlelength=2.8,
+    fontsize=_POINTS - 1, ncols=min(columns, len(labels)),
   )  # fmt: skip
+  rows = -(-len(labels) // columns)
+  axes.figure.set_figheight(axes.figure.get_figheight() + 0.18 * rows)
 
 
 def _say(axes: Axes, text: str) -> None:

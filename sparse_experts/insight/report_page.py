@@ -31,8 +31,8 @@ if typing.TYPE_CHECKING:
 _CURVES = {
   'loss': 'loss, nats',
   'accuracy': 'accuracy, share of targets',
-  'learning_rate': 'learning rate, a step',
-  'gradient_norm': 'norm of the gradient of the loss',
+  'learning_rate': 'learning rate, no unit',
+  'gradient_norm': 'norm of the gradient, no unit',
   'tokens_per_second_without_padding': 'tokens per second',
   'tokens_per_second_with_padding': 'tokens per second, padding counted',
   # What runs of earlier versions have instead.

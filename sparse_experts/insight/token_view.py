@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,10 @@ def tables(
   """Header and rows of a table for each stack, a token a row, for terminals."""
   found = []
   for stack, read in tokens(records, row).items():
-    header = [stack, *(name.split('/')[-1] for name in read[0].layers)]
+    header = [
+      _reader(records, row, stack),
+      *(name.split('/')[-1] for name in read[0].layers),
+    ]
     rows = [
       [_visible(token.piece), *map(_cell, token.layers.values())]
       for token in read
@@ -103,7 +107,8 @@ def view(records: Records, row: int, most: int | None = None) -> str:
   for stack, read in tokens(records, row).items():
     shown = read[:most]
     few = f', the first {len(shown)}' if len(shown) < len(read) else ''
-    text += html.heading(f'{stack}: {len(read)} tokens{few}')
+    reader = _reader(records, row, stack)
+    text += html.heading(f'{reader}: {len(read)} tokens{few}')
     for layer in read[0].layers:
       text += html.paragraph(layer)
       text += html.tokens([_shown(token, layer) for token in shown])
@@ -119,14 +124,27 @@ def page(records: Records, title: str) -> str:
   """
   texts = records.facts['texts']
   shown = range(min(len(texts), 20))
-  sections = [(f'Text {row + 1}', view(records, row)) for row in shown]
+  sections = [
+    (f'Text {row + 1}', _given(texts[row]) + view(records, row))
+    for row in shown
+  ]
   facts = (
-    f'Step {records.facts["step"]}, {records.facts["capacity_factor"]} '
-    f'capacity factor; the first {len(shown)} of {len(texts)} texts.'
+    f'Step {records.facts["step"]}, capacity factor '
+    f'{records.facts["capacity_factor"]}; '
+    f'{len(shown)} of {len(texts)} texts.'
   )
   return html.render(
     title, sections, html.paragraph(facts) + html.paragraph(READ_AS)
   )
+
+
+def _reader(records: Records, row: int, stack: str) -> str:
+  """A stack, and where its text is from if it was not given."""
+  texts = records.facts.get('texts')
+  is_asked = stack == 'decoder' and 'encoder' in records.tokens
+  if texts and is_asked and 'targets' not in texts[row]:
+    return f"{stack} (the model's own answer)"
+  return stack
 
 
 def _choices(layer: Record, row: int, at: int) -> list[Choice]:
@@ -140,6 +158,14 @@ def _choices(layer: Record, row: int, at: int) -> list[Choice]:
     if expert < layer.num_experts
   ]
   return sorted(chosen, key=lambda choice: -choice.gate)
+
+
+def _given(text: Mapping[str, Any]) -> str:
+  """A text as it was given, and how much of it did not fit."""
+  return ''.join(
+    html.paragraph(f'{name.replace("_", " ")}: {given}')
+    for name, given in text.items()
+  )
 
 
 def _cell(choices: Sequence[Choice]) -> str:
@@ -162,10 +188,11 @@ def _shown(token: Token, layer: str) -> html.Token:
     + ('' if choice.fate == 'kept' else f', dropped ({choice.fate})')
     for choice in choices
   )
+  text = _visible(token.piece.removeprefix('▁'))
   return html.Token(
-    _visible(token.piece.removeprefix('▁')),
+    text,
     choices[0].expert if choices else None,
-    f'{token.piece}, position {token.position}: {said or "no expert"}',
+    f'{text}, position {token.position}: {said or "no expert"}',
     'all' if choices and all(kept) else 'some' if any(kept) else 'none',
     token.piece.startswith('▁'),
   )

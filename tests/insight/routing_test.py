@@ -396,11 +396,10 @@ def test_many_series_each_have_their_axes():
     named = {f'{i}': Curve(steps, np.array([0.0, i])) for i in range(n)}
     return plots.curves(named, ylabel='loss, nats', xlabel='step')
 
-  (axes,) = drawn(8).axes
+  together = drawn(8)
+  (axes,), (legend,) = together.axes, together.legends
   assert len({line.get_color() for line in axes.lines}) == 8
-  assert [text.get_text() for text in axes.get_legend().texts] == list(
-    '01234567'
-  )
+  assert [text.get_text() for text in legend.texts] == list('01234567')
   figure = drawn(9)
   assert [axes.get_title() for axes in figure.axes] == list('012345678')
   assert [len(axes.lines) for axes in figure.axes] == [1] * 9
