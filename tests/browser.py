@@ -23,7 +23,7 @@ class Opened(NamedTuple):
   Attributes:
     dom: its HTML, after all scripts.
     console: what was said of it there: errors and warnings too.
-    requests: URLs that were asked for over a network.
+    requests: URLs that the page asked for over a network; there was none.
   """
 
   dom: str
@@ -37,10 +37,9 @@ def open_page(path: pathlib.Path, folder: pathlib.Path) -> Opened:
   done = subprocess.run(
     [
       *(BROWSER, '--headless', '--no-sandbox', '--disable-gpu'),
-      f'--user-data-dir={folder / "profile"}',
-      '--disable-background-networking',
-      '--disable-component-update',
-      '--no-first-run',
+      *(f'--user-data-dir={folder / "profile"}', '--no-first-run'),
+      *('--disable-background-networking', '--disable-component-update'),
+      '--host-resolver-rules=MAP * ~NOTFOUND',
       *('--enable-logging=stderr', '--v=0', f'--log-net-log={log}'),
       *('--dump-dom', path.as_uri()),
     ],
@@ -58,10 +57,16 @@ def open_page(path: pathlib.Path, folder: pathlib.Path) -> Opened:
 
 
 def _requests(log) -> list[str]:
+  """Of a page, not of the browser itself, which looks for updates."""
   start = log['constants']['logEventTypes']['URL_REQUEST_START_JOB']
-  urls = (
-    event['params']['url']
+  started = (
+    event['params']
     for event in log['events']
     if event['type'] == start and 'url' in event.get('params', {})
   )
-  return [url for url in urls if url.startswith(('http:', 'https:', 'ws'))]
+  return [
+    request['url']
+    for request in started
+    if request['initiator'] != 'not an origin'
+    and not request['url'].startswith(('file:', 'data:'))
+  ]
