@@ -2,6 +2,7 @@
 
 import json
 
+import browser
 import command
 import made_run
 import pytest
@@ -59,6 +60,17 @@ def test_json_and_a_page(sweep, tmp_path):
   text = page.read_text()
   assert text.count('<figure>') == 2  # By steps and by seconds.
   assert '>NUM_EXPERTS=16<' in text and '+1.5' in text
+
+
+@pytest.mark.slow
+@browser.needs_browser
+def test_a_browser_has_nothing_to_complain_of(sweep, tmp_path):
+  pytest.importorskip('matplotlib')
+  page = tmp_path / 'page.html'
+  command.run('compare', str(sweep), f'--output={page}')
+  opened = browser.open_page(page, tmp_path)
+  assert not opened.console and not opened.requests
+  assert 'NUM_EXPERTS=8' in opened.dom
 
 
 def test_what_it_refuses(sweep, tmp_path):
