@@ -205,6 +205,26 @@ def ledgers():
   return rows((*heading, *kinds), alignment, *lines)
 
 
+def gallery():
+  """Figures of notebooks, each with its section and the command that makes it."""
+  text = []
+  for path in sorted((ROOT / 'docs/notebooks').glob('*.md')):
+    lines = path.read_text().splitlines()
+    title = next(line[2:] for line in lines if line.startswith('# '))
+    section, code = '', False
+    for line in lines:
+      code ^= line.startswith('```')
+      if line.startswith('## ') and not code:
+        section = line[3:].rstrip('?')
+      elif found := re.fullmatch(r'!\[\w+\]\((.*)\)', line):
+        text.append(
+          f'![{title}: {section}](notebooks/{found[1]})\n\n'
+          f'[{title}](notebooks/{path.name}): {section}\n\n'
+          f'```sh\npython scripts/render_notebooks.py {path.name[:2]}\n```\n'
+        )
+  return '\n'.join(text)
+
+
 # A part's name: the pages that it is of, and how it is made.
 PARTS = {
   'routers': (['docs/routers.md'], routers),
@@ -217,6 +237,7 @@ PARTS = {
     ['docs/finetuning.md'],
     lambda: of_files('gin/tasks/*.gin', 'gin/tasks/*/*.gin'),
   ),
+  'gallery': (['docs/gallery.md'], gallery),
   'colab': (
     ['README.md', 'docs/notebooks.md'],
     lambda: notebook_setup.colab(notebook_setup.repository()),

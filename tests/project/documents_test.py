@@ -19,8 +19,8 @@ PAGES = [
 ]
 
 
-def test_readme():
-  names = documents.run(ROOT / 'README.md')
+def test_layer():
+  names = documents.run(ROOT / 'docs/layer.md')
   assert names['y_BxLxD'].shape == names['x_BxLxD'].shape
   assert names['assignment'].expert_GxSxK.tolist() == [[[1, 2], [0, 1]]]
   # Gates over the chosen: .6 / .9 and .3 / .9; .8 / .9 and .1 / .9.
@@ -31,7 +31,7 @@ def test_readme():
   )
   # Expert 1: token 0's first choice, then token 1's second.
   assert names['assignment'].position_GxSxK.tolist() == [[[0, 0], [0, 1]]]
-  assert len(documents.blocks(ROOT / 'README.md')[0].splitlines()) <= 12
+  assert len(documents.blocks(ROOT / 'docs/layer.md')[0].splitlines()) <= 12
 
 
 def test_architecture():
@@ -131,6 +131,6 @@ def test_how_to_add_a_router():
   ]
 
 
-def test_readme_names_every_command():
-  text = (ROOT / 'README.md').read_text()
+def test_every_command_is_shown():
+  text = (ROOT / 'docs/commands.md').read_text()
   assert all(f'sparse_experts {command}' in text for command in COMMANDS)
