@@ -56,7 +56,9 @@ def build(folder: pathlib.Path) -> int:
 def main(argv=None) -> int:
   """Returns 0 if the site was built without a warning."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--output', type=pathlib.Path, default=ROOT / 'build/site')
+  parser.add_argument(
+    '--output', type=pathlib.Path, default=ROOT / 'build/site'
+  )
   folder = parser.parse_args(argv).output.absolute()
   if code := build(folder):
     return code

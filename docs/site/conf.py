@@ -28,7 +28,7 @@ extensions = [
   'sphinx.ext.viewcode',
 ]
 source_suffix = {'.md': 'markdown', '.gin': 'gin', '.rst': 'restructuredtext'}
-exclude_patterns = ['sparse_experts', 'docs/site', 'tests/data/originals']
+exclude_patterns = ['sparse_experts', 'docs/site']
 default_role = 'code'  # `x` in docstrings is what it is in Markdown.
 suppress_warnings = [
   'ref.python',  # Classes of one name in several modules, in annotations.
@@ -128,14 +128,20 @@ def add_contents(app, docname, source):
   if docname == root_doc:
     for caption, pages in contents():
       source[0] += tree(pages, f':caption: {caption}')
-    source[0] += tree(['docs/index', 'api/sparse_experts/index'], ':caption: All')
+    source[0] += tree(
+      ['docs/index', 'api/sparse_experts/index'], ':caption: All'
+    )
   elif (SITE.parents[1] / docname).is_dir() and docname.startswith('docs/'):
     source[0] += tree([f'/{docname}/*'], ':glob:')
+  elif docname.startswith('tests/'):  # Reached by a link alone.
+    source[0] = f'---\norphan: true\n---\n{source[0]}'
 
 
 def tree(pages, option):
   """A hidden table of contents."""
-  return '\n'.join(['', '```{toctree}', ':hidden:', option, '', *pages, '```', ''])
+  return '\n'.join(
+    ['', '```{toctree}', ':hidden:', option, '', *pages, '```', '']
+  )
 
 
 def members(app, what, name, obj, skip, options):

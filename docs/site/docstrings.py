@@ -6,7 +6,9 @@ stand, and `*`, `|` and a final `_` outside of backticks mean themselves.
 
 import re
 
-SECTION = re.compile(r'(Args|Attributes|Raises|Returns|Yields|Example|Examples):')
+SECTION = re.compile(
+  r'(Args|Attributes|Raises|Returns|Yields|Example|Examples):'
+)
 NAMED = re.compile(r'\w+(, \w+)*: ')
 CODE = re.compile(r'(`[^`]*`)')
 
@@ -79,7 +81,9 @@ def listed(lines):
       yield '  By name'
       yield ''
       for x in body:
-        yield ('  * ' if re.match(r'  \S', x) else '    ') + x.strip() if x else x
+        yield (
+          ('  * ' if re.match(r'  \S', x) else '    ') + x.strip() if x else x
+        )
     else:
       yield from body
     yield after
