@@ -206,7 +206,7 @@ def ledgers():
 
 
 def gallery():
-  """Figures of notebooks, each with its section and the command that makes it."""
+  """Figures of notebooks, each with its section and its command."""
   text = []
   for path in sorted((ROOT / 'docs/notebooks').glob('*.md')):
     lines = path.read_text().splitlines()

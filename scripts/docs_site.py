@@ -1,10 +1,12 @@
 """Builds the site of the documentation into build/site/html.
 
-  pip install -e '.[docs]'
+  pip install furo myst-parser sphinx sphinx-autoapi    # the extra `docs`
   python scripts/docs_site.py             # then open build/site/html/index.html
 
-Its pages are those of the checkout: README.md, CONTRIBUTING.md, CHANGELOG.md, all
-of docs/, gin/, and the docstrings of the package. A warning is an error.
+Its pages are those of the checkout: README.md, CONTRIBUTING.md, CHANGELOG.md,
+all of docs/, gin/, and the docstrings of the package, which is read and not
+imported. So an environment of those four packages is enough. A warning is an
+error.
 """
 
 import argparse
@@ -43,11 +45,9 @@ def build(folder: pathlib.Path) -> int:
   source, html = folder / 'source', folder / 'html'
   copy(source)
   shutil.rmtree(html, ignore_errors=True)
-  config = source / 'docs/site'
-  code = build_main(
-    ['-q', '-W', '--keep-going', '-d', str(folder / 'read')]
-    + ['-c', str(config), '-b', 'html', str(source), str(html)]
-  )
+  arguments = ['-q', '-W', '--keep-going', '-b', 'html']
+  arguments += ['-d', folder / 'read', '-c', source / 'docs/site']
+  code = build_main([*map(str, arguments), str(source), str(html)])
   if not code:
     shutil.copy(html / 'README.html', html / 'index.html')
   return code

@@ -1,22 +1,20 @@
 """Sphinx's settings for the site, which scripts/docs_site.py builds.
 
-Sphinx runs on a copy of the pages, of gin/ and of the package. API pages are read
-from the source without importing it.
+Sphinx runs on a copy of the pages, of gin/ and of the package. API pages are
+read from the source without importing it.
 """
 
 import os
 import pathlib
 import re
-import sys
 
+import docstring_markup  # Beside scripts/docs_site.py.
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.parsers import Parser
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 SITE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(SITE))
-import docstrings
 
 project = 'sparse_experts'
 copyright = 'its authors, Apache 2.0'
@@ -45,6 +43,9 @@ autoapi_keep_files = False
 autoapi_member_order = 'bysource'
 autoapi_options = ['members', 'undoc-members', 'show-module-summary']
 autoapi_ignore = ['*/_data/*']
+
+python_use_unqualified_type_names = True
+pygments_dark_style = 'github-dark'
 
 html_theme = 'furo'
 html_title = 'sparse_experts'
@@ -122,8 +123,8 @@ def contents():
 def add_contents(app, docname, source):
   """Adds the tables of contents that the side bar shows.
 
-  The first page has that of docs/index.md. Below docs/x.md come the pages of the
-  folder docs/x/.
+  The first page has that of docs/index.md. Below docs/x.md come the pages of
+  the folder docs/x/.
   """
   if docname == root_doc:
     for caption, pages in contents():
@@ -145,7 +146,7 @@ def tree(pages, option):
 
 
 def members(app, what, name, obj, skip, options):
-  """`__call__` is what a module is for; other names of this kind are Python's."""
+  """`__call__` is what a module is for; other such names are Python's."""
   if name.endswith('.__call__') and obj.docstring:
     return False
   return None
@@ -153,7 +154,7 @@ def members(app, what, name, obj, skip, options):
 
 def as_markup(app, what, name, obj, options, lines):
   """Docstrings, before napoleon reads their sections."""
-  lines[:] = docstrings.markup(lines)
+  lines[:] = docstring_markup.markup(lines)
 
 
 def setup(app):
