@@ -175,10 +175,11 @@ def write_page(curves, steps, args):
 
 `python scripts/switch_vs_dense.py --steps={args.steps} --seeds={args.seeds}`
 
-Span corruption on the documentation corpus (small, digest
-{corpus.load().digest}), the validation split, in nats per target token; Switch
-at its evaluation capacity factor of 2. A seed fixes
-initialisation and data order; within a seed both models see the same batches.
+Both models are trained by span corruption on the documentation corpus (small,
+digest {corpus.load().digest}). Losses are on the validation split, in nats per
+target token; Switch runs at its evaluation capacity factor of 2. A seed fixes
+initialisation and data order, and within a seed both models see the same
+batches.
 
 | model | parameters | active | train FLOPs per token |
 |---|---|---|---|
@@ -191,12 +192,13 @@ meets.
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
-(mean over {args.seeds} seeds, standard deviation in brackets)
+Numbers are means over {args.seeds} seeds, with the standard deviation in
+brackets.
 
 ![held-out loss by step](switch_vs_dense.svg)
 
-All points: [switch_vs_dense.csv](switch_vs_dense.csv). What it took:
-[small_switch.md](small_switch.md).
+[switch_vs_dense.csv](switch_vs_dense.csv) has all points, and
+[small_switch.md](small_switch.md) says what made Switch win.
 """)
 
 
