@@ -106,8 +106,11 @@ def page_of(text, pages):
 
 def write_math(self, node):
   """Formulas as MathML, which browsers show without a script."""
-  display = isinstance(node, nodes.math_block)
-  self.body.append(tex2mathml(node.astext(), as_block=display))
+  if isinstance(node, nodes.math_block):
+    formula = tex2mathml(node.astext(), as_block=True)
+    self.body.append(f'<div class="formula">{formula}</div>')
+  else:
+    self.body.append(tex2mathml(node.astext()))
   raise nodes.SkipNode
 
 
