@@ -45,7 +45,8 @@ def build(folder: pathlib.Path) -> int:
   source, html = folder / 'source', folder / 'html'
   copy(source)
   shutil.rmtree(html, ignore_errors=True)
-  arguments = ['-q', '-W', '--keep-going', '-b', 'html']
+  # -E: pages are read anew, as what the settings add to them may be another.
+  arguments = ['-q', '-E', '-W', '--keep-going', '-b', 'html']
   arguments += ['-d', folder / 'read', '-c', source / 'docs/site']
   code = build_main([*map(str, arguments), str(source), str(html)])
   if not code:

@@ -8,7 +8,7 @@ themselves.
 import re
 
 SECTION = re.compile(
-  r'(Args|Attributes|Raises|Returns|Yields|Example|Examples):'
+  r'(Args|Attributes|Raises|Returns|Yields|Example|Examples|References):'
 )
 ITEM = re.compile(r'  \S')
 NAMED = re.compile(r'  \w+(, \w+)*: ')
@@ -36,7 +36,7 @@ def markup(lines: list[str]) -> list[str]:
       and not (section or literal)
       and (after_blank or not _in_list(written))
     ):
-      written += ['', '::', '']
+      written += ['', '.. code-block:: text', '']
       literal = True
     if text.startswith('>>>'):  # To the next line without an indent.
       literal = True
@@ -44,6 +44,8 @@ def markup(lines: list[str]) -> list[str]:
       written.append('')
     elif literal or section in ('Example', 'Examples'):
       written.append(line)
+    elif section == 'References' and indent:
+      written.append(('  * ' if indent == 2 else '    ') + _escaped(text))
     elif section:
       # An item is at 2 columns and its text at 4; what is deeper goes with it.
       written.append(' ' * min(indent, 4) + _escaped(text))

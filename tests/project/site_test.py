@@ -69,6 +69,11 @@ def test_docstrings_as_markup():
     second_E: that,
       or this.
 
+  References:
+    Someone 2020,
+      section 1.
+    Another 2021.
+
   Example:
     >>> 2 * 3
     6
@@ -82,7 +87,7 @@ def test_docstrings_as_markup():
     '',
     'One paragraph',
     '',
-    '::',
+    '.. code-block:: text',
     '',
     '    a  b',
     '      c',
@@ -97,6 +102,11 @@ def test_docstrings_as_markup():
     r'  * first: 1 \* 2.',
     '  * second_E: that,',
     '      or this.',
+    '',
+    'References:',
+    '  * Someone 2020,',
+    '    section 1.',
+    '  * Another 2021.',
     '',
     'Example:',
     '  >>> 2 * 3',
