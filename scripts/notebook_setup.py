@@ -20,7 +20,9 @@ import shutil
 import subprocess
 import sys
 
-SOURCE = '..' if os.path.exists('../setup.py') else {address}
+SOURCE = {address}
+if os.path.exists('../setup.py'):  # In a checkout.
+  SOURCE = '..'
 
 if importlib.util.find_spec('sparse_experts') is None:  # In Colab, say.{refuse}
   jax_of_machine = 'jax'
@@ -74,9 +76,9 @@ def colab(address: str) -> str:
   """What pages say of Colab: its links, or what to do without an address."""
   if not address:
     return (
-      'In Colab, upload a notebook and a wheel of the project (`pip wheel '
-      '--no-deps .`\nmakes one), and set `SOURCE` in the first cell to the '
-      "wheel's name.\n"
+      'To run a notebook in Colab, upload it and a wheel of the project (`pip '
+      'wheel\n--no-deps .` makes one), and set `SOURCE` in the first cell to '
+      "the wheel's name.\n"
     )
   place = ADDRESS.fullmatch(address)[1]
   links = (
@@ -84,7 +86,7 @@ def colab(address: str) -> str:
     f'notebooks/{name}.ipynb)'
     for name in names()
   )
-  return f'To run them in Colab: {", ".join(links)}.\n'
+  return f'The notebooks run in Colab: {", ".join(links)}.\n'
 
 
 def notebook(name: str, source: str) -> str:

@@ -112,7 +112,7 @@ def test_the_first_cell_without_an_address_asks_for_a_wheel(tmp_path):
   error = stderr.splitlines()[-1]
   assert error.startswith('ModuleNotFoundError: ') and 'pip wheel' in error
   assert installed is None and 'github' not in cell
-  named = cell.replace("else ''", "else 'sparse_experts-1.whl'")
+  named = cell.replace("SOURCE = ''", "SOURCE = 'sparse_experts-1.whl'")
   assert ran(named, tmp_path) == (
     '',
     'install --quiet sparse_experts-1.whl jax matplotlib',
