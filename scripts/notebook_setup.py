@@ -76,9 +76,9 @@ def colab(address: str) -> str:
   """What pages say of Colab: its links, or what to do without an address."""
   if not address:
     return (
-      'To run a notebook in Colab, upload it and a wheel of the project (`pip '
-      'wheel\n--no-deps .` makes one), and set `SOURCE` in the first cell to '
-      "the wheel's name.\n"
+      'To run a notebook in Colab, upload it and a wheel of the project\n'
+      '(`pip wheel --no-deps .` makes one), and set `SOURCE` in the first cell '
+      "to the\nwheel's name.\n"
     )
   place = ADDRESS.fullmatch(address)[1]
   links = (
