@@ -31,6 +31,8 @@ def markup(lines: list[str]) -> list[str]:
     if text and indent == 0:
       heading = SECTION.fullmatch(text)
       section, literal = (heading[1] if heading else None), False
+      if section == 'Attributes':  # Which the class is built with, and lists.
+        text = 'Args:'
     elif (
       text
       and not (section or literal)

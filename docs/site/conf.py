@@ -34,7 +34,6 @@ suppress_warnings = [
 
 myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 3
-napoleon_use_ivar = True  # Else an attribute is described twice.
 
 autoapi_dirs = ['sparse_experts']
 autoapi_root = 'api'
@@ -132,9 +131,8 @@ def add_contents(app, docname, source):
   if docname == root_doc:
     for caption, pages in contents():
       source[0] += tree(pages, f':caption: {caption}')
-    source[0] += tree(
-      ['docs/index', 'api/sparse_experts/index'], ':caption: All'
-    )
+    everything = ['docs/index', 'Modules <api/sparse_experts/index>']
+    source[0] += tree(everything, ':caption: Everything')
   elif (SITE.parents[1] / docname).is_dir() and docname.startswith('docs/'):
     source[0] += tree([f'/{docname}/*'], ':glob:')
   elif docname.startswith('tests/'):  # Reached by a link alone.

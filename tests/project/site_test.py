@@ -60,7 +60,7 @@ def test_docstrings_as_markup():
       a  b
         c
 
-  Args:
+  Attributes:
     one, two: these, or
         those.
 
