@@ -85,10 +85,13 @@ def _with_lists(lines):
   end = next((i for i in rest if lines[i] and lines[i][0] != ' '), len(lines))
   body = lines[first:end]
   items = [line for line in body if ITEM.match(line)]
+  # A first line without a colon, before which napoleon would see a type.
   if len(items) > 1 and all(map(NAMED.match, items)):
     listed = (
       f'  * {line[2:]}' if ITEM.match(line) else f'  {line}'.rstrip()
       for line in body
     )
     body = ['  By name', '', *listed]
+  else:
+    body = ['  \\', *body]
   return lines[:first] + body + lines[end:]

@@ -114,6 +114,15 @@ def test_docstrings_as_markup():
   ]
 
 
+def test_what_is_before_a_colon_is_no_type():
+  lines = ['Returns:', '  y and Aux: of all.']
+  assert docstring_markup.markup(lines) == [
+    'Returns:',
+    '  \\',
+    '  y and Aux: of all.',
+  ]
+
+
 def installed():
   command = [PYTHON, '-c', 'import autoapi, furo, myst_parser, sphinx']
   return not subprocess.run(command, capture_output=True).returncode
