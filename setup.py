@@ -95,6 +95,8 @@ setuptools.setup(
       'nbconvert',
       'nbformat',
     ],
+    # For scripts/docs_site.py, which imports nothing of this package.
+    'docs': ['furo', 'myst-parser>=4', 'sphinx>=8.1', 'sphinx-autoapi>=3.4'],
     'tokenizers': ['tokenizers'],  # Vocabularies of a tokenizer.json.
     'precompile': ['libtpu'],  # Compiles for TPU pods; x86 Linux only.
   },

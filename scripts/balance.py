@@ -126,14 +126,15 @@ def main():
 
 `python scripts/balance.py --steps={args.steps}`
 
-Span corruption on the documentation corpus (small, digest
-{corpus.load().digest}) with a small encoder-decoder of 8 experts in every
-second block, {args.steps} steps of 16 x 128 tokens, one seed. Imbalance is the
-largest over the mean load of a layer's experts, before
-any capacity, the mean over sparse layers; 1 is balance. "Without" is the same
-router in training without what balances it. Noisy top-k, four of eight experts
-at first chosen by noise alone, is balanced in training either way; held-out
-text, without noise, shows its losses.
+A small encoder-decoder with 8 experts in every second block is trained by span
+corruption on the documentation corpus (small, digest {corpus.load().digest}),
+for {args.steps} steps of 16 x 128 tokens, with one seed.
+Imbalance is the largest load of a layer's experts divided by their mean load,
+before any capacity, as a mean over sparse layers; 1 is balance. The column
+"without" has the same router in training without its balancing method. Noisy
+top-k is balanced in training either way, because noise alone chooses four of
+eight experts at first; held-out text, which is routed without noise, shows the
+effect of its losses.
 
 | method | file | imbalance | without | held out | held-out loss, nats |
 |---|---|---|---|---|---|

@@ -519,25 +519,27 @@ PAGE = """# Models checked by transformers
 on a CPU, in float32. Parameters are random, with deviation 0.3, so that tokens
 differ in their experts and in what follows them.
 
-* Logits: the largest difference over the largest logit, of {rows} sequences of
-  unequal length; of a Switch, 400, 250 and 31 inputs. From 1e-5 on the check
-  fails.
-* Greedy: tokens equal to those of `generate`, up to and with the end, of a
-  batch of unequal prompts, at most {tokens} each. Which tokens pad, begin and
-  end is each model's own; one that differs fails.
-* Losses: relative difference of what routers add to the loss, balance and of a
-  Switch z, over all layers. It is empty where there is nothing to compare:
-  transformers' Switch has none in a stack whose blocks are all sparse, and
-  recipes of ours may have others.
-* Import: transformers' checkpoint, read here. Export: what `convert --to=hf`
-  made of it, through a native checkpoint, read by transformers again.
+* *Logits* is the largest difference divided by the largest logit, over {rows}
+  sequences of unequal length; for a Switch these have 400, 250 and 31 inputs.
+  The check fails from 1e-5 on.
+* *Greedy* counts the tokens that equal those of `generate`, up to and with the
+  end, for a batch of unequal prompts with at most {tokens} tokens each. Each
+  model has its own tokens that pad, begin and end. One different token fails.
+* *Losses* is the relative difference of what routers add to the loss over all
+  layers: the balance loss, and for a Switch the z-loss too. It is empty where
+  there is nothing to compare: transformers' Switch has no such loss in a stack
+  whose blocks are all sparse, and our recipes may have other losses.
+* *Import* reads a checkpoint of transformers here. *Export* is what
+  `convert --to=hf` made of it, through a native checkpoint, read by
+  transformers again.
 
 {table}
 
-`head_dim` was null, and is written out; `gelu_pytorch_tanh` is written as
-`gelu_new`, the same function; `expert_capacity` is one that drops no token.
+`head_dim` was null and is written out. `gelu_pytorch_tanh` is written as
+`gelu_new`, which is the same function. `expert_capacity` is a number that drops
+no token.
 
-What transformers trains otherwise, as the conversion's report says:
+The conversion's report lists what transformers would train otherwise:
 
 {unsaid}
 """

@@ -6,7 +6,8 @@ A part of a page stands between two lines,
   <!-- end of routers -->
 
 and is made of the headers of gin files and of mutants, of what classes declare,
-and of what the ledger counts. A gin header's first sentence is a file's row.
+of what the ledger counts, and of the project's address. A gin header's first
+sentence is a file's row.
 
   bash scripts/docs.sh --write            # all parts, in two minutes
   bash scripts/docs.sh --write routers    # one
@@ -23,6 +24,7 @@ import textwrap
 
 import imports_picture
 import mutants
+import notebook_setup
 
 from sparse_experts import config, convert, moe, sharding
 from sparse_experts.commands import table
@@ -203,20 +205,60 @@ def ledgers():
   return rows((*heading, *kinds), alignment, *lines)
 
 
-# A part's name: the page that it is of, and how it is made.
+def gallery():
+  """Figures of notebooks, each with its section and its command."""
+  text = []
+  for path in sorted((ROOT / 'docs/notebooks').glob('*.md')):
+    lines = path.read_text().splitlines()
+    title = next(line[2:] for line in lines if line.startswith('# '))
+    section, code = '', False
+    for line in lines:
+      code ^= line.startswith('```')
+      if line.startswith('## ') and not code:
+        section = line[3:].rstrip('?')
+      elif found := re.fullmatch(r'!\[\w+\]\((.*)\)', line):
+        text.append(
+          f'![{title}: {section}](notebooks/{found[1]})\n\n'
+          f'[{title}](notebooks/{path.name}): {section}\n\n'
+          f'```sh\npython scripts/render_notebooks.py {path.name[:2]}\n```\n'
+        )
+  return '\n'.join(text)
+
+
+# A part's name: the pages that it is of, and how it is made.
 PARTS = {
-  'routers': ('docs/routers.md', routers),
-  'recipes': ('docs/recipes.md', lambda: of_files('gin/models/*/*.gin')),
-  'papers': ('docs/recipes.md', papers),
-  'ledgers': ('docs/results/pods.md', ledgers),
-  'names': ('docs/names.md', names),
-  'mutants': ('docs/mutants.md', known_bugs),
+  'routers': (['docs/routers.md'], routers),
+  'recipes': (['docs/recipes.md'], lambda: of_files('gin/models/*/*.gin')),
+  'papers': (['docs/recipes.md'], papers),
+  'ledgers': (['docs/results/pods.md'], ledgers),
+  'names': (['docs/names.md'], names),
+  'mutants': (['docs/mutants.md'], known_bugs),
   'tasks': (
-    'docs/finetuning.md',
+    ['docs/finetuning.md'],
     lambda: of_files('gin/tasks/*.gin', 'gin/tasks/*/*.gin'),
   ),
+  'gallery': (['docs/gallery.md'], gallery),
+  'colab': (
+    ['README.md', 'docs/notebooks.md'],
+    lambda: notebook_setup.colab(notebook_setup.repository()),
+  ),
 }
-PICTURE = 'rooms'  # A part that is a file of its own.
+
+
+def rooms():
+  """The picture of imports."""
+  drawn = imports_picture.draw(imports_picture.count_imports())
+  return {imports_picture.PICTURE: drawn}
+
+
+def setup():
+  """The first code cell of notebooks, and of their pages."""
+  cell = notebook_setup.cell(notebook_setup.repository())
+  return notebook_setup.with_cell(cell)
+
+
+# Parts that are whole files, or all but the rest of some.
+FILES = {'rooms': rooms, 'setup': setup}
 
 
 def marks(name):
@@ -239,12 +281,15 @@ def with_part(page, name, text):
 
 
 def updated(name):
-  """The file that a part is in, and its text with the part made anew."""
-  if name == PICTURE:
-    drawn = imports_picture.draw(imports_picture.count_imports())
-    return imports_picture.PICTURE, drawn
-  page, make = PARTS[name]
-  return ROOT / page, with_part((ROOT / page).read_text(), name, make())
+  """The files that a part is in, each with its text, the part made anew."""
+  if name in FILES:
+    return FILES[name]()
+  pages, make = PARTS[name]
+  text = make()
+  return {
+    ROOT / page: with_part((ROOT / page).read_text(), name, text)
+    for page in pages
+  }
 
 
 def main(argv=None):
@@ -255,16 +300,17 @@ def main(argv=None):
   what.add_argument('--check', action='store_true', help='name stale ones')
   parser.add_argument('parts', nargs='*', help='of all', metavar='PART')
   args = parser.parse_args(argv)
-  known = [*PARTS, PICTURE]
+  known = [*PARTS, *FILES]
   if unknown := set(args.parts) - set(known):
     parser.error(f'no part {", ".join(unknown)}; there are {", ".join(known)}.')
   stale = []
   for name in args.parts or known:
-    path, text = updated(name)
-    if text != path.read_text():
+    texts = updated(name)
+    if any(text != path.read_text() for path, text in texts.items()):
       stale.append(name)
       if args.write:
-        path.write_text(text)
+        for path, text in texts.items():
+          path.write_text(text)
   if stale and args.check:
     print(f'stale: {", ".join(stale)}; bash scripts/docs.sh --write')
   return int(bool(stale and args.check))

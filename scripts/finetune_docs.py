@@ -212,31 +212,32 @@ def page(seeds, base, args):
 
 `python scripts/finetune_docs.py --seeds={args.seeds} \
 --pretrain_steps={args.pretrain_steps} --steps={args.steps} \
---eval_batches={args.eval_batches}`, \
+--eval_batches={args.eval_batches}` takes \
 {core_seconds(args) / args.seeds / 60:.0f} minutes of one core for a seed.
 
-On the documentation corpus (small, digest {corpus.load().digest}).
-Pre-trained by span corruption, then fine-tuned by `gin/finetune/docs.gin`; mean
-over seeds, standard deviation in brackets. `docs_domain` is the package that a
-text is from, the likeliest of 24 or what is written greedily; its baseline is
-the most frequent package. `docs_summary` is written greedily; its baseline is
-the first 25 words of the input. The peak is the best of the checkpoints
-evaluated, as papers report it, on the validation split that it is chosen by;
-the last is the last. All are in percent, of the first \
-{args.eval_batches * BATCH_SIZE} of the split.
+The corpus is the documentation corpus (small, digest {corpus.load().digest}).
+Models are pre-trained by span corruption and then fine-tuned by
+`gin/finetune/docs.gin`. Numbers are means over seeds, with the standard
+deviation in brackets, in percent. In `docs_domain` the answer is the package
+that a text is from. It is the most probable of 24, or it is written greedily;
+the baseline is the most frequent package. The answer of `docs_summary` is
+written greedily; its baseline is the first 25 words of the input. The peak is
+the best of the evaluated checkpoints, as papers report it, on the validation
+split by which it is chosen; "last" is the last checkpoint. Evaluations
+read the first {args.eval_batches * BATCH_SIZE} examples of the split.
 
 | task | metric | | Switch, 8 experts | dense twin | baseline |
 |---|---|---|---|---|---|
 {chr(10).join(table(seeds, base))}
 
-Calibration on `docs_domain`, at the last step:
+This is the calibration on `docs_domain`, at the last step:
 
 | model | confidence | ECE | RMS | Brier |
 |---|---|---|---|---|
 {calibrated}
 
-Loss of span corruption before fine-tuning, in nats per target token, in domain
-and on a package that nobody trained on:
+This is the loss of span corruption before fine-tuning, in nats per target
+token, in domain and on a package that no model was trained on:
 
 | split | Switch, 8 experts | dense twin |
 |---|---|---|

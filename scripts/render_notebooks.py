@@ -42,11 +42,12 @@ def render(path):
     old.unlink()
   for image, data in resources['outputs'].items():
     (PAGES / image).write_bytes(data)
-  lines = [
-    f'(What [{path.name}](../../notebooks/{path.name}) shows.)\n',
-    *text.strip().splitlines(),
-  ]
-  page = '\n'.join(line.rstrip() for line in lines) + '\n'
+  # Between the first cell, which has the title, and the code.
+  about, fence, rest = text.strip().partition('```python\n')
+  source = f'[{path.name}](../../notebooks/{path.name})'
+  note = f'This page is the notebook {source}, run.'
+  text = f'{about.rstrip()}\n\n{note}\n\n{fence}{rest}'
+  page = '\n'.join(line.rstrip() for line in text.splitlines()) + '\n'
   (PAGES / f'{name}.md').write_text(page)
 
 

@@ -1,1 +1,1 @@
-"""Transformers built from one block, and the one seam under every runner."""
+"""Transformers built from one block, and `Objective`, which all runners use."""

@@ -160,7 +160,7 @@ def test_the_page_of_recipes_has_the_tables():
   tables = '\n'.join(
     docs.paper(name, table(name)) for name in published.tables()
   )
-  page, _ = docs.PARTS['papers']
+  (page,), _ = docs.PARTS['papers']
   text = (ROOT / page).read_text()
   assert text == docs.with_part(text, 'papers', tables), (
     'bash scripts/docs.sh --write papers'

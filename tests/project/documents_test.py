@@ -19,8 +19,8 @@ PAGES = [
 ]
 
 
-def test_readme():
-  names = documents.run(ROOT / 'README.md')
+def test_layer():
+  names = documents.run(ROOT / 'docs/layer.md')
   assert names['y_BxLxD'].shape == names['x_BxLxD'].shape
   assert names['assignment'].expert_GxSxK.tolist() == [[[1, 2], [0, 1]]]
   # Gates over the chosen: .6 / .9 and .3 / .9; .8 / .9 and .1 / .9.
@@ -31,7 +31,7 @@ def test_readme():
   )
   # Expert 1: token 0's first choice, then token 1's second.
   assert names['assignment'].position_GxSxK.tolist() == [[[0, 0], [0, 1]]]
-  assert len(documents.blocks(ROOT / 'README.md')[0].splitlines()) <= 12
+  assert len(documents.blocks(ROOT / 'docs/layer.md')[0].splitlines()) <= 12
 
 
 def test_architecture():
@@ -71,11 +71,16 @@ def test_links_and_paths_exist(page):
     assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize('part', sorted({*docs.PARTS} - {'papers'}))
+@pytest.mark.parametrize(
+  'part', sorted({*docs.PARTS, *docs.FILES} - {'papers', 'rooms'})
+)
 def test_a_part_is_of_this_source(part):
-  """What scripts/docs.sh writes; recipes_test.py has the papers' tables."""
-  path, text = docs.updated(part)
-  assert path.read_text() == text, f'bash scripts/docs.sh --write {part}'
+  """What scripts/docs.sh writes.
+
+  recipes_test.py has the papers' tables, rooms_test.py the picture.
+  """
+  for path, text in docs.updated(part).items():
+    assert path.read_text() == text, f'bash scripts/docs.sh --write {part}'
 
 
 def test_a_header_s_first_sentence(tmp_path, monkeypatch):
@@ -96,7 +101,7 @@ def test_a_header_s_first_sentence(tmp_path, monkeypatch):
 def test_a_stale_part_is_named_and_written(tmp_path, monkeypatch, capsys):
   page = tmp_path / 'page.md'
   page.write_text('Before.\n' + 'old'.join(docs.marks('few')) + 'After.\n')
-  monkeypatch.setattr(docs, 'PARTS', {'few': (page, lambda: 'new\n')})
+  monkeypatch.setattr(docs, 'PARTS', {'few': ([page], lambda: 'new\n')})
   assert docs.main(['--check', 'few']) == 1
   assert capsys.readouterr().out == 'stale: few; bash scripts/docs.sh --write\n'
   assert docs.main(['--write', 'few']) == docs.main(['--check', 'few']) == 0
@@ -126,6 +131,6 @@ def test_how_to_add_a_router():
   ]
 
 
-def test_readme_names_every_command():
-  text = (ROOT / 'README.md').read_text()
+def test_every_command_is_shown():
+  text = (ROOT / 'docs/commands.md').read_text()
   assert all(f'sparse_experts {command}' in text for command in COMMANDS)

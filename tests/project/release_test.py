@@ -53,4 +53,4 @@ def test_hooks_check_parts_that_there_are():
   *_, entry = (hook['entry'] for hook in hooks)
   _, script, check, *parts = entry.split()
   assert (ROOT / script).exists() and check == '--check'
-  assert {*parts} == {*docs.PARTS, docs.PICTURE} - {'papers'}
+  assert {*parts} == {*docs.PARTS, *docs.FILES} - {'papers'}
