@@ -2,7 +2,7 @@
 
 Colours are those of Okabe and Ito and the map cividis, which the colour-blind
 can tell apart; lines differ in their dashes too and bars in their hatching, so
-they do in print. matplotlib is of the extra `notebooks`.
+they do in print. matplotlib is imported by what draws.
 """
 
 from __future__ import annotations
@@ -204,12 +204,8 @@ def saturation(
 
 def _axes(height: float = 2.9):
   """A figure with one pair of axes; shown once, where it is returned."""
-  try:
-    from matplotlib import pyplot
-  except ImportError as error:
-    raise ImportError(
-      "plots need matplotlib: pip install 'sparse_experts[notebooks]'."
-    ) from error
+  from matplotlib import pyplot
+
   with pyplot.rc_context({'font.size': _POINTS}):
     figure, axes = pyplot.subplots(
       figsize=(_WIDTH, height), layout='constrained'

@@ -13,8 +13,6 @@ import pytest
 from sparse_experts.insight import html as html_page
 from sparse_experts.insight import records, routing
 
-pytest.importorskip('matplotlib')
-
 SECTIONS = [
   'training', 'routing-over-time', 'routing-by-token', 'samples', 'parameters',
   'hardware', 'config',
