@@ -11,7 +11,12 @@ def table(
   rows: Sequence[Sequence[str]],
   words: Collection[int] = (0,),
 ) -> str:
-  """Aligned columns, those of words to the left, the others to the right."""
+  """Aligned columns.
+
+  Args:
+    header, rows: cells.
+    words: which columns stand to the left; others, of numbers, to the right.
+  """
   widths = [max(map(len, column)) for column in zip(header, *rows)]
   lines = [
     '  '.join(

@@ -212,9 +212,9 @@ def test_likeliest_tokens_are_those_of_the_softmax(trained):
   assert [x['token'] for x in found[3]['top']] == [*word, EOS]
   # Later tokens change nothing; without targets they are the answer's.
   assert found[0]['top'][0] == found[1]['top'][0]
-  answer = found[2]['top'][0]
-  assert answer['token'] == answer['likeliest'][0]['token']
-  assert ''.join(x['token'] for x in found[2]['top']) == found[2]['prediction']
+  assert len(found[2]['top']) == 16
+  for place in found[2]['top']:  # Greedy.
+    assert place['token'] == place['likeliest'][0]['token']
 
 
 def test_what_is_printed_has_no_end_of_sequence(trained):
