@@ -1,36 +1,38 @@
 #!/usr/bin/env bash
 # Installs the project and runs its main job: trains a small Switch Transformer
-# on the documentation corpus, evaluates it, and prints which words it expects
-# and what its experts took.
+# on the opening sentences of the documentation corpus, evaluates it, and prints
+# what its experts took and which words it expects.
 # Run it again to resume. Arguments go to every command: --gin.TRAIN_STEPS=800 --gin.DECAY_STEPS=800
 set -euo pipefail
 EXTRA=
 source "$(dirname "$0")/environment.sh"
-run() { "$VENV/bin/python" -m sparse_experts "$@"; }
+RECIPE=(
+  --gin_file=gin/quickstart.gin --gin_file=gin/tasks/docs_sentence.gin
+  --gin.MODEL_DIR=runs/sentences
+)
+run() { "$VENV/bin/python" -m sparse_experts "$1" "${RECIPE[@]}" "${@:2}"; }
 
-echo '== train =='
-run train --gin_file=gin/quickstart.gin "$@"
+echo '== train: after three words of a sentence, the rest of it =='
+run train "$@"
 echo
-echo '== evaluate: held-out text, and a package it has never seen =='
-run evaluate --gin_file=gin/quickstart.gin "$@"
-run evaluate --gin_file=gin/quickstart.gin --gin.EVAL_SPLIT=out_of_domain "$@"
+echo '== evaluate: held-out sentences, and those of a package it has never seen =='
+run evaluate "$@"
+run evaluate --gin.EVAL_SPLIT=out_of_domain "$@"
 echo
-echo '== record: what each expert took of held-out text =='
-run record --gin_file=gin/quickstart.gin "$@"
+echo '== record: what each expert took of held-out sentences =='
+run record "$@"
 echo
-echo '== infer: a word of a held-out sentence is missing; which does it expect? =='
-# The first eight sentences of the split, whatever they are.
-run infer --gin_file=gin/quickstart.gin --gin_file=gin/tasks/docs_cloze.gin \
-  --gin.infer.infer.num_examples=8 --top=3 "$@"
+echo '== infer: the first held-out sentences, what it expects after each word =='
+run infer --gin.infer.infer.num_examples=6 --top=3 "$@"
 
 cat << EOF
 == three things to try next ==
-# The run on one page: curves, loads, tokens and domains of every expert.
-$VENV/bin/python -m sparse_experts report runs/quickstart
+# The run on a page of its own: curves, loads, classes and domains of tokens.
+$VENV/bin/python -m sparse_experts report runs/sentences
 
-# The same of a package that it has never seen, about human language.
-$VENV/bin/python -m sparse_experts infer --gin_file=gin/quickstart.gin --gin_file=gin/tasks/docs_cloze.gin --gin.EVAL_SPLIT=out_of_domain --top=3
+# A beginning of yours: how does it go on?
+echo 'Return the number' > runs/mine.txt && $VENV/bin/python -m sparse_experts infer ${RECIPE[*]} --input=runs/mine.txt --top=3
 
-# Its dense twin, with the same arithmetic for each token: what do experts add?
-$VENV/bin/python -m sparse_experts train --gin_file=gin/quickstart_dense.gin
+# The dense twin, of the same arithmetic for each token: what do experts add?
+$VENV/bin/python -m sparse_experts train --gin_file=gin/quickstart_dense.gin --gin_file=gin/tasks/docs_sentence.gin
 EOF

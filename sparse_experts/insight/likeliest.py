@@ -11,7 +11,8 @@ from sparse_experts.insight.token_classes import classify
 def places(top: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
   """The token of each place and its likeliest ones, with probabilities.
 
-  Places of sentinels and of the end are left out.
+  Places of sentinels and of the end are left out; '␣' is white space alone.
+  Of the likeliest, '(end)' is the end of sequence.
 
   Args:
     top: of a result of `infer`.
@@ -51,5 +52,6 @@ def _of_text(top: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _share(token: Mapping[str, Any]) -> str:
-  text = str(token['token']).replace('▁', ' ').strip()
+  text = str(token['token']).replace('</s>', '(end)').replace('▁', ' ')
+  text = text.strip() or '␣'
   return f'{text} {token["probability"]:.1%}'

@@ -5,7 +5,7 @@ Registering is cheap; a corpus is harvested when a task is first read.
   docs_span_corruption  T5's objective; inputs and targets
   docs_prefix_lm        a text and its continuation; inputs and targets
   docs_lm               language modelling; targets only
-  docs_sentence         half of an opening sentence -> the rest of it
+  docs_sentence         three words of an opening sentence -> the rest of it
   docs_summary          'summarize: ' + documentation -> its opening paragraph
   docs_domain           'domain: ' + documentation -> the package it is from
 
@@ -133,7 +133,7 @@ def add_docs_task(
 
 
 def opening_sentence(dataset: tf.data.Dataset) -> tf.data.Dataset:
-  """The first half of a text's first sentence, in words -> the rest of it.
+  """The first three words of a text's first sentence -> the rest of it.
 
   The sentence begins with a capital, ends with a full stop in the first
   paragraph and has six words at least; texts without one are left out.
@@ -147,10 +147,9 @@ def opening_sentence(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
   def fields(example):
     words = tf.strings.split(example['sentence'], ' ')
-    half = tf.size(words) // 2
     return {
-      'inputs': tf.strings.reduce_join(words[:half], separator=' '),
-      'targets': tf.strings.reduce_join(words[half:], separator=' '),
+      'inputs': tf.strings.reduce_join(words[:3], separator=' '),
+      'targets': tf.strings.reduce_join(words[3:], separator=' '),
       'task_id': example['task_id'],
     }
 
@@ -222,8 +221,13 @@ for _corpus, _prefix in corpus.PREFIXES.items():
     [
       opening_sentence,
       functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+      seqio.preprocessors.append_eos_after_trim,
       preprocessors.task_ids,
     ],
+    features={
+      'inputs': seqio.Feature(vocabularies.docs(), add_eos=False),
+      'targets': seqio.Feature(vocabularies.docs()),
+    },
   )
   for _name, _fields, _metric in (
     ('summary', opening_paragraph, metrics.rouge),
