@@ -97,7 +97,7 @@ def infer(
   size = model.module.embed.vocab_size
   if top is not None and not 1 <= top <= size:
     raise ValueError(
-      f'top={top}, but there are {size} tokens: ask for 1 or more.'
+      f'top={top} is none of 1 to {size}, the tokens there are: give 3, say.'
     )
   if output is not None:
     directories.check_home(output)

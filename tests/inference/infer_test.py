@@ -217,11 +217,12 @@ def test_likeliest_tokens_are_those_of_the_softmax(trained):
     assert place['token'] == place['likeliest'][0]['token']
 
 
-def test_what_is_printed_has_no_end_of_sequence(trained):
-  for arguments in ([], ['--top=2']):
-    stdout = infer(trained, *arguments).stdout
-    assert 'inputs:     8+0\n' in stdout and '</s>' not in stdout
-  assert 'of 6 tokens are the likeliest' in stdout  # 8, 9, 10 and 11.
+def test_what_is_likely_is_printed_without_the_end_of_sequence(trained):
+  stdout = infer(trained, '--top=2').stdout
+  assert 'inputs:     8+0\ntargets:    8\n  8 ' in stdout
+  assert '</s>' not in stdout and 'prediction' not in stdout
+  # The targets are 8, 9, 10 and 11.
+  assert 'of 6 tokens are the likeliest' in stdout
 
 
 def test_the_best_of_several(trained):
@@ -259,6 +260,7 @@ def test_a_language_model_continues_its_prompt():
 
 # name: (content of the input, arguments, parts of the error).
 MISTAKES = {
+  'none of the likeliest': (b'1+1\n', ['--top=0'], ['top=0', '1 to 384']),
   'empty': (b'', [], ['input file', 'is empty']),
   'long line': (
     b'1+1\n' + b'x' * 10_000_000,
