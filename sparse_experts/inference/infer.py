@@ -162,7 +162,7 @@ def infer(
       seed=seed,
     )
     statistics = _Statistics(
-      model, params, mesh, dataset, score=score, routing=routing, top=top
+      model, params, mesh, dataset, score=score, routing=routing, top=top or 0
     )
     said = functools.partial(_said, dataset, special_tokens)
     examples = itertools.islice(examples, len(lines.done), num_examples)
@@ -227,7 +227,7 @@ class _Statistics:
     *,
     score: bool,
     routing: bool,
-    top: int | None,
+    top: int,
   ):
     self._params, self._mesh, self._dataset = params, mesh, dataset
     self._pad = model.special_tokens.pad
