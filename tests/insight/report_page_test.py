@@ -66,9 +66,14 @@ def model_dir(tmp_path_factory):
   assert outcome.stdout.endswith(f'record:  {path}\n')
   (folder / 'printed').write_text(outcome.stdout)
   sample = {'inputs': '<b>8+1', 'prediction': '&', 'targets': '9'}
+  nine, end = (
+    {'token': token, 'probability': p}
+    for token, p in (('9', 0.25), ('</s>', 0.5))
+  )
+  place = {**nine, 'likeliest': [end, nine]}
   (folder / 'inferences').mkdir()
   (folder / 'inferences/tiny_sums-validation-2.jsonl').write_text(
-    json.dumps({**sample, 'log_prob': -1.25}) + '\n'
+    json.dumps({**sample, 'log_prob': -1.25, 'top': [place]}) + '\n'
   )
   return folder
 
@@ -141,6 +146,7 @@ def test_the_page_says_what_the_run_wrote(report, model_dir):
   assert f'{losses[-1]:.3f} at step 2' in report
   assert 'Load of experts, decoder/layers_1' in report
   assert '&lt;b&gt;8+1' in report and '<b>8+1' not in report
+  assert '9 25.0%</td>' in report and '(end) 50.0%, 9 25.0%</td>' in report
   assert 'NUM_EXPERTS = 4' in report
   hardware = json.loads((model_dir / 'hardware.json').read_text())
   assert hardware['devices'] in report and '8 x cpu' in report
