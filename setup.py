@@ -52,6 +52,7 @@ setuptools.setup(
     'importlib_resources',  # TFDS and seqio need it and do not say so.
     # Upper bounds: docs/dependencies.md says what is known to break.
     'jax>=0.10.2,<0.13',
+    'matplotlib',  # Of the report.
     'ml_dtypes',
     'PyYAML',
     'numpy',
@@ -76,7 +77,6 @@ setuptools.setup(
       'basedpyright==1.40.2',  # Its number of errors is held.
       'hypothesis',
       'ipykernel',
-      'matplotlib',
       'nbclient',
       'nbconvert',
       'nbformat',
@@ -90,7 +90,6 @@ setuptools.setup(
     'notebooks': [
       'ipykernel',
       'jupyter',
-      'matplotlib',
       'nbclient',
       'nbconvert',
       'nbformat',

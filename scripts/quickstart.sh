@@ -1,21 +1,38 @@
 #!/usr/bin/env bash
 # Installs the project and runs its main job: trains a small Switch Transformer
-# on the documentation corpus, evaluates it, and prints what it fills in.
+# on the opening sentences of the documentation corpus, evaluates it, and prints
+# what its experts took and which words it expects.
 # Run it again to resume. Arguments go to every command: --gin.TRAIN_STEPS=800 --gin.DECAY_STEPS=800
 set -euo pipefail
 EXTRA=
 source "$(dirname "$0")/environment.sh"
-run() { "$VENV/bin/python" -m sparse_experts "$@"; }
+RECIPE=(
+  --gin_file=gin/quickstart.gin --gin_file=gin/tasks/docs_sentence.gin
+  --gin.MODEL_DIR=runs/sentences
+)
+run() { "$VENV/bin/python" -m sparse_experts "$1" "${RECIPE[@]}" "${@:2}"; }
 
-echo '== train =='
-run train --gin_file=gin/quickstart.gin "$@"
+echo '== train: after three words of a sentence, the rest of it =='
+run train "$@"
 echo
-echo '== evaluate: held-out text, and a package it has never seen =='
-run evaluate --gin_file=gin/quickstart.gin "$@"
-run evaluate --gin_file=gin/quickstart.gin --gin.EVAL_SPLIT=out_of_domain "$@"
+echo '== evaluate: held-out sentences, and those of a package it has never seen =='
+run evaluate "$@"
+run evaluate --gin.EVAL_SPLIT=out_of_domain "$@"
 echo
-echo '== infer: the model fills in held-out text =='
-# A sentence or two at a time, to be read. Answers are drawn: what is likeliest
-# after so short a training is a line break.
-run infer --gin_file=gin/quickstart.gin --gin.TEMPERATURE=0.7 \
-  --gin.TASK_FEATURE_LENGTHS="{'inputs': 48, 'targets': 12}" "$@"
+echo '== record: what each expert took of held-out sentences =='
+run record "$@"
+echo
+echo '== infer: the first held-out sentences, what it expects after each word =='
+run infer --gin.infer.infer.num_examples=6 --top=3 "$@"
+
+cat << EOF
+== three things to try next ==
+# The run on a page of its own: curves, loads, classes and domains of tokens.
+$VENV/bin/python -m sparse_experts report runs/sentences
+
+# A beginning of yours: how does it go on?
+echo 'Return the number' > runs/mine.txt && $VENV/bin/python -m sparse_experts infer ${RECIPE[*]} --input=runs/mine.txt --top=3
+
+# The dense twin, of the same arithmetic for each token: what do experts add?
+$VENV/bin/python -m sparse_experts train --gin_file=gin/quickstart_dense.gin --gin_file=gin/tasks/docs_sentence.gin
+EOF

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Aligned columns, the first to the left, the others to the right."""
+def table(
+  header: Sequence[str],
+  rows: Sequence[Sequence[str]],
+  words: Collection[int] = (0,),
+) -> str:
+  """Aligned columns.
+
+  Args:
+    header, rows: cells.
+    words: which columns stand to the left; others, of numbers, to the right.
+  """
   widths = [max(map(len, column)) for column in zip(header, *rows)]
   lines = [
     '  '.join(
-      cell.ljust(width) if i == 0 else cell.rjust(width)
+      cell.ljust(width) if i in words else cell.rjust(width)
       for i, (cell, width) in enumerate(zip(row, widths))
     ).rstrip()
     for row in (header, *rows)

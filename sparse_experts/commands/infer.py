@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sparse_experts.commands import printing, settings
+from sparse_experts.insight import likeliest
 
 SHOWN = 4
 
@@ -26,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--routing', action='store_true', help="also each expert's choices"
   )
+  parser.add_argument(
+    '--top',
+    metavar='K',
+    type=int,
+    help='also the K likeliest tokens in the place of each of the targets',
+  )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     output=args.output,
     score=args.score,
     routing=args.routing,
+    top=args.top,
     dry_run=args.dry_run,
   )
   if args.dry_run:
@@ -46,19 +54,39 @@ def run(args: argparse.Namespace) -> None:
   if args.json:
     return printing.as_json(results)
   for result in results[:SHOWN] if args.output else results:
-    for name in ('inputs', 'prediction', 'targets'):
-      if name in result:
-        text = result[name]
-        words = text.split() if isinstance(text, str) else map(str, text)
-        print(f'{name + ":":12}{" ".join(words)}')
-    if 'log_prob' in result:
-      print(f'{"log prob:":12}{result["log_prob"]:.1f} nats\n')
-    else:
-      print(f'{"score:":12}{result["score"]:.2f}\n')
+    print(_result(result))
+  if args.top and (found := likeliest.summary(results)):
+    print(f'{found}\n')
   if args.routing and results:
     print(_routing(results))
   if args.output:
     print(f'{len(results)} answers in {args.output}')
+
+
+def _result(result) -> str:
+  """An example and its answer; or the likeliest tokens, one line a place."""
+  names = ['inputs', 'prediction', 'targets']
+  if 'top' in result and 'targets' in result:
+    names.remove('prediction')
+  lines = [
+    f'{name + ":":12}{_text(result[name])}' for name in names if name in result
+  ]
+  if 'top' in result:
+    places = likeliest.places(result['top'])
+    width = max((len(token) for token, _ in places), default=0)
+    lines += [f'  {token:{width}}  {others}' for token, others in places]
+  elif 'log_prob' in result:
+    lines.append(f'{"log prob:":12}{result["log_prob"]:.1f} nats')
+  else:
+    lines.append(f'{"score:":12}{result["score"]:.2f}')
+  return '\n'.join(lines) + '\n'
+
+
+def _text(text: str | list[int]) -> str:
+  """A text in a line, without its end, or token ids."""
+  if isinstance(text, str):
+    return ' '.join(text.removesuffix('</s>').split())
+  return ' '.join(map(str, text))
 
 
 def _routing(results) -> str:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   from sparse_experts import config, console
-  from sparse_experts.insight import records, routing
+  from sparse_experts.insight import records, routing, specialisation
 
   texts = _texts(args)
   settings.parse(args)
@@ -35,9 +35,19 @@ def run(args: argparse.Namespace) -> None:
   facts = {'path': str(path), **found.facts, 'layers': layers}
   if texts is not None:
     return _show_texts(found, path, facts, args.json)
+  experts = {name: specialisation.expert_table(found, name) for name in layers}
   if args.json:
+    for name, rows in experts.items():
+      layers[name]['experts'] = [row._asdict() for row in rows]
     return printing.as_json(facts)
   print(console.expert_load(layers))
+  for name, rows in experts.items():
+    header = (name, 'load', 'most of all', 'tokens that say most about it')
+    cells = [
+      (f'{e.expert}', f'{e.load:.0%}', e.label, ' '.join(e.tokens))
+      for e in rows
+    ]
+    print('\n' + console.table(header, cells, words=(0, 2, 3)))
   print(f'\nrecord:  {path}')
 
 

@@ -127,7 +127,8 @@ def token_pieces(
   """The text of each token id by itself.
 
   Of SentencePiece its pieces, where '▁' is the space before a word; control
-  tokens are '<pad>', '</s>', '<unk>', sentinels '<extra_id_0>' and so on.
+  tokens are '<pad>', '</s>', '<unk>', sentinels '<extra_id_0>' and so on. What
+  is embedded beyond the vocabulary is '<unk>', too.
 
   Args:
     task_name: of a task or mixture.
@@ -154,6 +155,8 @@ def token_pieces(
     if i in controls:
       return controls[i]
     sentinel = vocabulary.vocab_size - 1 - i
+    if sentinel < 0:
+      return '<unk>'
     if sentinel < vocabulary.extra_ids:
       return f'<extra_id_{sentinel}>'
     if hasattr(processor, 'id_to_piece'):

@@ -143,11 +143,7 @@ def measures(p_BxW: np.ndarray, label_B: np.ndarray) -> dict[str, Any]:
 
 
 def plot(bins: Sequence[Mapping[str, Any]], path: os.PathLike | str) -> None:
-  """Draws a reliability diagram of `measures`' bins into an image file.
-
-  Raises:
-    ImportError: matplotlib is not installed.
-  """
+  """Draws a reliability diagram of `measures`' bins into an image file."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(4, 4), layout='constrained')

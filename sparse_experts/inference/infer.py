@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from etils import epath
@@ -28,6 +29,7 @@ from sparse_experts.models.decoding import (
 )
 from sparse_experts.models.language_model import answered
 from sparse_experts.models.objective import Objective
+from sparse_experts.moe.assignment import largest
 from sparse_experts.numbers import Count, Seed
 from sparse_experts.training import checkpoints, directories
 from sparse_experts.training.checkpoints import restore_params
@@ -48,6 +50,7 @@ def infer(
   seed: Seed = 0,
   score: bool = False,
   routing: bool = False,
+  top: Count | None = None,
   parameters: str = 'trained',
   placement: sharding.Placement = sharding.DATA_PARALLEL,
   dry_run: bool = False,
@@ -69,6 +72,8 @@ def infer(
     score: also find the log-probability of the targets.
     routing: also count the choices of each expert in every sparse layer, by the
       tokens of the inputs and of the (best) prediction.
+    top: also find so many likeliest tokens in the place of each token of the
+      targets, or of the (best) prediction where none are known.
     parameters: see `checkpoints.restore_params`; a file of 'ema' ends so.
     placement: as in `train.train`.
     dry_run: check all, down to the first example, and answer none.
@@ -78,20 +83,28 @@ def infer(
     'prediction' as text or, where inputs are, as token ids, 'log_prob' of it
     (nats); of a beam search its 'score' instead, and 'n_best', all its
     predictions and scores. 'inputs_cut': how many tokens of a line did not fit.
-    If asked for, 'target_log_prob' (None without targets) and 'routing', counts
-    by layer.
+    If asked for, 'target_log_prob' (None without targets), 'routing', counts by
+    layer, and 'top': for each token its 'token', 'probability' and 'likeliest',
+    of which each has the same two. A token is its piece of the vocabulary, or
+    its id where inputs are ids; its probability is the model's softmax after
+    the inputs and the tokens before it.
   """
   if dataset.pack:
     raise ValueError(
       'infer takes examples one by one: use a Dataset of pack=False.'
     )
   check_decodable(model)
+  size = model.module.embed.vocab_size
+  if top is not None and not 1 <= top <= size:
+    raise ValueError(
+      f'top={top} is none of 1 to {size}, the tokens there are: give 3, say.'
+    )
   if output is not None:
     directories.check_home(output)
   special_tokens = model.special_tokens
   questions = None if input is None else prompts.read(input)
   if questions is not None:
-    prompts.check_ids(questions, model.module.embed.vocab_size)
+    prompts.check_ids(questions, size)
   if not questions or not all(
     prompts.is_ids(text) for texts in questions for text in texts.values()
   ):
@@ -128,7 +141,9 @@ def infer(
       'routing': routing,
     }
     version = f'{step}'
-    if parameters != 'trained':  # Files of before do not say.
+    if top is not None:  # Files of before do not say, nor of parameters.
+      settings['top'] = top
+    if parameters != 'trained':
       settings['parameters'] = parameters
       version += f'-{parameters}'
     if output is None:
@@ -147,7 +162,7 @@ def infer(
       seed=seed,
     )
     statistics = _Statistics(
-      model, params, mesh, dataset, score=score, routing=routing
+      model, params, mesh, dataset, score=score, routing=routing, top=top or 0
     )
     said = functools.partial(_said, dataset, special_tokens)
     examples = itertools.islice(examples, len(lines.done), num_examples)
@@ -212,6 +227,7 @@ class _Statistics:
     *,
     score: bool,
     routing: bool,
+    top: int,
   ):
     self._params, self._mesh, self._dataset = params, mesh, dataset
     self._pad = model.special_tokens.pad
@@ -229,9 +245,24 @@ class _Statistics:
     def log_probs(params, batch, targets_BxT):
       return model.score(params, answer(batch, targets_BxT))
 
+    def likeliest(params, batch, answers_BxT):
+      """Ids and probabilities [B, L, 1 + top], the answer's own first."""
+      batch = answer(batch, answers_BxT)
+      logits_BxLxV, _ = model.apply(params, batch)  # Exactly.
+      log_probs_BxLxV = jax.nn.log_softmax(logits_BxLxV)
+      own_BxLx1 = batch['decoder_target_tokens'][..., None]
+      ids_BxLxK = jnp.concatenate(
+        [own_BxLx1, largest(log_probs_BxLxV, top)], -1
+      )
+      probs_BxLxK = jnp.exp(
+        jnp.take_along_axis(log_probs_BxLxV, ids_BxLxK, axis=-1)
+      )
+      return ids_BxLxK, probs_BxLxK, batch['decoder_loss_weights']
+
     jit = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     self._counts = jit(counts) if routing else None
     self._log_probs = jit(log_probs) if score else None
+    self._likeliest = jit(likeliest) if top else None
 
   def __call__(
     self, examples: Sequence[prompts.Example], answers_BxT: np.ndarray
@@ -239,13 +270,7 @@ class _Statistics:
     """A dictionary for each of at most a batch of examples."""
     found = [{} for _ in examples]
     if self._log_probs is not None:
-      length = self._dataset.feature_lengths['targets']
-      targets = [
-        np.pad(
-          e.targets, (0, length - len(e.targets)), constant_values=self._pad
-        )
-        for e in examples
-      ]
+      targets = [e.targets for e in examples]
       log_prob_B = self._run(self._log_probs, examples, targets)
       for example, more, log_prob in zip(examples, found, log_prob_B):
         known = len(example.targets) > 0
@@ -257,11 +282,48 @@ class _Statistics:
           layer: counts_BxE[i].astype(int).tolist()
           for layer, counts_BxE in counts.items()
         }
+    if self._likeliest is not None:
+      of = [
+        e.targets if len(e.targets) else answer_T
+        for e, answer_T in zip(examples, answers_BxT)
+      ]
+      rows = self._run(self._likeliest, examples, of)
+      for example, more, *row in zip(examples, found, *rows):
+        more['top'] = self._top(example, *row)
     return found
 
+  def _top(
+    self,
+    example: prompts.Example,
+    ids_LxK: np.ndarray,
+    probs_LxK: np.ndarray,
+    weights_L: np.ndarray,
+  ) -> list[dict[str, Any]]:
+    """What is said of each token of an answer, see `infer`."""
+    told_L = weights_L > 0
+    names = {int(i): int(i) for i in ids_LxK[told_L].ravel()}
+    if not prompts.is_ids(example.texts['inputs']):
+      names = self._dataset.pieces('targets', list(names))
+    tokens = [
+      [{'token': names[i], 'probability': p} for i, p in zip(ids, probs)]
+      for ids, probs in zip(
+        ids_LxK[told_L].tolist(), probs_LxK[told_L].tolist()
+      )
+    ]
+    return [{**own, 'likeliest': likeliest} for own, *likeliest in tokens]
+
   def _run(self, function, examples, tokens):
+    """The function of a batch and of what answers its examples, padded."""
+    length = max(self._dataset.feature_lengths['targets'], *map(len, tokens))
     rows = [
-      {**e.features, 'answers': np.asarray(tokens_T, np.int32)}
+      {
+        **e.features,
+        'answers': np.pad(
+          np.asarray(tokens_T, np.int32),
+          (0, length - len(tokens_T)),
+          constant_values=self._pad,
+        ),
+      }
       for e, tokens_T in zip(examples, tokens)
     ]
     batch = place(rows, self._mesh, self._dataset.batch_size)

@@ -2,8 +2,7 @@
 
 Lines differ in their dashes too and bars in their hatching; maps are cividis.
 Legends stand over the axes, where no line crosses them. Of more series than
-there are colours each has axes of its own. matplotlib is of the extra
-`notebooks`.
+there are colours each has axes of its own. matplotlib is imported by what draws.
 """
 
 from __future__ import annotations
@@ -257,12 +256,8 @@ def _panels(
   rows: int, columns: int, height: float
 ) -> tuple[Figure, Sequence[Axes]]:
   """A figure of axes, row by row, which share their scales."""
-  try:
-    from matplotlib import pyplot
-  except ImportError as error:
-    raise ImportError(
-      "plots need matplotlib: pip install 'sparse_experts[notebooks]'."
-    ) from error
+  from matplotlib import pyplot
+
   with pyplot.rc_context({'font.size': _POINTS}):
     figure, grid = pyplot.subplots(
       rows, columns, figsize=(_WIDTH, height), layout='constrained',

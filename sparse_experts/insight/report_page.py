@@ -15,6 +15,7 @@ from sparse_experts.insight import (
   curves,
   figure_files,
   html,
+  likeliest,
   plots,
   records,
   routing,
@@ -95,7 +96,7 @@ def write(
       by its caption, see `figure_files`; None: they are not.
 
   Raises:
-    FileNotFoundError: no metrics.jsonl. ImportError: no matplotlib.
+    FileNotFoundError: no metrics.jsonl.
   """
   root = epath.Path(model_dir)
   history = curves.read(root)
@@ -313,10 +314,12 @@ def _samples(root: epath.Path, ledger_facts: Mapping[str, Any] | None) -> str:
     f'The first {min(len(lines), _SAMPLES)} of {len(lines)} in {newest.name}.'
   )
   for line in lines[:_SAMPLES]:
+    sample = json.loads(line)
+    top = likeliest.places(sample.pop('top', ()))
     rows = [
       (name.replace('_', ' '), f'{x:.2f}' if isinstance(x, float) else x)
-      for name, x in json.loads(line).items()
-    ]
+      for name, x in sample.items()
+    ] + top
     text += html.table(('sample', ''), rows, text=True)
   return text
 

@@ -309,9 +309,9 @@ def test_infer_prints_and_writes_its_answers(answers):
   for answer in answers:
     assert answer['log_prob'] < 0
     assert (
-      f'inputs:     {answer["inputs"]}\n'
-      f'prediction: {answer["prediction"]}\n'
-      f'targets:    {answer["targets"]}\n'
+      f'inputs:     {answer["inputs"].removesuffix("</s>")}\n'
+      f'prediction: {answer["prediction"].removesuffix("</s>")}\n'
+      f'targets:    {answer["targets"].removesuffix("</s>")}\n'
       f'log prob:   {answer["log_prob"]:.1f} nats\n'
     ) in stdout
 

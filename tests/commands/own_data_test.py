@@ -13,6 +13,8 @@ import pytest
 from command import run
 from paths import ROOT
 
+from sparse_experts.insight import records, specialisation
+
 PAGE = ROOT / 'docs/own_data.md'
 # The same commands on a model and a batch that take seconds.
 TINY = [
@@ -95,7 +97,13 @@ def test_a_table_from_file_to_answers(folder, forget_new_tasks):
   targets = {answer['targets'].removesuffix('</s>') for answer in answers}
   assert targets <= {'negative', 'positive'}
   assert answers[0]['inputs'].startswith('classify: ')
-  succeed('record', *ours)
+  recorded = json.loads(succeed('record', *ours, '--json').stdout)
+  found = records.load(recorded['path'])
+  for layer, facts in recorded['layers'].items():
+    table = specialisation.expert_table(found, layer)
+    assert [tuple(row['tokens']) for row in facts['experts']] == [
+      expert.tokens for expert in table
+    ]
   succeed('report', 'runs/reviews')
   with open('reviews.csv', 'a') as file:
     file.write('\nfine,positive')

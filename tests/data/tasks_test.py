@@ -21,6 +21,7 @@ LENGTHS = {
   'docs_span_corruption': {'inputs': 64, 'targets': 16},
   'docs_prefix_lm': {'inputs': 32, 'targets': 32},
   'docs_lm': {'targets': 64},
+  'docs_sentence': {'inputs': 48, 'targets': 128},
   'docs_summary': {'inputs': 64, 'targets': 32},
   'docs_domain': {'inputs': 64, 'targets': 10},
 }
@@ -84,6 +85,16 @@ def test_span_corruption_is_readable():
   for given, wanted in zip(inputs, targets):
     assert '<extra_id_0>' in given and given.endswith('</s>')
     assert wanted.startswith('<extra_id_0>') and wanted.endswith('</s>')
+
+
+def test_a_sentence_opens_a_document_and_goes_on_after_three_words():
+  texts = [' '.join(d['text'].split()) for d in corpus.documents('test')]
+  for given, rest in zip(*_texts('docs_sentence')):
+    assert given.count(' ') == 2 and '<' not in given  # No end, no sentinel.
+    assert given[0].isupper() and rest.endswith('.</s>')
+    sentence = f'{given} {rest.removesuffix("</s>")}'
+    assert sentence.count(' ') >= 5
+    assert any(text.startswith(sentence) for text in texts)
 
 
 def test_summary_is_the_opening_paragraph_of_its_document():

@@ -177,6 +177,54 @@ def test_scores_and_routing(trained):
     assert asked < sum(counts) <= asked + 16
 
 
+def test_likeliest_tokens_are_those_of_the_softmax(trained):
+  """Of targets, of targets by ids, and of the answer where there are none."""
+  word, more = ([byte + 3 for byte in text] for text in (b'9', b'97'))
+  asked = [byte + 3 for byte in b'8+1'] + [EOS]
+  questions = [
+    {'inputs': '8+1', 'targets': '9'},
+    {'inputs': '8+1', 'targets': '97'},
+    {'inputs': '8+1'},
+    {'inputs': [0, *asked], 'targets': [*word, EOS]},
+  ]
+  found = ask(trained, 'top.jsonl', map(json.dumps, questions), '--top=3')
+  config.parse(
+    [command.TINY.partition('=')[2]], [f'MODEL_DIR={trained / "TRAINED"}'], []
+  )
+  model = config.value('MODEL')
+  params, _ = checkpoints.load_params(trained / 'TRAINED')
+  inputs_L = np.array([0, *asked, *more])
+  logits_LxV = np.asarray(model.logits(params, {'tokens': inputs_L[None]})[0])
+  exp_LxV = np.exp(logits_LxV.astype(float) - logits_LxV.max())
+  # Of '9', of '7' and of what follows them, EOS.
+  probs_LxV = (exp_LxV / exp_LxV.sum(-1, keepdims=True))[len(asked) :]
+  for line, ids in ((found[1], [*more, EOS]), (found[0], [*word, EOS])):
+    assert len(line['top']) == len(ids)
+    for place, token, prob_V in zip(line['top'], ids, probs_LxV):
+      text = '</s>' if token == EOS else chr(token - 3)
+      assert place['token'] == text
+      assert place['probability'] == pytest.approx(prob_V[token], rel=1e-4)
+      likeliest = sorted(prob_V.tolist(), reverse=True)[:3]
+      shown = [x['probability'] for x in place['likeliest']]
+      assert shown == pytest.approx(likeliest, rel=1e-4)
+  best = int(probs_LxV[0].argmax())
+  assert found[3]['top'][0]['likeliest'][0]['token'] == best
+  assert [x['token'] for x in found[3]['top']] == [*word, EOS]
+  # Later tokens change nothing; without targets they are the answer's.
+  assert found[0]['top'][0] == found[1]['top'][0]
+  assert len(found[2]['top']) == 16
+  for place in found[2]['top']:  # Greedy.
+    assert place['token'] == place['likeliest'][0]['token']
+
+
+def test_what_is_likely_is_printed_without_the_end_of_sequence(trained):
+  stdout = infer(trained, '--top=2').stdout
+  assert 'inputs:     8+0\ntargets:    8\n  8 ' in stdout
+  assert '</s>' not in stdout and 'prediction' not in stdout
+  # The targets are 8, 9, 10 and 11.
+  assert 'of 6 tokens are the likeliest' in stdout
+
+
 def test_the_best_of_several(trained):
   found = ask(
     trained,
@@ -212,6 +260,7 @@ def test_a_language_model_continues_its_prompt():
 
 # name: (content of the input, arguments, parts of the error).
 MISTAKES = {
+  'none of the likeliest': (b'1+1\n', ['--top=0'], ['top=0', '1 to 384']),
   'empty': (b'', [], ['input file', 'is empty']),
   'long line': (
     b'1+1\n' + b'x' * 10_000_000,

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 
 from sparse_experts.insight import html as html_page
-from sparse_experts.insight import records, routing
-
-pytest.importorskip('matplotlib')
+from sparse_experts.insight import records, routing, specialisation
 
 SECTIONS = [
   'training', 'routing-over-time', 'routing-by-token', 'samples', 'parameters',
@@ -64,12 +62,19 @@ def model_dir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('run')
   given = (command.TINY, f'--gin.MODEL_DIR={folder}', '--gin.TRAIN_STEPS=2')
   run('train', *given, '--gin.LOG_PERIOD=1')
-  recorded = run('record', *given, '--json')
-  assert recorded['path'] == str(folder / 'records/tiny_sums-validation-2.npz')
+  outcome = command.run('record', *given)
+  path = folder / 'records/tiny_sums-validation-2.npz'
+  assert outcome.stdout.endswith(f'record:  {path}\n')
+  (folder / 'printed').write_text(outcome.stdout)
   sample = {'inputs': '<b>8+1', 'prediction': '&', 'targets': '9'}
+  nine, end = (
+    {'token': token, 'probability': p}
+    for token, p in (('9', 0.25), ('</s>', 0.5))
+  )
+  place = {**nine, 'likeliest': [end, nine]}
   (folder / 'inferences').mkdir()
   (folder / 'inferences/tiny_sums-validation-2.jsonl').write_text(
-    json.dumps({**sample, 'log_prob': -1.25}) + '\n'
+    json.dumps({**sample, 'log_prob': -1.25, 'top': [place]}) + '\n'
   )
   return folder
 
@@ -96,6 +101,19 @@ def test_a_record_is_what_evaluation_counts(model_dir):
     elif name == 'load_E':
       loads = [last[f'{key}/{e}'] for e in range(4)]
       np.testing.assert_allclose(value, loads, 1e-6)
+
+
+def test_record_prints_what_each_expert_took(model_dir):
+  found = records.load(model_dir / 'records/tiny_sums-validation-2.npz')
+  (layer,) = found.layers
+  lines = (model_dir / 'printed').read_text().splitlines()
+  rows = lines[lines.index('', 1) + 1 :]
+  assert rows[0].startswith(layer)
+  table = specialisation.expert_table(found, layer)
+  for row, expert in zip(rows[2:], table):
+    start = f'{expert.expert} {expert.load:.0%} {expert.label}'.split()
+    assert row.split()[: len(start)] == start
+    assert row.endswith(' '.join(expert.tokens))
 
 
 @pytest.fixture(scope='module')
@@ -155,6 +173,7 @@ def test_the_page_says_what_the_run_wrote(report, model_dir):
   assert f'{losses[-1]:.3f} at step 2' in report
   assert 'Load of experts, decoder/layers_1' in report
   assert '&lt;b&gt;8+1' in report and '<b>8+1' not in report
+  assert '9 25.0%</td>' in report and '(end) 50.0%, 9 25.0%</td>' in report
   assert 'NUM_EXPERTS = 4' in report
   hardware = json.loads((model_dir / 'hardware.json').read_text())
   assert hardware['devices'] in report and '8 x cpu' in report

@@ -346,7 +346,7 @@ def test_curves_of_a_run(run_dir):
 
 
 def test_every_plot_is_a_figure_of_its_numbers(run_dir):
-  figure_module = pytest.importorskip('matplotlib.figure')
+  from matplotlib import figure as figure_module
   from matplotlib import pyplot
 
   curve = Curve(np.array([1, 2]), np.array([3.0, 4.0]))

@@ -1,10 +1,11 @@
-"""Tasks on the documentation corpora: three objectives, summaries, domains.
+"""Tasks on the documentation corpora: three objectives, and texts to texts.
 
 Registering is cheap; a corpus is harvested when a task is first read.
 
   docs_span_corruption  T5's objective; inputs and targets
   docs_prefix_lm        a text and its continuation; inputs and targets
   docs_lm               language modelling; targets only
+  docs_sentence         three words of an opening sentence -> the rest of it
   docs_summary          'summarize: ' + documentation -> its opening paragraph
   docs_domain           'domain: ' + documentation -> the package it is from
 
@@ -131,6 +132,38 @@ def add_docs_task(
   )
 
 
+def opening_sentence(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  """The first three words of a text's first sentence -> the rest of it.
+
+  The sentence begins with a capital, ends with a full stop in the first
+  paragraph and has six words at least; texts without one are left out.
+  """
+
+  def first(example):
+    paragraph = tf.strings.split(example['text'], '\n\n', maxsplit=1)[0]
+    paragraph = tf.strings.regex_replace(paragraph, r'\s+', ' ')
+    sentence = tf.strings.regex_replace(paragraph, r'^(.*?\.) .*$', r'\1')
+    return {**example, 'sentence': sentence}
+
+  def fields(example):
+    words = tf.strings.split(example['sentence'], ' ')
+    return {
+      'inputs': tf.strings.reduce_join(words[:3], separator=' '),
+      'targets': tf.strings.reduce_join(words[3:], separator=' '),
+      'task_id': example['task_id'],
+    }
+
+  return (
+    dataset.map(first, num_parallel_calls=tf.data.AUTOTUNE)
+    .filter(
+      lambda x: tf.strings.regex_full_match(
+        x['sentence'], r'[A-Z]\S*( \S+){5,}\.'
+      )
+    )
+    .map(fields)
+  )
+
+
 def opening_paragraph(dataset: tf.data.Dataset) -> tf.data.Dataset:
   """'summarize: ' + a text without its opening paragraph -> that paragraph.
 
@@ -183,6 +216,19 @@ for _corpus, _prefix in corpus.PREFIXES.items():
       preprocessors.from_text(_objective, with_tasks=True),
       features=_features,
     )
+  _add(
+    f'{_prefix}_sentence',
+    [
+      opening_sentence,
+      functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+      seqio.preprocessors.append_eos_after_trim,
+      preprocessors.task_ids,
+    ],
+    features={
+      'inputs': seqio.Feature(vocabularies.docs(), add_eos=False),
+      'targets': seqio.Feature(vocabularies.docs()),
+    },
+  )
   for _name, _fields, _metric in (
     ('summary', opening_paragraph, metrics.rouge),
     (
