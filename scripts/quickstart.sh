@@ -34,5 +34,5 @@ $VENV/bin/python -m sparse_experts report runs/sentences
 echo 'Return the number' > runs/mine.txt && $VENV/bin/python -m sparse_experts infer ${RECIPE[*]} --input=runs/mine.txt --top=3
 
 # The dense twin, of the same arithmetic for each token: what do experts add?
-$VENV/bin/python -m sparse_experts train --gin_file=gin/quickstart_dense.gin --gin_file=gin/tasks/docs_sentence.gin
+$VENV/bin/python -m sparse_experts train --gin_file=gin/quickstart_dense.gin --gin_file=gin/tasks/docs_sentence.gin --gin.MODEL_DIR=runs/dense_sentences && $VENV/bin/python -m sparse_experts compare runs/dense_sentences runs/sentences --output=runs/sentences.html
 EOF
