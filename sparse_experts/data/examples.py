@@ -251,7 +251,7 @@ def _check(
   if split not in task.splits:
     raise ValueError(
       f'task {task.name!r} has no split {split!r}; it has '
-      f'{", ".join(task.splits)}'
+      f'{", ".join(task.splits) or "none, for texts that a command is given"}'
     )
 
 
