@@ -31,7 +31,7 @@ from sparse_experts.convert import (
 )
 from sparse_experts.convert.architectures import ARCHITECTURES
 from sparse_experts.convert.arguments import arguments, differences
-from sparse_experts.data import dataset
+from sparse_experts.data import dataset, prompts
 from sparse_experts.data.special_tokens import SpecialTokens
 from sparse_experts.inference import infer
 from sparse_experts.models import layout
@@ -175,6 +175,44 @@ def test_infer_answers_token_ids_as_transformers(tmp_path):
   questions.write_text('{"inputs": "a text"}\n')
   with pytest.raises(ValueError, match='359 token ids'):
     infer.infer(model, str(tmp_path / 'native'), sums, input=questions)
+
+
+def test_texts_in_the_tokenizer_that_came_along(tmp_path, forget_new_tasks):
+  """Its pieces are the numbers of ids: prompts are those of transformers."""
+  tokenizers = pytest.importorskip('tokenizers')
+  stored = np.load(DATA / 'hf_mixtral_tiny/generated.npz')
+  source, native = as_generated(tmp_path, 'hf_mixtral_tiny'), tmp_path / 'ours'
+  numbers = {str(i): i for i in range(160)}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, '0'))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer.save(str(source / 'tokenizer.json'))
+  (source / 'tokenizer_config.json').write_text('{"eos_token": "134"}')
+  convert(source, native)
+  config.parse(
+    [f'{native}/config.gin', 'gin/runs/questions.gin'],
+    [
+      f"MODEL_DIR='{native}'",
+      f"VOCABULARY='{native}/tokenizer.json'",
+      "TASK_FEATURE_LENGTHS={'targets': 10}",
+    ],
+    [],
+  )
+  model = config.value('MODEL')
+  texts = config.argument(infer.infer, 'dataset')
+  model.check_data(texts)
+  assert (stored['prompts'][:, 0] == 5).all()  # The model's start token.
+  prompts_L = [
+    row[:length] for row, length in zip(stored['prompts'], stored['lengths'])
+  ]
+  questions = [{'inputs': ' '.join(map(str, row[1:]))} for row in prompts_L]
+  asked = prompts.of_file(questions, texts, model.features)
+  for example, row in zip(asked, prompts_L, strict=True):
+    tokens = example.features['decoder_input_tokens']
+    real = example.features['decoder_causal_attention'] > 0
+    assert tokens[real].tolist() == row.tolist()
+  assert texts.text('targets', stored['answers'][1, :6]) == '33 33 33 33 33</s>'
+  with pytest.raises(ValueError, match='has none, for texts that a command'):
+    next(texts.evaluation(model.features))
 
 
 @pytest.mark.parametrize('name', HF)

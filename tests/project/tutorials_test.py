@@ -3,14 +3,14 @@
 A page is read as a reader would follow it. A block is
 
 * of `sh`: commands, which are run;
-* of `text`: what the commands before it print, where a line `...` stands for any
-  lines, see `agrees`;
-* of `bash`: what is done once on a machine (installing, fetching), and not here;
+* of `text`: what those print, see `agrees`;
+* of `bash`: what is done once on a machine, installing and fetching; not here;
 * any other: a file, whose name ends the line before it.
 """
 
 import importlib
 import os
+import pathlib
 import re
 import shlex
 import subprocess
@@ -20,7 +20,8 @@ from typing import NamedTuple
 import pytest
 from paths import ROOT
 
-from sparse_experts import cli, config
+from sparse_experts import cli
+from sparse_experts.commands import settings
 
 PAGES = sorted((ROOT / 'docs/tutorials').glob('*.md'))
 each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
@@ -54,8 +55,8 @@ def commands(page):
 def agrees(shown, printed):
   """Whether what is printed has the lines shown, one below the other.
 
-  A line `...` stands for any lines. Numbers with a point are of one machine,
-  and agree to a tenth; all else is equal.
+  A line `...` stands for any lines. Numbers with a point are of one machine:
+  they agree to a tenth of themselves, or of one. All else is equal.
   """
   shown, printed = shown.splitlines(), printed.splitlines()
   rows = range(len(printed) + 1)
@@ -65,7 +66,9 @@ def agrees(shown, printed):
       reached = {row for row in rows if row >= min(reached)}
     else:
       reached = {
-        row + 1 for row in reached if row in rows[:-1] and same(line, printed[row])
+        row + 1
+        for row in reached
+        if row in rows[:-1] and same(line, printed[row])
       }
     if not reached:
       return False
@@ -81,13 +84,18 @@ def same(line, other):
 
 
 def near(word, other):
-  number = re.compile(r'-?\d+\.\d+')
+  number = re.compile(r'-?\d+\.\d+(?:e[+-]\d+)?')
   if number.sub('', word) != number.sub('', other):
     return False
   pairs = zip(number.findall(word), number.findall(other))
   return all(
     abs(float(a) - float(b)) <= 0.1 * max(abs(float(a)), 1) for a, b in pairs
   )
+
+
+def write(path, text):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text)
 
 
 def follow(page, folder):
@@ -108,8 +116,7 @@ def follow(page, folder):
   printed = None
   for kind, text, name in blocks(page):
     if name:
-      (folder / name).parent.mkdir(parents=True, exist_ok=True)
-      (folder / name).write_text(text)
+      write(folder / name, text)
     elif kind == 'sh':
       printed = None
       if HUGGING_FACE in text and not there:
@@ -136,32 +143,33 @@ def test_a_walk(page, tmp_path):
 
 
 @each_page
-def test_what_a_page_shows_can_be_read(page, tmp_path, monkeypatch):
-  """Cheap: names, flags and macros, before a walk is walked."""
+def test_what_a_page_shows_can_be_read(page, python_folder, monkeypatch):
+  """Blocks, flags, files and macros, without doing what they say."""
   assert f'(tutorials/{page.name})' in (ROOT / 'docs/tutorials.md').read_text()
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.syspath_prepend(tmp_path)
-  before = None
+  monkeypatch.chdir(python_folder)
+  last = ''
   for kind, text, name in blocks(page):
     assert bool(name) == (kind not in ('sh', 'text', 'bash')), text
-    assert kind != 'text' or before == 'sh', text
-    before = kind
+    assert kind != 'text' or last == 'sh', text
+    last = kind
     if name:
-      (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-      (tmp_path / name).write_text(text)
+      write(python_folder / name, text)
     if kind == 'python':
       compile(text, name, 'exec')
-  for command, *words in commands(page):
+  of_page = commands(page)
+  assert of_page
+  for command, *words in of_page:
     module = importlib.import_module(f'sparse_experts.commands.{command}')
-    parser = cli._command_parser(command, module)
-    args, rest = parser.parse_known_args(words)
-    bindings = cli._bindings(rest)
-    made = 'runs/' in ''.join(
-      path.read_text() for file in args.gin_file for path in [tmp_path / file]
-      if path.is_file()
-    ).partition('MODEL_DIR')[0]
-    if args.gin_file and not made:
-      config.parse(args.gin_file, bindings, args.gin_search_paths.split(','))
+    args, rest = cli._command_parser(command, module).parse_known_args(words)
+    args.command, args.bindings = command, cli._bindings(rest)
+    if args.gin_file and not any(map(includes_a_run, args.gin_file)):
+      settings.parse(args)
+
+
+def includes_a_run(file):
+  """Whether a gin file needs one that an earlier command writes."""
+  path = pathlib.Path(file)
+  return path.is_file() and "include 'runs/" in path.read_text()
 
 
 def test_what_agrees():
