@@ -17,7 +17,7 @@ COMMANDS = {
   'train': 'train a model, from its latest checkpoint if there is one',
   'evaluate': 'held-out loss and task metrics of a checkpoint',
   'infer': "a checkpoint's answers to a task's examples",
-  'record': "what the experts do with each token of a task's split",
+  'record': "what the experts do with each token of a task's split, or a text",
   'inspect': 'count parameters and arithmetic, or read a checkpoint',
   'show': 'every value in effect, where it was set, and what it overrode',
   'report': 'one HTML page about a run: curves, routing, samples, config',

@@ -11,6 +11,11 @@ from sparse_experts.commands import printing, settings
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('model_dir', metavar='MODEL_DIR', help='of the run')
+  parser.add_argument(
+    '--figures',
+    metavar='DIR',
+    help='also write each figure there, as PDF, SVG and PNG of 300 dpi',
+  )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -21,13 +26,22 @@ def run(args: argparse.Namespace) -> None:
     args, 'report takes MODEL_DIR alone; its config.gin has the rest.'
   )
   root = directories.absolute(args.model_dir)
+  if args.figures is not None:
+    directories.check_new(args.figures, by='--figures')
   if args.dry_run:
     curves.read(root)
     return printing.checked(args)
-  path = report_page.write(args.model_dir, _ledger(args.model_dir))
+  path = report_page.write(
+    args.model_dir, _ledger(args.model_dir), args.figures
+  )
+  paths = {'path': str(path)}
+  if args.figures is not None:
+    paths['figures'] = args.figures
   if args.json:
-    return printing.as_json({'path': str(path)})
+    return printing.as_json(paths)
   print(f'report:  {path}')
+  if args.figures is not None:
+    print(f'figures: {args.figures}')
 
 
 def _ledger(model_dir: str):

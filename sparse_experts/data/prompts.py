@@ -11,15 +11,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from etils import epath
 
 from sparse_experts import storage
-from sparse_experts.data import tasks
+from sparse_experts.data import host_tensorflow, streams, tasks
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.features.text import Text, TextToText
+from sparse_experts.data.streams import Batch
 
 MOST_BYTES = 1_000_000  # Of a line. Models read far less.
 
@@ -156,14 +157,8 @@ def of_file(
   asks = 'inputs' in task.output_features
 
   def tokenize(name: str, text: Given, end: bool) -> tuple[np.ndarray, int]:
-    """Token ids of a text, and how many more would not fit."""
-    if is_ids(text):
-      ids, last = text, []
-    else:
-      vocabulary = task.output_features[name].vocabulary
-      ids, last = vocabulary.encode(text), [vocabulary.eos_id] * end
-    room = lengths[name] - len(last)
-    return np.array([*ids[:room], *last], np.int32), max(0, len(ids) - room)
+    vocabulary = task.output_features[name].vocabulary
+    return _tokenize(text, vocabulary, lengths[name], end)
 
   for texts in read:
     name = 'inputs' if asks else 'targets'
@@ -181,3 +176,90 @@ def of_file(
       targets,
       {**texts, **({'inputs_cut': cut} if cut else {})},
     )
+
+
+class Tokenized(NamedTuple):
+  """A text as an example of a task.
+
+  Attributes:
+    ids: by feature of the task, int32 [n], as long as it may be at most.
+    texts: as they were given; 'inputs_cut' and 'targets_cut' say how many
+      tokens did not fit.
+  """
+
+  ids: Mapping[str, np.ndarray]
+  texts: Mapping[str, Any]
+
+
+def tokenized(
+  read: Sequence[Mapping[str, Given]], dataset: Dataset
+) -> list[Tokenized]:
+  """Texts as examples of a dataset's task, each with the end that it has there.
+
+  Of a task without inputs, a language model's, they are targets. Targets that
+  are not given are empty.
+
+  Raises:
+    ValueError: some are token ids, or have targets that the task has no place
+      for.
+  """
+  task = tasks.find(dataset.mixture_or_task_name, dataset.modules)
+  lengths = dataset.feature_lengths
+  found = []
+  for number, texts in enumerate(read, 1):
+    if any(map(is_ids, texts.values())):
+      raise ValueError(
+        f'example {number} is given by token ids, where texts are asked for; '
+        'give the text that they are of.'
+      )
+    named = texts
+    if 'inputs' not in lengths:
+      if 'targets' in texts:
+        raise ValueError(
+          f'example {number} has targets apart from its inputs, and '
+          f'{dataset.mixture_or_task_name!r} has no inputs: give the whole '
+          'text as inputs.'
+        )
+      named = {'targets': texts['inputs']}
+    ids, cuts = {}, {}
+    for name, length in lengths.items():
+      feature, ids[name] = task.output_features[name], np.zeros(0, np.int32)
+      if name in named:
+        ids[name], cut = _tokenize(
+          named[name], feature.vocabulary, length, feature.add_eos
+        )
+        cuts |= {f'{name}_cut': cut} if cut else {}
+    found.append(Tokenized(ids, {**texts, **cuts}))
+  return found
+
+
+def batches(
+  given: Sequence[Tokenized], dataset: Dataset, features: TextToText | Text
+) -> Iterator[Batch]:
+  """Batches of texts as `Dataset.evaluation` would have them, unpacked.
+
+  Args:
+    given: from `tokenized`.
+    dataset: that has the lengths and the size of a batch.
+    features: what rows are.
+  """
+  tf = host_tensorflow.load()
+  lengths = dataset.feature_lengths
+  examples = tf.data.Dataset.from_generator(
+    lambda: (text.ids for text in given),
+    output_signature=dict.fromkeys(lengths, tf.TensorSpec([None], tf.int32)),
+  )
+  rows = features.rows(examples, lengths)
+  return streams.batched(rows, dataset.batch_size, features)
+
+
+def _tokenize(
+  text: Given, vocabulary: Any, length: int, end: bool
+) -> tuple[np.ndarray, int]:
+  """Token ids of a text, and how many more would not fit."""
+  if is_ids(text):
+    ids, last = text, []
+  else:
+    ids, last = vocabulary.encode(text), [vocabulary.eos_id] * end
+  room = length - len(last)
+  return np.array([*ids[:room], *last], np.int32), max(0, len(ids) - room)

@@ -275,6 +275,23 @@ def eval_batches(
     task_name, split, feature_lengths, features, pack, task_ids, modules
   )
   rows = source.read(shuffle=False, seed=0)
+  return batched(rows, batch_size, features, num_batches)
+
+
+def batched(
+  rows: tf.data.Dataset,
+  batch_size: int,
+  features: Features,
+  num_batches: int | None = None,
+) -> Iterator[Batch]:
+  """Whole batches of rows, in order; the last one is filled up.
+
+  Args:
+    rows: one by one.
+    batch_size: rows of a batch.
+    features: what rows are, and what fills a batch up.
+    num_batches: stop after so many; None: after the last row.
+  """
   # Without drop_remainder; the loop below fills up the last batch.
   batches = rows.batch(batch_size).prefetch(2).as_numpy_iterator()
 

@@ -6,20 +6,23 @@ import html
 import io
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from sparse_experts.insight.colours import COLOURS, ink
 
 if typing.TYPE_CHECKING:
   from matplotlib.figure import Figure
 
-BLUE = '#0072b2'  # Too dark on a dark page.
-
+# What scrolls has a shadow at an edge that hides more: two covers move with the
+# content, and two shadows below them do not.
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fdfdfc;
   --faint: #666; --line: #d8d8d4; --panel: #f3f3f0; --link: #005a9c;
-  --blue: #0072b2; }
+  --shadow: #0006; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e3;
   --paper: #16181a; --faint: #a0a09b; --line: #3a3d40; --panel: #202326;
-  --link: #8ec7f5; --blue: #4aa8e0; } }
+  --link: #8ec7f5; --shadow: #fff6; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 64rem;
   font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
@@ -36,19 +39,65 @@ nav a { margin-right: .9rem; } a { color: var(--link); }
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
 figure svg text { fill: currentColor; }
-.scroll { overflow-x: auto; }
+.scroll, pre { --under: var(--paper); overflow-x: auto; background:
+  linear-gradient(to right, var(--under) 40%, transparent) left / 2rem 100%
+    no-repeat local,
+  linear-gradient(to left, var(--under) 40%, transparent) right / 2rem 100%
+    no-repeat local,
+  linear-gradient(to right, var(--shadow), transparent) left / .7rem 100%
+    no-repeat scroll,
+  linear-gradient(to left, var(--shadow), transparent) right / .7rem 100%
+    no-repeat scroll, var(--under); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums;
   font-size: .9rem; }
 th, td { padding: .2rem .7rem .2rem 0; text-align: right; vertical-align: top;
   border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child, .text td, .text th { text-align: left; }
 .text td:last-child { white-space: normal; overflow-wrap: anywhere; }
-pre { background: var(--panel); padding: .8rem; overflow-x: auto;
+pre { --under: var(--panel); padding: .8rem;
   font: .8rem/1.4 ui-monospace, monospace; }
 summary { cursor: pointer; }
+dl { font-size: .9rem; color: var(--faint); max-width: 44rem; }
+dt { float: left; clear: left; margin-right: .5rem; color: var(--ink); }
+dd { margin: 0; }
+.tokens { line-height: 2.1; max-width: none; }
+.token { --of: var(--faint); padding: .1rem .2rem; white-space: pre;
+  border: 2px solid var(--of); border-radius: .2rem; background: var(--of);
+  color: var(--on); }
+.token small { margin-left: .2rem; font-size: .7rem; vertical-align: sub; }
+.token.cut { border: 2px dashed var(--ink); }
+.token.lost { border: 2px dashed var(--of); background: none;
+  color: var(--ink); }
+.token:hover, .token:focus { outline: 3px solid var(--ink); }
+.token:hover::after, .token:focus::after { content: attr(aria-label);
+  position: fixed; inset: auto 0 0; padding: .6rem 1rem; z-index: 1;
+  white-space: normal; background: var(--ink); color: var(--paper);
+  font: .9rem/1.4 system-ui, sans-serif; }
+.token:hover::after { z-index: 2; }
 code { background: var(--panel); padding: 0 .25rem; margin-right: .3rem;
   font: .85rem ui-monospace, monospace; white-space: pre; }
-"""
+""" + ''.join(
+  f'.of{i} {{ --of: {colour}; --on: {ink(colour)}; }}\n'
+  for i, colour in enumerate(COLOURS)
+)
+
+
+class Token(NamedTuple):
+  """A token of a text, on a ground that says whose it is.
+
+  Attributes:
+    text: of the token, as it is shown.
+    number: that stands beside it and decides on the ground; None: it has none.
+    detail: what is said of it where it is pointed at or has the focus.
+    kept: 'all', or what is dashed: 'some', 'none'.
+    starts_word: there is a space before it.
+  """
+
+  text: str
+  number: int | None
+  detail: str
+  kept: str = 'all'
+  starts_word: bool = False
 
 
 def render(title: str, sections: Sequence[tuple[str, str]], lead: str) -> str:
@@ -60,11 +109,11 @@ def render(title: str, sections: Sequence[tuple[str, str]], lead: str) -> str:
     lead: what stands first, as HTML.
   """
   links = ''.join(
-    f'<a href="#{_anchor(name)}">{html.escape(name)}</a>\n'
+    f'<a href="#{anchor(name)}">{html.escape(name)}</a>\n'
     for name, _ in sections
   )
   body = ''.join(
-    f'<section id="{_anchor(name)}"><h2>{html.escape(name)}</h2>\n{content}\n'
+    f'<section id="{anchor(name)}"><h2>{html.escape(name)}</h2>\n{content}\n'
     '</section>\n'
     for name, content in sections
   )
@@ -96,6 +145,20 @@ def folded(title: str, content: str) -> str:
   return f'<details><summary>{title}</summary>\n{content}</details>\n'
 
 
+def terms(meanings: Mapping[str, str]) -> str:
+  """What words mean, each with its text."""
+  found = ''.join(
+    f'<dt>{html.escape(word)}</dt><dd>{html.escape(meaning)}</dd>\n'
+    for word, meaning in meanings.items()
+  )
+  return f'<dl>{found}</dl>\n'
+
+
+def tokens(found: Sequence[Token]) -> str:
+  """A text that wraps, token by token."""
+  return f'<p class="tokens">{"".join(map(_token, found))}</p>\n'
+
+
 def table(
   header: Sequence[str], rows: Sequence[Sequence[object]], text: bool = False
 ) -> str:
@@ -121,6 +184,11 @@ def table(
   )
 
 
+def anchor(text: str) -> str:
+  """A text as the name of a place in a page, or of a file."""
+  return re.sub(r'\W+', '-', text).strip('-').lower()
+
+
 def figures(captioned: Sequence[tuple[str, Figure]]) -> str:
   """Figures side by side where there is room, in the colours of the page."""
   return (
@@ -143,12 +211,25 @@ def _figure(caption: str, figure: Figure) -> str:
   svg = file.getvalue()
   svg = svg[svg.index('<svg') :]
   svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
-  svg = svg.replace('#000000', 'currentColor').replace(BLUE, 'var(--blue)')
-  name = _anchor(caption)
+  svg = svg.replace('#000000', 'currentColor')
+  name = anchor(caption)
   svg = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', svg)
   label = html.escape(caption)
   svg = svg.replace('<svg ', f'<svg role="img" aria-label="{label}" ', 1)
   return f'<figure>{svg}<figcaption>{label}</figcaption></figure>\n'
+
+
+def _token(token: Token) -> str:
+  classes, number = 'token', '-'
+  if token.number is not None:
+    classes, number = f'token of{token.number % len(COLOURS)}', token.number
+  classes += {'all': '', 'some': ' cut', 'none': ' lost'}[token.kept]
+  gap = ' ' if token.starts_word else '<wbr>'
+  return (
+    f'{gap}<span class="{classes}" tabindex="0" role="note" '
+    f'aria-label="{html.escape(token.detail)}">{html.escape(token.text)}'
+    f'<small>{number}</small></span>'
+  )
 
 
 def _cell(content) -> str:
@@ -156,7 +237,3 @@ def _cell(content) -> str:
     pieces = (html.escape(piece.replace('\n', '⏎')) for piece in content)
     return ' '.join(f'<code>{piece}</code>' for piece in pieces)
   return html.escape(str(content))
-
-
-def _anchor(text: str) -> str:
-  return re.sub(r'\W+', '-', text).strip('-').lower()

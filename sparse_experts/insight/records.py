@@ -1,4 +1,4 @@
-"""Routing records of a checkpoint on a task's split: made, saved, read."""
+"""Routing records of a checkpoint on a split or texts: made, saved, read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +16,11 @@ from etils import epath
 from jax.typing import ArrayLike
 
 from sparse_experts import sharding
+from sparse_experts.data import prompts
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.features.base import TokenIds
 from sparse_experts.data.features.text import TextToText
+from sparse_experts.insight import given_texts
 from sparse_experts.models.layout import LayerId
 from sparse_experts.models.objective import Objective
 from sparse_experts.moe import Record
@@ -43,7 +45,7 @@ class Records:
     pieces: likewise, id -> text of those that occur.
     domain_names: what the numbers in `domains` mean.
     facts: 'task', 'split', 'step', 'capacity_factor', where known, and
-      'inputs', a digest of what was recorded.
+      'inputs', a digest of what was recorded; of texts also 'texts', one a row.
   """
 
   layers: Mapping[str, Record]
@@ -198,12 +200,13 @@ def record(
   model_dir: str,
   dataset: Dataset,
   *,
+  texts: Sequence[Mapping[str, Any]] | None = None,
   microbatches: Count = 1,
   parameters: str = 'trained',
   placement: sharding.Placement = sharding.DATA_PARALLEL,
   dry_run: bool = False,
 ) -> tuple[Records | None, epath.Path]:
-  """Records the latest checkpoint in `model_dir` on a dataset's split.
+  """Records the latest checkpoint in `model_dir` on a split, or on texts.
 
   At the model's evaluation capacity, as `evaluate`. Where the task knows the
   domains of its tokens they are recorded too.
@@ -211,6 +214,10 @@ def record(
   Args:
     model, dataset: who routes what.
     model_dir: a run's directory, or one checkpoints/<step> of it.
+    texts: in place of the split, 'inputs' and maybe 'targets' each, as
+      `prompts.read` has them: one a row, as the dataset's task would make it.
+      Where an encoder-decoder has no targets, its decoder is given the model's
+      own answer, the most probable token at each step.
     microbatches: parts a batch is run in, to save memory.
     parameters: see `checkpoints.restore_params`; a file of 'ema' ends so.
     placement: as in `train.train`; any reads any checkpoint.
@@ -218,21 +225,36 @@ def record(
 
   Returns:
     The records, and where they are written:
-    MODEL_DIR/records/<task>-<split>-<step>.npz.
+    MODEL_DIR/records/<task>-<split>-<step>.npz, or of texts
+    MODEL_DIR/records/texts/<task>-<digest>-<step>.npz.
+
+  Raises:
+    ValueError: there is no sparse layer; texts, and the model reads none.
   """
-  domain_names = dataset.task_names()
-  if domain_names and not dataset.task_ids:
+  given = None
+  if texts is not None:
+    given_texts.check(model)
+    model.check_data(dataset)
+    dataset = dataclasses.replace(dataset, pack=False, task_ids=False)
+    given = prompts.tokenized(texts, dataset)
+  elif dataset.task_names() and not dataset.task_ids:
     dataset = dataclasses.replace(dataset, task_ids=True)
   with placement.use() as mesh:
     params, at = restore_params(
       model, model_dir, dataset, mesh, parameters, dry_run
     )
-    suffix = '' if parameters == 'trained' else f'-{parameters}'
-    name = f'{dataset.mixture_or_task_name}-{dataset.split}-{at}{suffix}.npz'
-    path = checkpoints.root_of(model_dir) / 'records' / name
+    path = _path(model_dir, dataset, texts, at, parameters)
+    if given is None:
+      batches = dataset.evaluation(model.features)
+    else:
+      batches = prompts.batches(given, dataset, model.features)
     if dry_run:
-      next(dataset.evaluation(model.features))
+      next(batches)
       return None, path
+    if given is not None:
+      batches = given_texts.answered(
+        batches, given, model, params, mesh, dataset
+      )
     take = jax.jit(
       functools.partial(
         step.record_step,
@@ -244,21 +266,38 @@ def record(
     )
 
     def pairs():
-      for batch in dataset.evaluation(model.features):
+      for batch in batches:
         placed = global_batch.place(batch, mesh, dataset.batch_size, 0)
         yield batch, take(params, placed)
 
     found = collect(pairs(), model.features.token_ids)
+  of_texts = {}
+  if given is not None:
+    of_texts = {'split': None, 'texts': [dict(text.texts) for text in given]}
   found = explained(
     found,
     model,
     dataset,
     step=at,
     capacity_factor=model.capacity_factor_eval,
+    **of_texts,
   )
   if jax.process_index() == 0:
     found.save(path)
   return found, path
+
+
+def _path(
+  model_dir: str, dataset: Dataset, texts: Any, at: int, parameters: str
+) -> epath.Path:
+  folder = checkpoints.root_of(model_dir) / 'records'
+  suffix = '' if parameters == 'trained' else f'-{parameters}'
+  if texts is None:
+    name = dataset.split
+  else:
+    folder /= 'texts'
+    name = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
+  return folder / f'{dataset.mixture_or_task_name}-{name}-{at}{suffix}.npz'
 
 
 def explained(

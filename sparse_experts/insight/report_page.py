@@ -3,46 +3,84 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from sparse_experts import storage
 from sparse_experts.insight import (
   agreement,
   curves,
+  figure_files,
   html,
   plots,
   records,
   routing,
   specialisation,
+  token_view,
 )
 from sparse_experts.insight.curves import Curve
 from sparse_experts.insight.records import Records
 from sparse_experts.planning import ledger
 
+if typing.TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
 _CURVES = {
-  'loss': 'loss',
-  'accuracy': 'accuracy',
-  'learning_rate': 'learning rate',
-  'gradient_norm': 'gradient norm',
+  'loss': 'loss, nats',
+  'accuracy': 'accuracy, share of targets',
+  'learning_rate': 'learning rate, no unit',
+  'gradient_norm': 'norm of the gradient, no unit',
   'tokens_per_second_without_padding': 'tokens per second',
   'tokens_per_second_with_padding': 'tokens per second, padding counted',
   # What runs of earlier versions have instead.
   'tokens_per_second': 'tokens per second, padding counted',
 }
 _ROUTING = {
-  'imbalance': 'largest over mean load',
-  'dropped': 'share of choices dropped',
-  'dead': 'experts without a token',
+  'imbalance': 'largest over mean load of an expert',
+  'dropped': 'dropped, share of choices',
+  'dead': 'dead, experts without a token',
   'entropy': "entropy of the router's choice, nats",
 }
+# Of the tables' headers.
+_WORDS = {
+  'load': 'of an expert, its share of the choices that tokens made',
+  'max / mean load': 'of the fullest expert over the mean; 1 is balance',
+  'hot': f'experts with {routing.HOT:g} times the mean load or more',
+  'dead': 'experts that no token chose',
+  'dropped': 'share of choices that found no room at their expert',
+  'left out': 'share of tokens of which no choice was kept',
+  'fill': "share of the experts' slots in use; 0 where there is no capacity",
+  'entropy': "of the router's probabilities, nats, mean over tokens; 0 is sure",
+  'confidence': 'largest of those probabilities, mean over tokens',
+  'log z': (
+    "logsumexp of the router's logits, nats, mean over tokens; the z-loss "
+    'keeps it near 0'
+  ),
+}
 _SAMPLES = 6
+_SHOWN_TOKENS = 128
 _NAMES = {'train': 'training', 'eval': 'held out'}
 
 
+class _Figures:
+  """The figures of the page, by title, in the order they are set in."""
+
+  def __init__(self):
+    self.by_title: dict[str, Figure] = {}
+
+  def __call__(self, titled: Sequence[tuple[str, Figure]]) -> str:
+    """Sets figures side by side."""
+    self.by_title.update(titled)
+    return html.figures(titled)
+
+
 def write(
-  model_dir: epath.PathLike, ledger_facts: Mapping[str, Any] | None = None
+  model_dir: epath.PathLike,
+  ledger_facts: Mapping[str, Any] | None = None,
+  figures: epath.PathLike | None = None,
 ) -> epath.Path:
   """Writes MODEL_DIR/report.html; returns where.
 
@@ -52,16 +90,19 @@ def write(
   Args:
     model_dir: of a run.
     ledger_facts: of `ledger.ledger`; None: no such section.
+    figures: a folder that the page's figures are written to as well, each named
+      by its caption, see `figure_files`; None: they are not.
 
   Raises:
     FileNotFoundError: no metrics.jsonl. ImportError: no matplotlib.
   """
   root = epath.Path(model_dir)
   history = curves.read(root)
+  draw = _Figures()
   sections = {
-    'Training': _training(history),
-    'Routing over time': _routing(history),
-    'Routing by token': _by_token(root, history),
+    'Training': _training(history, draw),
+    'Routing over time': _routing(history, draw),
+    'Routing by token': _by_token(root, history, draw),
     'Samples': _samples(root, ledger_facts),
     'Parameters': ledger_facts and html.preformatted(ledger.text(ledger_facts)),
     'Hardware': _hardware(root),
@@ -71,9 +112,10 @@ def write(
   found = [(name, text) for name, text in sections.items() if text]
   text = html.render(title, found, _lead(history))
   path = root / 'report.html'
-  partial = root / 'report.html.partial'
-  partial.write_text(text)
-  partial.replace(path)
+  storage.replace(path, text.encode())
+  if figures is not None:
+    for name, figure in draw.by_title.items():
+      figure_files.write(figure, figures, html.anchor(name))
   return path
 
 
@@ -90,7 +132,9 @@ def _lead(history: Mapping[str, Mapping[str, Curve]]) -> str:
   return html.paragraph('; '.join(said) + '.') if said else ''
 
 
-def _training(history: Mapping[str, Mapping[str, Curve]]) -> str:
+def _training(
+  history: Mapping[str, Mapping[str, Curve]], draw: _Figures
+) -> str:
   figures = []
   for key, ylabel in _CURVES.items():
     named = {
@@ -101,10 +145,10 @@ def _training(history: Mapping[str, Mapping[str, Curve]]) -> str:
     if named:
       title = key.replace('_', ' ').capitalize()
       figures.append((title, plots.curves(named, ylabel=ylabel)))
-  return html.figures(figures)
+  return draw(figures)
 
 
-def _routing(history: Mapping[str, Mapping[str, Curve]]) -> str:
+def _routing(history: Mapping[str, Mapping[str, Curve]], draw: _Figures) -> str:
   name = 'train' if curves.layers(history.get('train', {})) else 'eval'
   found = history.get(name, {})
   layers = curves.layers(found)
@@ -141,17 +185,25 @@ def _routing(history: Mapping[str, Mapping[str, Curve]]) -> str:
     )
     for layer, row in last.items()
   ]
-  header = ('last step', 'max / mean load', 'dead', 'dropped', 'slots in use')
+  header = ('last step', 'max / mean load', 'dead', 'dropped', 'fill')
   return (
     html.paragraph(f'From the {_NAMES[name]} metrics of metrics.jsonl.')
-    + html.figures(figures)
+    + draw(figures)
     + html.heading('Where it ended')
-    + html.table(header, rows)
+    + _explained_table(header, rows)
   )
 
 
+def _explained_table(
+  header: Sequence[str], rows: Sequence[Sequence[object]]
+) -> str:
+  """A table, and below it what the words of its header mean."""
+  meanings = {word: _WORDS[word] for word in header if word in _WORDS}
+  return html.table(header, rows) + html.terms(meanings)
+
+
 def _by_token(
-  root: epath.Path, history: Mapping[str, Mapping[str, Curve]]
+  root: epath.Path, history: Mapping[str, Mapping[str, Curve]], draw: _Figures
 ) -> str:
   """The newest record, and how far earlier ones of its tokens agree."""
   if not any(map(curves.layers, history.values())):
@@ -179,9 +231,25 @@ def _by_token(
     steps = [x.facts['step'] for x in earlier]
     shares = [agreement.saturation(x, last) for x in earlier]
     figures.append(('Router saturation', plots.saturation(steps, shares)))
-  text += html.figures(figures)
-  return text + ''.join(
-    html.folded(layer, _layer(last, layer)) for layer in last.layers
+  text += draw(figures)
+  text += ''.join(
+    html.folded(layer, _layer(last, layer, draw)) for layer in last.layers
+  )
+  return text + _text(last)
+
+
+def _text(found: Records) -> str:
+  """The first row of a record, where its tokens have texts."""
+  if not found.pieces:
+    return ''
+  return (
+    html.heading('A text, by expert')
+    + html.paragraph(
+      'The first row of the record. `python -m sparse_experts record '
+      '--gin_file=... --text="..."` makes a page of a text of your own.'
+    )
+    + html.paragraph(token_view.READ_AS)
+    + token_view.view(found, 0, _SHOWN_TOKENS)
   )
 
 
@@ -199,19 +267,25 @@ def _overview(found: Records) -> str:
     for name, values in zip(table.rows, table.values)
   ]
   header = [column.replace('_', ' ') for column in ('', *table.columns)]
-  return html.table(header, rows)
+  header[header.index('imbalance')] = 'max / mean load'
+  return _explained_table(header, rows)
 
 
-def _layer(found: Records, layer: str) -> str:
+def _layer(found: Records, layer: str, draw: _Figures) -> str:
   figures, what = [], 'positions'
   if found.pieces.get(layer.split('/')[0]):
     what = 'tokens'
     by_class = specialisation.by_class(found, layer)
-    figures = [(f'Classes of tokens, {layer}', plots.specialisation(by_class))]
+    figures = [
+      (
+        f'Classes of tokens, {layer}',
+        plots.specialisation(by_class, 'class of tokens'),
+      )
+    ]
   if found.domains:
     by_domain = specialisation.by_domain(found, layer)
     title = f'Domains of tokens, {layer}'
-    figures.append((title, plots.specialisation(by_domain)))
+    figures.append((title, plots.specialisation(by_domain, 'domain')))
   if found.layers[layer].expert_BxLxK.shape[-1] > 1:
     both = routing.coactivation(found.layers[layer])
     figures.append((f'Chosen together, {layer}', plots.coactivation(both)))
@@ -220,7 +294,7 @@ def _layer(found: Records, layer: str) -> str:
     for e in specialisation.expert_table(found, layer)
   ]
   header = ('expert', 'load', 'most of all', f'{what} that say most about it')
-  return html.figures(figures) + html.table(header, rows, text=True)
+  return draw(figures) + html.table(header, rows, text=True)
 
 
 def _samples(root: epath.Path, ledger_facts: Mapping[str, Any] | None) -> str:

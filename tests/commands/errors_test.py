@@ -316,6 +316,31 @@ MISTAKES = {
     ['convert', '--to=native', '--input=TRAINED', '--output=~/NEW'],
     ["'~/NEW' begins with ~"],
   ),
+  '~ of figures': (
+    ['report', 'TRAINED', '--figures=~/NEW'],
+    ["'~/NEW' begins with ~"],
+  ),
+  'figures in a file': (
+    ['report', 'TRAINED', '--figures=FILE'],
+    ['FILE cannot be written', 'by --figures'],
+  ),
+  'a text and a file of texts': (
+    _run('record', '--text=a', '--input=FILE', model_dir='TRAINED'),
+    ['record takes --text or --input, not both'],
+  ),
+  'a blank text': (
+    _run('record', '--text= ', model_dir='TRAINED'),
+    ['--text is blank'],
+  ),
+  'a text for what reads images': (
+    [
+      'record',
+      '--gin_file=gin/small/classification.gin',
+      '--gin.MODEL_DIR=TRAINED',
+      '--text=a',
+    ],
+    ['which a text alone is not: record a split of its task'],
+  ),
   'argument': (_train('--stepz=3'), ["unknown argument '--stepz=3'", '--help']),
   'word': (
     _train('TRAIN_STEPS=3'),

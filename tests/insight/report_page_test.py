@@ -1,11 +1,12 @@
 """The commands `record` and `report`, on a run of the tiny model."""
 
+import html
 import html.parser
 import json
+import pathlib
 import re
-import shutil
-import subprocess
 
+import browser
 import command
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ SECTIONS = [
   'training', 'routing-over-time', 'routing-by-token', 'samples', 'parameters',
   'hardware', 'config',
 ]  # fmt: skip
-VOID = {'meta', 'link', 'br', 'image', 'path', 'use', 'rect'}
+VOID = {'meta', 'link', 'br', 'image', 'path', 'use', 'rect', 'wbr'}
 
 
 class Reader(html.parser.HTMLParser):
@@ -118,6 +119,32 @@ def test_the_page_is_whole_and_asks_nothing_of_anyone(report):
   assert '#000000' not in report  # Black on black in dark mode.
 
 
+def assert_figures_are_files(model_dir, folder):
+  """Of every caption of the page three files, and no other."""
+  assert run('report', str(model_dir), f'--figures={folder}', '--json') == {
+    'path': str(model_dir / 'report.html'),
+    'figures': str(folder),
+  }
+  page = (model_dir / 'report.html').read_text()
+  captions = re.findall('<figcaption>(.*?)</figcaption>', page)
+  names = {html_page.anchor(html.unescape(caption)) for caption in captions}
+  assert len(names) == len(captions) and 'loss' in names
+  assert {path.name for path in folder.iterdir()} == {
+    f'{name}.{kind}' for name in names for kind in ('pdf', 'svg', 'png')
+  }
+
+
+@pytest.mark.slow
+def test_every_figure_of_the_page_is_a_file(model_dir, tmp_path):
+  assert_figures_are_files(model_dir, tmp_path / 'figures')
+
+
+def test_words_stand_explained(report):
+  for word in ('hot', 'left out', 'fill', 'log z', 'dead', 'dropped'):
+    assert f'<th>{word}</th>' in report
+    assert re.search(f'<dt>{word}</dt><dd>.{{20}}', report), word
+
+
 def test_the_page_says_what_the_run_wrote(report, model_dir):
   lines = [
     json.loads(line)
@@ -138,7 +165,7 @@ def test_the_page_says_what_the_run_wrote(report, model_dir):
 def test_it_needs_no_more_than_metrics(tmp_path):
   line = {'step': 1, 'name': 'train', 'loss': 3.0}
   (tmp_path / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
-  run('report', str(tmp_path))
+  assert_figures_are_files(tmp_path, tmp_path / 'new' / 'figures')
   reader = Reader((tmp_path / 'report.html').read_text())
   assert [i for i in reader.ids if i in SECTIONS] == ['training', 'samples']
 
@@ -191,19 +218,65 @@ def test_tables_escape_what_is_in_them():
   assert '<code>⏎</code> <code>&lt;i&gt;</code>' in text
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which('chromium'), reason='needs chromium')
-def test_a_browser_has_nothing_to_complain_of(report, model_dir):
-  result = subprocess.run(
-    [
-      *('chromium', '--headless', '--no-sandbox', '--disable-gpu'),
-      *('--enable-logging=stderr', '--dump-dom'),
-      (model_dir / 'report.html').as_uri(),
-    ],
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=True,
+@pytest.fixture(scope='module')
+def texts(model_dir):
+  """What `record` says of the held-out sums, given as a file."""
+  file = model_dir / 'sums.jsonl'
+  sums = [(f'{a}+{b}', f'{a + b}') for a in (8, 9) for b in range(10)]
+  file.write_text(
+    ''.join(json.dumps({'inputs': x, 'targets': y}) + '\n' for x, y in sums)
   )
-  assert '</html>' in result.stdout
-  assert 'CONSOLE' not in result.stderr
+  given = (command.TINY, f'--gin.MODEL_DIR={model_dir}', f'--input={file}')
+  return run('record', *given, '--json')
+
+
+def test_a_text_is_routed_as_in_a_task_that_holds_it(texts, model_dir):
+  given = (command.TINY, f'--gin.MODEL_DIR={model_dir}')
+  unpacked = ('--gin.PACK=False', '--gin.EVAL_BATCHES=None')
+  path = run('record', *given, *unpacked, '--json')['path']
+  expected, found = records.load(path), records.load(texts['path'])
+  assert found.facts['inputs'] == expected.facts['inputs']
+  (name,) = found.layers
+  for field in ('expert_BxLxK', 'gate_BxLxK', 'fate_BxLxK', 'log_z_BxL'):
+    np.testing.assert_array_equal(
+      getattr(found.layers[name], field), getattr(expected.layers[name], field)
+    )
+  # And what is printed is the record: '8+0', its end, '8'.
+  tokens = texts['tokens'][0]['decoder']
+  assert [token['piece'] for token in tokens] == ['<pad>', *'8+0', '</s>', '8']
+  for token in tokens:
+    (choice,) = token['layers'][name]
+    at = (0, token['position'], 0)
+    assert choice['expert'] == expected.layers[name].expert_BxLxK[at]
+    assert choice['gate'] == expected.layers[name].gate_BxLxK[at]
+  assert texts['texts'][0] == {'inputs': '8+0', 'targets': '8'}
+  page = Reader(pathlib.Path(texts['page']).read_text())
+  assert [i for i in page.ids if i.startswith('text-')] == [
+    f'text-{i}' for i in range(1, 21)
+  ]
+  assert 'script' not in page.tags
+  assert all(url.startswith(('#', 'data:')) for url in page.urls)
+
+
+def test_the_text_of_a_terminal(model_dir, tmp_path):
+  outcome = command.run(
+    'record', command.TINY, f'--gin.MODEL_DIR={model_dir}', '--text=8+0'
+  )
+  assert outcome.code == 0, outcome.stderr
+  lines = outcome.stdout.splitlines()
+  assert lines[0].split() == ['decoder', 'layers_1']
+  rows = [line.split() for line in lines[2:6]]
+  assert [row[0] for row in rows] == ['<pad>', *'8+0']
+  assert all(0 <= int(row[1]) < 4 and 0 < float(row[2]) <= 1 for row in rows)
+
+
+@pytest.mark.slow
+@browser.needs_browser
+@pytest.mark.parametrize('page', ['report', 'texts'])
+def test_a_browser_has_nothing_to_complain_of(page, request, tmp_path):
+  given = request.getfixturevalue(page)
+  model_dir = request.getfixturevalue('model_dir')
+  path = model_dir / 'report.html' if page == 'report' else given['page']
+  opened = browser.open_page(pathlib.Path(path), tmp_path)
+  assert '</html>' in opened.dom and 'class="token' in opened.dom
+  assert not opened.console and not opened.requests

@@ -386,3 +386,61 @@ def test_every_plot_is_a_figure_of_its_numbers(run_dir):
   assert not plots.confidence(TWO).axes[0].patches
   assert isinstance(lines, figure_module.Figure)
   assert not pyplot.get_fignums()  # A notebook shows each once.
+
+
+def test_many_series_each_have_their_axes():
+  pytest.importorskip('matplotlib')
+  steps = np.array([1, 2])
+
+  def drawn(n):
+    named = {f'{i}': Curve(steps, np.array([0.0, i])) for i in range(n)}
+    return plots.curves(named, ylabel='loss, nats', xlabel='step')
+
+  together = drawn(8)
+  (axes,), (legend,) = together.axes, together.legends
+  assert len({line.get_color() for line in axes.lines}) == 8
+  assert [text.get_text() for text in legend.texts] == list('01234567')
+  figure = drawn(9)
+  assert [axes.get_title() for axes in figure.axes] == list('012345678')
+  assert [len(axes.lines) for axes in figure.axes] == [1] * 9
+  # They compare: one scale. The first has nothing but zeros, and says so.
+  assert len({axes.get_ylim() for axes in figure.axes}) == 1
+  said = [[t.get_text() for t in axes.texts] for axes in figure.axes]
+  assert said == [['all zero'], *[[]] * 8]
+  assert figure.get_supylabel() == 'loss, nats'
+
+
+@pytest.mark.parametrize(
+  'experts, ticks',
+  [(16, range(16)), (17, range(0, 17, 2)), (60, range(0, 60, 4))],
+)
+def test_ticks_of_maps_are_even(experts, ticks):
+  pytest.importorskip('matplotlib')
+  names = tuple(map(str, range(experts)))
+  matrix = routing.Matrix(('a',), names, np.zeros((1, experts)))
+  (axes, _) = plots.specialisation(matrix).axes
+  assert axes.get_xticks().tolist() == list(ticks)
+  assert [t.get_text() for t in axes.get_xticklabels()] == list(map(str, ticks))
+
+
+def test_files_of_a_figure(tmp_path):
+  """All three kinds, 300 dots an inch, and the same bytes each time."""
+  pytest.importorskip('matplotlib')
+  from sparse_experts.insight import figure_files
+
+  curve = Curve(np.array([1, 2]), np.array([3.0, 4.0]))
+  written = []
+  for folder in ('a', 'b'):
+    figure = plots.curves({'loss': curve}, ylabel='loss, nats')
+    figure_files.write(figure, tmp_path / folder, 'loss')
+    written.append(
+      {p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()}
+    )
+  assert written[0] == written[1]
+  assert written[0].keys() == {'loss.pdf', 'loss.svg', 'loss.png'}
+  assert written[0]['loss.pdf'].startswith(b'%PDF')
+  assert b'/Type3' not in written[0]['loss.pdf']
+  assert b'<svg' in written[0]['loss.svg']
+  # Dots a metre, across and down: 300 / 0.0254, to the next whole number.
+  dots = (11811).to_bytes(4, 'big')
+  assert b'pHYs' + dots + dots in written[0]['loss.png']
