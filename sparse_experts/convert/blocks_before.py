@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def lead(source: Checkpoint, numbers: Mapping[str, int]) -> Checkpoint:
 
 
 def _model(model: Language, numbers: Mapping[str, int]) -> Language:
-  stacks = {
+  stacks: dict[str, Any] = {
     name: _stack(getattr(model.module, name), number)
     for name, number in numbers.items()
   }
