@@ -275,7 +275,7 @@ def eval_batches(
     task_name, split, feature_lengths, features, pack, task_ids, modules
   )
   rows = source.read(shuffle=False, seed=0)
-  return batched(rows, batch_size, features, num_batches)
+  yield from batched(rows, batch_size, features, num_batches)
 
 
 def batched(

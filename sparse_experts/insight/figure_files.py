@@ -28,10 +28,9 @@ def write(figure: Figure, folder: epath.PathLike, name: str) -> None:
 
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  # Type 42: journals take no fonts of type 3, which is matplotlib's own choice.
-  options = {'svg.hashsalt': name, 'pdf.fonttype': 42}
   for kind, metadata in _KINDS.items():
     file = io.BytesIO()
-    with matplotlib.rc_context(options):
+    # Type 42: journals take no fonts of type 3, which is matplotlib's choice.
+    with matplotlib.rc_context({'svg.hashsalt': name, 'pdf.fonttype': 42}):
       figure.savefig(file, format=kind, dpi=300, metadata=metadata)
     storage.replace(folder / f'{name}.{kind}', file.getvalue())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,13 +19,19 @@ from sparse_experts.models.decoding import check_decodable
 from sparse_experts.models.objective import Objective
 
 
-def check(model: Objective) -> None:
-  """Raises ValueError where a model's rows are more than texts."""
-  if not isinstance(model.features, (TextToText, Text)):
+def features_of(model: Objective) -> TextToText | Text:
+  """What a model's rows are, which texts alone can be.
+
+  Raises:
+    ValueError: they are more than that.
+  """
+  features = model.features
+  if not isinstance(features, (TextToText, Text)):
     raise ValueError(
-      f'{type(model).__name__} reads {model.features.name}, which a text alone '
-      'is not: record a split of its task, without --text and --input.'
+      f'{type(model).__name__} reads {features.name}, which a text alone is '
+      'not: record a split of its task, without --text and --input.'
     )
+  return features
 
 
 def answered(
@@ -62,9 +69,10 @@ def answered(
     answers_BxT, _ = answers(rows, range(B))
     lacks_B = lacks[i * B : (i + 1) * B]
     lacks_Bx1 = np.pad(lacks_B, (0, B - len(lacks_B)))[:, None]
+    targets_BxT = jnp.asarray(batch['decoder_target_tokens'])
     whole = language_model.answered(
-      batch,
-      np.where(lacks_Bx1, answers_BxT, batch['decoder_target_tokens']),
+      {name: jnp.asarray(x) for name, x in batch.items()},
+      jnp.where(lacks_Bx1, answers_BxT, targets_BxT),
       model.special_tokens,
     )
     yield {name: np.asarray(whole[name], x.dtype) for name, x in batch.items()}

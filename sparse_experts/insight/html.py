@@ -203,8 +203,7 @@ def _figure(caption: str, figure: Figure) -> str:
 
   file = io.StringIO()
   # Text stays text; ids differ between figures, not between runs.
-  options = {'svg.fonttype': 'none', 'svg.hashsalt': caption}
-  with matplotlib.rc_context(options):
+  with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': caption}):
     figure.savefig(
       file, format='svg', transparent=True, metadata={'Date': None}
     )

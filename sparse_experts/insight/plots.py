@@ -55,7 +55,7 @@ def curves(
   for axes in zero:
     _say(axes, 'all zero')
   if all(np.all(curve.steps % 1 == 0) for curve in named.values()):
-    figure.axes[0].xaxis.get_major_locator().set_params(integer=True)
+    figure.axes[0].locator_params('x', integer=True)
   if len(zero) == len(figure.axes):
     figure.axes[0].set_ylim(0, 1)
   return figure
@@ -113,7 +113,7 @@ def fates(records: Records) -> Figure:
       left_N += share_NxI[:, r]
   axes.invert_yaxis()
   axes.set(xlabel='share of choices', ylabel='layer', xlim=(0, 1))
-  _legend(axes)
+  _legend(figure, axes)
   return figure
 
 
@@ -128,7 +128,7 @@ def line_lengths(record: Record) -> Figure:
       record.capacity + 0.5, color=COLOURS[5], linestyle='--',
       label=f'capacity {record.capacity}',
     )  # fmt: skip
-    _legend(axes)
+    _legend(figure, axes)
   axes.set(
     xlabel='length of a line, choices of an expert in a group',
     ylabel='lines of that length',
@@ -143,7 +143,7 @@ def confidence(records: Records) -> Figure:
     for name, layer in records.layers.items()
     if layer.confidence_BxL is not None
   }
-  bins = np.linspace(0, 1, 41)
+  bins = np.linspace(0, 1, 41).tolist()
 
   def draw(axes: Axes, name: str, style: dict[str, Any]) -> None:
     share = np.full(len(values[name]), 1 / max(len(values[name]), 1))
@@ -201,7 +201,7 @@ def paths(found: Sequence[Path]) -> Figure:
   longest = max(map(len, names), default=1)
   axes.tick_params('y', labelsize=min(_POINTS, max(5, 250 / longest)))
   axes.set(xlabel='share of tokens', ylabel='experts, layer by layer')
-  _legend(axes)
+  _legend(figure, axes)
   return figure
 
 
@@ -276,7 +276,7 @@ def _series(
       draw(axes, name, {'color': COLOURS[i], 'linestyle': dashes})
     axes.set(xlabel=xlabel, ylabel=textwrap.fill(ylabel, 28))
     if len(names) > 1:
-      _legend(axes)
+      _legend(figure, axes)
     return figure
   columns = 3
   rows = -(-len(names) // columns)
@@ -312,20 +312,21 @@ def _heat_map(
   _few_ticks(axes.xaxis, matrix.columns, most=8 if is_long else 16)
   _few_ticks(axes.yaxis, matrix.rows, most=40)
   axes.set(xlabel=xlabel, ylabel=ylabel)
-  _scale(axes, image, label)
+  is_whole = not np.isnan(matrix.values).any()
+  _scale(axes, image, label if is_whole else f'{label}; blank: there is none')
   return figure
 
 
-def _legend(axes: Axes) -> None:
+def _legend(figure: Figure, axes: Axes) -> None:
   """Over the axes, across the whole figure."""
   handles, labels = axes.get_legend_handles_labels()
   columns = max(1, 80 // (max(map(len, labels)) + 8))  # Of 80 letters a line.
-  axes.figure.legend(
+  figure.legend(
     handles, labels, loc='outside upper left', frameon=False, handlelength=2.8,
     fontsize=_POINTS - 1, ncols=min(columns, len(labels)),
   )  # fmt: skip
-  rows = -(-len(labels) // columns)
-  axes.figure.set_figheight(axes.figure.get_figheight() + 0.18 * rows)
+  height = figure.get_figheight() + 0.18 * -(-len(labels) // columns)
+  figure.set_figheight(height)
 
 
 def _say(axes: Axes, text: str) -> None:

@@ -233,21 +233,20 @@ def record(
   """
   given = None
   if texts is not None:
-    given_texts.check(model)
+    features = given_texts.features_of(model)
     model.check_data(dataset)
     dataset = dataclasses.replace(dataset, pack=False, task_ids=False)
     given = prompts.tokenized(texts, dataset)
-  elif dataset.task_names() and not dataset.task_ids:
-    dataset = dataclasses.replace(dataset, task_ids=True)
+    batches = prompts.batches(given, dataset, features)
+  else:
+    if dataset.task_names() and not dataset.task_ids:
+      dataset = dataclasses.replace(dataset, task_ids=True)
+    batches = dataset.evaluation(model.features)
   with placement.use() as mesh:
     params, at = restore_params(
       model, model_dir, dataset, mesh, parameters, dry_run
     )
     path = _path(model_dir, dataset, texts, at, parameters)
-    if given is None:
-      batches = dataset.evaluation(model.features)
-    else:
-      batches = prompts.batches(given, dataset, model.features)
     if dry_run:
       next(batches)
       return None, path

@@ -46,7 +46,8 @@ _ROUTING = {
 }
 # Of the tables' headers.
 _WORDS = {
-  'load': 'of an expert, its share of the choices that tokens made',
+  'load': 'its share of the choices that tokens made',
+  'most of all': 'the class of tokens that it gets most beyond its share',
   'max / mean load': 'of the fullest expert over the mean; 1 is balance',
   'hot': f'experts with {routing.HOT:g} times the mean load or more',
   'dead': 'experts that no token chose',
@@ -195,11 +196,11 @@ def _routing(history: Mapping[str, Mapping[str, Curve]], draw: _Figures) -> str:
 
 
 def _explained_table(
-  header: Sequence[str], rows: Sequence[Sequence[object]]
+  header: Sequence[str], rows: Sequence[Sequence[object]], text: bool = False
 ) -> str:
   """A table, and below it what the words of its header mean."""
   meanings = {word: _WORDS[word] for word in header if word in _WORDS}
-  return html.table(header, rows) + html.terms(meanings)
+  return html.table(header, rows, text) + html.terms(meanings)
 
 
 def _by_token(
@@ -294,7 +295,7 @@ def _layer(found: Records, layer: str, draw: _Figures) -> str:
     for e in specialisation.expert_table(found, layer)
   ]
   header = ('expert', 'load', 'most of all', f'{what} that say most about it')
-  return draw(figures) + html.table(header, rows, text=True)
+  return draw(figures) + _explained_table(header, rows, text=True)
 
 
 def _samples(root: epath.Path, ledger_facts: Mapping[str, Any] | None) -> str:
