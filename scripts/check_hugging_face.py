@@ -134,13 +134,19 @@ NUM_EXPERTS = 4
 HEAD_DIM = 12
 """
 OURS = {
-  'our quickstart, its second block sparse, scanned': """
+  'our quickstart': """
+include 'gin/quickstart.gin'
+NUM_EMBEDDINGS = 96
+EMBED_DIM = 48
+MLP_DIM = 40
+""",
+  'our quickstart, blocks 0 and 2 of 4 sparse, scanned': """
 include 'gin/quickstart.gin'
 NUM_EMBEDDINGS = 96
 EMBED_DIM = 48
 MLP_DIM = 40
 NUM_LAYERS = 4
-SPARSE_LAYERS = (1, 3)
+SPARSE_LAYERS = (0, 2)
 SCAN = True
 """,
   'our Switch-Base': """

@@ -11,7 +11,7 @@ if [ ! -e "$THEIRS/.installed" ]; then
   echo "installing torch and transformers into $THEIRS (once)" >&2
   "$PYTHON" -m venv "$THEIRS"
   "$THEIRS/bin/pip" install --quiet --disable-pip-version-check \
-    torch==2.13.0 transformers==5.24.0
+    torch==2.13.0 transformers==5.24.0 sentencepiece==0.2.3
   touch "$THEIRS/.installed"
 fi
 FOLDER=$(mktemp -d)

@@ -1,12 +1,12 @@
 """What Hugging Face's config.json says, and what it is among our models.
 
-One table an architecture, to be read side by side: hence its 380 lines.
+One table an architecture, to be read side by side: hence its 410 lines.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparse_experts.convert import parameter_names
@@ -55,6 +55,8 @@ class Architecture:
     remedies: what to do about an argument, by its name, that it has no key for.
     copies: tensors that may repeat the embedding, the table's first; the
       logits' only where they are tied.
+    blocks_before: how many dense blocks a stack of such kinds needs before its
+      own, for config.json to say which are sparse; 0 where none helps.
   """
 
   name: str
@@ -67,6 +69,7 @@ class Architecture:
   to_theirs: Callable[[Mapping[str, Any]], dict[str, Any]]
   remedies: Mapping[str, str]
   copies: tuple[str, ...] = ()
+  blocks_before: Callable[[Sequence[int]], int] = lambda kinds: 0
 
 
 _BLOCK = 'decoder.make_block'
@@ -74,16 +77,36 @@ _MOE = f'{_BLOCK}.make_moe'
 _ATTENTION = f'{_BLOCK}.make_attention'
 
 
-def _switch_to_ours(found: Mapping[str, Any]) -> dict[str, Any]:
-  def sparse(num_layers, step):
-    if step == 1:
-      return list(range(num_layers))
-    return [i for i in range(num_layers) if step and i % step == 1]
+def _sparse_of_step(num_layers: int, step: int) -> list[int]:
+  """Which blocks of a Switch's stack are sparse."""
+  if step == 1:
+    return list(range(num_layers))
+  return [i for i in range(num_layers) if step and i % step == 1]
 
+
+def _step_of_sparse(num_layers: int, sparse: Sequence[int]) -> int:
+  """The step that these blocks are sparse by, if there is one."""
+  if not sparse:
+    return 0
+  return sparse[1] - sparse[0] if sparse[1:] else num_layers
+
+
+def _switch_blocks_before(of_stack: Sequence[int]) -> int:
+  for number in (0, 1):
+    num_layers = number + len(of_stack)
+    sparse = [number + i for i, kind in enumerate(of_stack) if kind]
+    step = _step_of_sparse(num_layers, sparse)
+    if _sparse_of_step(num_layers, step) == sparse:
+      return number
+  return 0
+
+
+def _switch_to_ours(found: Mapping[str, Any]) -> dict[str, Any]:
   def steps(stack, num_layers):
     number = found[f'num_sparse_{stack}_layers']
     derived = num_layers // number if number else num_layers
-    return sparse(num_layers, found.get(f'{stack}_sparse_step', derived))
+    step = found.get(f'{stack}_sparse_step', derived)
+    return _sparse_of_step(num_layers, step)
 
   return {
     'NUM_LAYERS': found['num_decoder_layers'],
@@ -112,10 +135,9 @@ def _switch_to_theirs(found: Mapping[str, Any]) -> dict[str, Any]:
     number = found[f'{stack}.num_layers']
     sparse_layers = kinds(number, found[f'{stack}.sparse_layers'])
     indices = [i for i, kind in enumerate(sparse_layers) if kind]
-    step = indices[1] - indices[0] if indices[1:] else number
     return {
       f'num_sparse_{stack}_layers': len(indices),
-      f'{stack}_sparse_step': step if indices else 0,
+      f'{stack}_sparse_step': _step_of_sparse(number, indices),
     }
 
   return {
@@ -328,8 +350,8 @@ EVAL_CAPACITY_FACTOR = None
     to_theirs=_switch_to_theirs,
     remedies={
       'sparse_layers': (
-        'the sparse blocks of that format are all, none, or 1, 1 + n, 1 + 2 n '
-        'and so on: train with such SPARSE_LAYERS, for instance (1,)'
+        'the sparse blocks of that format are all, none, or every n-th from '
+        'the first or second on: train with such SPARSE_LAYERS'
       ),
       'scaled_logits': 'that format scales tied logits: SCALED_LOGITS = True',
     },
@@ -338,6 +360,7 @@ EVAL_CAPACITY_FACTOR = None
       'decoder.embed_tokens.weight',
       'lm_head.weight',
     ),
+    blocks_before=_switch_blocks_before,
   ),
   'mixtral': Architecture(
     name='MixtralForCausalLM',

@@ -19,7 +19,7 @@ import tqdm
 from flax import traverse_util
 
 from sparse_experts import storage
-from sparse_experts.convert import native, tensor_map
+from sparse_experts.convert import blocks_before, native, tensor_map
 from sparse_experts.convert.formats import FORMATS, Checkpoint, look
 from sparse_experts.convert.tensor_map import Places
 from sparse_experts.training import checkpoints, directories
@@ -93,11 +93,11 @@ def convert(
 
   Returns:
     A report: step; parameters; tensors and bytes written; unused, what was not
-    converted; missing, which is empty; unsaid, what of the model's training the
-    output does not say; tokenizer, files beside the checkpoint that are copied
-    as they are. Unless `dry_run` also sha256 of the
-    parameters, the same in every format, and resumed, the number of pieces that
-    were there.
+    converted; missing, which is empty; added, blocks of zeros that the output's
+    layout needs; unsaid, what of the model's training the output does not say;
+    tokenizer, files beside the checkpoint that are copied as they are. Unless
+    `dry_run` also sha256 of the parameters, the same in every format but for
+    what is added, and resumed, the number of pieces that were there.
 
   Raises:
     ValueError, FileNotFoundError: one line that names what is wrong. There is
@@ -124,6 +124,8 @@ def convert(
     checkpoint = look(path, source, **given)
   else:
     checkpoint = change(look(path, source), **given)
+  if before := FORMATS[target].blocks_before(checkpoint.model):
+    checkpoint = blocks_before.lead(checkpoint, before)
   where = FORMATS[target].target_places(checkpoint.model, checkpoint.shapes)
   shapes = tensor_map.expected(checkpoint.shapes, where)
   parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
@@ -137,6 +139,10 @@ def convert(
     'bytes': 4 * sum(math.prod(shape) for shape in shapes.values()),
     'unused': checkpoint.unused,
     'missing': [],
+    'added': [
+      f'{number} block of zeros before those of the {stack}'
+      for stack, number in before.items()
+    ],
     'unsaid': FORMATS[target].unsaid(checkpoint.model),
     'tokenizer': [file.name for file in _tokenizer(checkpoint.path)],
   }

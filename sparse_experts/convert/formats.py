@@ -6,6 +6,8 @@ A format is a module with
     source_places(model, names, tensors) -> Places of a checkpoint that is there
     target_places(model, names) -> Places of one to be written
     unsaid(model) -> what of its training such a checkpoint does not say
+    blocks_before(model) -> how many dense blocks, by stack, must come before
+      its own, so that such a checkpoint can say which are sparse
     Writer(Target), with write(name, index, array) and finish(gin), see the
       modules.
 """

@@ -17,6 +17,7 @@ from sparse_experts.convert.architectures import ARCHITECTURES, Architecture
 from sparse_experts.convert.arguments import arguments, differences, training
 from sparse_experts.convert.tensor_map import Place, Target
 from sparse_experts.convert.tensors import Found, Tensor
+from sparse_experts.models import layout
 from sparse_experts.models.language import Language
 
 _GENERATION = 'generation_config.json'
@@ -106,6 +107,20 @@ def unsaid(model: Language) -> list[str]:
     for name in [*ours, *(theirs.keys() - ours.keys())]
     if ours.get(name) != theirs.get(name)
   ]
+
+
+def blocks_before(model: Language) -> dict[str, int]:
+  """How many dense blocks must come before those of each stack.
+
+  For config.json to say which are sparse; stacks that need none are left out.
+  """
+  before = ARCHITECTURES[_kind(model)].blocks_before
+  found = {
+    name: before(layout.kinds(stack.num_layers, stack.sparse_layers))
+    for name in ('encoder', 'decoder')
+    if (stack := getattr(model.module, name)) is not None
+  }
+  return {name: number for name, number in found.items() if number}
 
 
 class Writer(safetensors.Writer):

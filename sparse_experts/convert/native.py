@@ -71,6 +71,12 @@ def unsaid(model: Language) -> list[str]:
   return []
 
 
+def blocks_before(model: Language) -> dict[str, int]:
+  """None: any block can be sparse."""
+  del model
+  return {}
+
+
 class Writer:
   """Writes the parameters of one step.
 

@@ -248,10 +248,14 @@ def _check(
       f'but lengths are given for {sorted(feature_lengths)}, and '
       f'the model reads {sorted(asked)}'
     )
-  if split not in task.splits:
+  try:
+    splits = task.splits
+  except ValueError:  # Of a task that has none.
+    splits = ()
+  if split not in splits:
     raise ValueError(
       f'task {task.name!r} has no split {split!r}; it has '
-      f'{", ".join(task.splits)}'
+      f'{", ".join(splits) or "none, for texts that a command is given"}'
     )
 
 

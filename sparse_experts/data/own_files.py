@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from sparse_experts.data import file_rows, host_tensorflow, vocabularies
 from sparse_experts.data.metrics import named as named_metric
+from sparse_experts.numbers import Count
 
 Files = Mapping[str, str | Sequence[str]]
 
@@ -154,6 +155,36 @@ def text_task(
 
   name = _name('text', files, objective, documents, vocabulary)
   return _register(name, files, add)
+
+
+def questions(lengths: Mapping[str, Count], vocabulary: str) -> str:
+  """Registers a task without data and returns its name.
+
+  Of texts that are given to a command: questions of `infer`, say.
+
+  Args:
+    lengths: in tokens, by feature: 'inputs' and 'targets', or 'targets' alone,
+      which a decoder continues.
+    vocabulary: see `vocabularies.named`.
+  """
+  host_tensorflow.load()
+  import seqio
+
+  from sparse_experts.data.tasks.file_source import FileSource
+
+  def add():
+    of = seqio.Feature(vocabularies.named(vocabulary))
+    seqio.TaskRegistry.add(
+      name,
+      source=FileSource({}, 'text'),
+      preprocessors=[],
+      output_features=dict.fromkeys(lengths, of),
+    )
+
+  made_of = [sorted(lengths), vocabulary, vocabularies.digest(vocabulary)]
+  hashed = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+  name = f'questions_{hashed[:8]}'
+  return _register(name, {}, add)
 
 
 # Of each task that is registered, what its files were then.

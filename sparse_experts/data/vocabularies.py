@@ -118,8 +118,9 @@ def named(name: str) -> 'seqio.Vocabulary':
   if pieces.pad_id() != vocabulary.pad_id or pieces.eos_id() < 0:
     raise ValueError(
       f'{file} has padding {pieces.pad_id()} and end of sequence '
-      f'{pieces.eos_id()}, but tasks pad with 0 and end: train it with '
-      'pad_id=0, eos_id=1, as scripts/train_vocabulary.py does.'
+      f'{pieces.eos_id()}, but tasks pad with 0 and end: take the '
+      'tokenizer.json of such a model, or train one with pad_id=0, eos_id=1, '
+      'as scripts/train_vocabulary.py does.'
     )
   return vocabulary
 

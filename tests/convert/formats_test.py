@@ -29,8 +29,9 @@ from sparse_experts.convert import (
   t5x,
   tensor_map,
 )
+from sparse_experts.convert.architectures import ARCHITECTURES
 from sparse_experts.convert.arguments import arguments, differences
-from sparse_experts.data import dataset
+from sparse_experts.data import dataset, prompts
 from sparse_experts.data.special_tokens import SpecialTokens
 from sparse_experts.inference import infer
 from sparse_experts.models import layout
@@ -176,6 +177,44 @@ def test_infer_answers_token_ids_as_transformers(tmp_path):
     infer.infer(model, str(tmp_path / 'native'), sums, input=questions)
 
 
+def test_texts_in_the_tokenizer_that_came_along(tmp_path, forget_new_tasks):
+  """Its pieces are the numbers of ids: prompts are those of transformers."""
+  tokenizers = pytest.importorskip('tokenizers')
+  stored = np.load(DATA / 'hf_mixtral_tiny/generated.npz')
+  source, native = as_generated(tmp_path, 'hf_mixtral_tiny'), tmp_path / 'ours'
+  numbers = {str(i): i for i in range(160)}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, '0'))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer.save(str(source / 'tokenizer.json'))
+  (source / 'tokenizer_config.json').write_text('{"eos_token": "134"}')
+  convert(source, native)
+  config.parse(
+    [f'{native}/config.gin', 'gin/runs/questions.gin'],
+    [
+      f"MODEL_DIR='{native}'",
+      f"VOCABULARY='{native}/tokenizer.json'",
+      "TASK_FEATURE_LENGTHS={'targets': 10}",
+    ],
+    [],
+  )
+  model = config.value('MODEL')
+  texts = config.argument(infer.infer, 'dataset')
+  model.check_data(texts)
+  assert (stored['prompts'][:, 0] == 5).all()  # The model's start token.
+  prompts_L = [
+    row[:length] for row, length in zip(stored['prompts'], stored['lengths'])
+  ]
+  questions = [{'inputs': ' '.join(map(str, row[1:]))} for row in prompts_L]
+  asked = prompts.of_file(questions, texts, model.features)
+  for example, row in zip(asked, prompts_L, strict=True):
+    tokens = example.features['decoder_input_tokens']
+    real = example.features['decoder_causal_attention'] > 0
+    assert tokens[real].tolist() == row.tolist()
+  assert texts.text('targets', stored['answers'][1, :6]) == '33 33 33 33 33</s>'
+  with pytest.raises(ValueError, match='has none, for texts that a command'):
+    next(texts.evaluation(model.features))
+
+
 @pytest.mark.parametrize('name', HF)
 def test_what_config_json_says_survives(name, tmp_path):
   """Special tokens, coefficients and the tokenizer, there and back."""
@@ -254,20 +293,82 @@ def test_no_expert_of_an_exported_switch_is_full(tmp_path):
   assert found['expert_capacity'] == 2**31 - 1
 
 
+QUICKSTART = """
+include 'gin/quickstart.gin'
+NUM_EMBEDDINGS = 8
+EMBED_DIM = 8
+MLP_DIM = 4
+"""
+
+
+def test_a_layout_that_config_json_says_after_blocks_of_zeros(tmp_path):
+  """The quickstart's: the first block is sparse, and not all are."""
+  ours = write_native(tmp_path / 'native', QUICKSTART, seed=0)
+  report = convert(tmp_path / 'native', tmp_path / 'hf', target='hf')
+  assert report['added'] == [
+    '1 block of zeros before those of the encoder',
+    '1 block of zeros before those of the decoder',
+  ]
+  found = json.loads((tmp_path / 'hf/config.json').read_text())
+  assert found['num_layers'] == found['num_decoder_layers'] == 3
+  for stack in ('encoder', 'decoder'):
+    assert found[f'num_sparse_{stack}_layers'] == 1
+    assert found[f'{stack}_sparse_step'] == 3  # Of 0, 1, 2 that is 1.
+  tensors = safetensors.numpy.load_file(tmp_path / 'hf/model.safetensors')
+  bias = 'SelfAttention.relative_attention_bias'  # Of a stack, in its first.
+  zeros = [n for n in tensors if '.block.0.' in n and bias not in n]
+  # An attention has 4 and its norm, an FFN 2 and its norm.
+  assert len(zeros) == (5 + 3) + (5 + 5 + 3)
+  assert not any(tensors[name].any() for name in zeros)
+  random = np.random.default_rng(1)
+  tokens_BxL = random.integers(2, 8, (3, 9))
+  batch = {
+    'encoder_input_tokens': tokens_BxL,
+    'decoder_input_tokens': np.insert(tokens_BxL, 0, 0, 1)[:, :-1],
+    'decoder_target_tokens': tokens_BxL,
+  }
+  _, params = load(tmp_path / 'native')
+  logits = jax.jit(ours.logits)(params, batch)
+  theirs, params = load(tmp_path / 'hf')
+  assert theirs.module.encoder.num_layers == 3
+  np.testing.assert_allclose(
+    jax.jit(theirs.logits)(params, batch), logits, rtol=1e-5, atol=1e-5
+  )
+
+
+def test_which_layouts_need_a_block_before():
+  before = ARCHITECTURES['switch_transformers'].blocks_before
+  # The format's: sparse are blocks 1, 1 + n, 1 + 2 n and so on, all, or none.
+  for kinds, number in {
+    (True, False): 1,
+    (True, False, True): 1,  # 1 and 3 of 4.
+    (True, False, False, True): 1,  # 1 and 4 of 5.
+    (False, True): 0,
+    (False, True, False, True): 0,
+    (True, True): 0,
+    (False, False): 0,
+    (False, False, True): 0,  # And none helps:
+    (True, True, False): 0,
+    (True, False, True, False, False, False): 0,
+  }.items():
+    assert before(kinds) == number, kinds
+  assert ARCHITECTURES['mixtral'].blocks_before((True, False)) == 0
+
+
 def test_what_training_says_that_config_json_cannot(tmp_path):
-  gin_text = (DATA.parent.parent / 'gin/quickstart.gin').read_text()
-  gin_text += '\nNUM_EMBEDDINGS = 8\nEMBED_DIM = 8\nMLP_DIM = 4\n'
-  write_native(tmp_path / 'native', gin_text, seed=0)
-  # Its first block is sparse, which no step of the format says.
+  wrong = 'NUM_LAYERS = 3\nSPARSE_LAYERS = (2,)\n'
+  write_native(tmp_path / 'native', QUICKSTART + wrong, seed=0)
   refused(
     tmp_path / 'native',
     tmp_path,
-    'sparse_layers is (True, False) and would be (False, True)',
-    '1, 1 + n, 1 + 2 n',
+    'sparse_layers is (False, False, True) and would be (False, True, False)',
+    'every n-th from the first or second on',
     target='hf',
   )
   shutil.rmtree(tmp_path / 'native')
-  write_native(tmp_path / 'native', gin_text + 'SPARSE_LAYERS = (1,)\n', seed=0)
+  write_native(
+    tmp_path / 'native', QUICKSTART + 'SPARSE_LAYERS = (1,)\n', seed=0
+  )
   report = convert(
     tmp_path / 'native', tmp_path / 'hf', target='hf', dry_run=True
   )
