@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 import threading
+import types
 from collections.abc import Sequence
 
 from sparse_experts import __version__, failures
@@ -54,6 +55,25 @@ def _run(argv: Sequence[str]) -> int:
   if not argv:
     _parser().print_help()
     return 0
+  command, args = arguments(argv)
+  _check_processes(args)
+  try:
+    _prepare(args)
+    return command.run(args) or 0
+  except Exception:
+    if args.coordinator:
+      _end_within(20)
+    raise
+
+
+def arguments(
+  argv: Sequence[str],
+) -> tuple[types.ModuleType, argparse.Namespace]:
+  """The module of a command, and what is given to it.
+
+  Raises:
+    ValueError: an argument is neither a flag nor a binding.
+  """
   name = _parser().parse_args(argv[:1]).command
   command = importlib.import_module(f'sparse_experts.commands.{name}')
   args, rest = _command_parser(name, command).parse_known_args(argv[1:])
@@ -64,14 +84,7 @@ def _run(argv: Sequence[str]) -> int:
   )
   for prefix, given in zip(prefixes[1:], others):
     setattr(args, prefix, given)
-  _check_processes(args)
-  try:
-    _prepare(args)
-    return command.run(args) or 0
-  except Exception:
-    if args.coordinator:
-      _end_within(20)
-    raise
+  return command, args
 
 
 def _end_within(seconds: float) -> None:

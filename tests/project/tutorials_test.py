@@ -8,7 +8,6 @@ A page is read as a reader would follow it. A block is
 * any other: a file, whose name ends the line before it.
 """
 
-import importlib
 import os
 import pathlib
 import re
@@ -158,10 +157,8 @@ def test_what_a_page_shows_can_be_read(page, python_folder, monkeypatch):
       compile(text, name, 'exec')
   of_page = commands(page)
   assert of_page
-  for command, *words in of_page:
-    module = importlib.import_module(f'sparse_experts.commands.{command}')
-    args, rest = cli._command_parser(command, module).parse_known_args(words)
-    args.command, args.bindings = command, cli._bindings(rest)
+  for words in of_page:
+    _, args = cli.arguments(words)
     if args.gin_file and not any(map(includes_a_run, args.gin_file)):
       settings.parse(args)
 
