@@ -20,7 +20,7 @@ from sparse_experts.data import prompts
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.features.base import TokenIds
 from sparse_experts.data.features.text import TextToText
-from sparse_experts.insight import given_texts
+from sparse_experts.inference import given_texts
 from sparse_experts.models.layout import LayerId
 from sparse_experts.models.objective import Objective
 from sparse_experts.moe import Record

@@ -8,7 +8,7 @@ import tiny_models
 from sparse_experts import sharding
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.prompts import Tokenized
-from sparse_experts.insight import given_texts
+from sparse_experts.inference import given_texts
 
 EOS, T = 1, 8
 DATASET = Dataset('tiny_sums', {'inputs': 12, 'targets': T}, batch_size=8)
