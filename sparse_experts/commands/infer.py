@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
     print(_routing(results))
   if args.output:
     print(f'{len(results)} answers in {args.output}')
+  if cut := sum('inputs_cut' in result for result in results):
+    print(f'{cut} of {len(results)} inputs were cut to TASK_FEATURE_LENGTHS')
 
 
 def _result(result) -> str:
@@ -71,6 +73,9 @@ def _result(result) -> str:
   lines = [
     f'{name + ":":12}{_text(result[name])}' for name in names if name in result
   ]
+  if 'inputs_cut' in result:
+    cut = f'{result["inputs_cut"]} tokens of the inputs did not fit'
+    lines.insert(1, f'{"":12}({cut})')
   if 'top' in result:
     places = likeliest.places(result['top'])
     width = max((len(token) for token, _ in places), default=0)

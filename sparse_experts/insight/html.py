@@ -74,8 +74,9 @@ dd { margin: 0; }
   white-space: normal; background: var(--ink); color: var(--paper);
   font: .9rem/1.4 system-ui, sans-serif; }
 .token:hover::after { z-index: 2; }
-code { background: var(--panel); padding: 0 .25rem; margin-right: .3rem;
-  font: .85rem ui-monospace, monospace; white-space: pre; }
+code { background: var(--panel); padding: 0 .25rem;
+  font: .85rem ui-monospace, monospace; overflow-wrap: anywhere; }
+td code { margin-right: .3rem; white-space: pre; }
 """ + ''.join(
   f'.of{i} {{ --of: {colour}; --on: {ink(colour)}; }}\n'
   for i, colour in enumerate(COLOURS)
@@ -128,7 +129,9 @@ def render(title: str, sections: Sequence[tuple[str, str]], lead: str) -> str:
 
 
 def paragraph(text: str) -> str:
-  return f'<p class="faint">{html.escape(text)}</p>\n'
+  """Plain text, in which what stands between backticks is code."""
+  text = re.sub('`(.+?)`', r'<code>\1</code>', html.escape(text))
+  return f'<p class="faint">{text}</p>\n'
 
 
 def heading(text: str) -> str:

@@ -243,6 +243,9 @@ def test_the_best_of_several(trained):
 def test_what_does_not_fit_is_said(trained):
   (line,) = ask(trained, 'long.txt', ['x' * 20])
   assert line['inputs_cut'] == 20 - 15  # Of 16 tokens one is EOS.
+  shown = infer(trained, f'--input={trained / "long.txt"}').stdout.splitlines()
+  assert shown[1].strip() == '(5 tokens of the inputs did not fit)'
+  assert shown[-1] == '1 of 1 inputs were cut to TASK_FEATURE_LENGTHS'
 
 
 def test_a_language_model_continues_its_prompt():
