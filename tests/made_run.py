@@ -10,12 +10,12 @@ def write(folder, losses, seed=0, steps=(0, 10, 20), **values):
   (folder / 'config.gin').write_text(
     ''.join(f'{name} = {value}\n' for name, value in bindings.items())
   )
-  rate = float(values.get('NUM_EXPERTS', 1))
+  each = 1 / float(values.get('NUM_EXPERTS', 1))
   lines = [
     {'step': step, 'name': 'eval', 'loss': loss, 'targets': 64.0}
     for step, loss in zip(steps, losses)
   ]
-  lines.append({'step': steps[-1], 'name': 'train', 'steps_per_second': rate})
+  lines.append({'step': steps[-1], 'name': 'train', 'seconds_per_step': each})
   text = ''.join(json.dumps(line) + '\n' for line in lines)
   (folder / 'metrics.jsonl').write_text(text)
   return folder

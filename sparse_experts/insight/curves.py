@@ -84,12 +84,22 @@ def load_over_time(
 def seconds(train: Mapping[str, Curve]) -> Curve | None:
   """Of training up to each step: without compiling, evaluating and saving.
 
-  Whatever stopped the run between is left out. None: it did not measure.
+  The first step of a call, which compiles, counts as those that follow. What
+  was done twice, because a run was stopped, counts once.
+
+  Args:
+    train: curves of a run's training.
+
+  Returns:
+    from (0, 0) to the last step that was logged; None: the run did not measure.
   """
-  if 'steps_per_second' not in train:
+  if 'seconds_per_step' not in train:
     return None
-  steps, rates = train['steps_per_second']
-  taken = np.diff(steps, prepend=0) / rates
+  steps, per_step = train['seconds_per_step']
+  last = max(curve.steps[-1] for curve in train.values())
+  if last > steps[-1]:  # A call that took one step measured none.
+    steps, per_step = np.append(steps, last), np.append(per_step, per_step[-1])
+  taken = np.diff(steps, prepend=0) * per_step
   return Curve(np.insert(steps, 0, 0), np.insert(np.cumsum(taken), 0, 0.0))
 
 

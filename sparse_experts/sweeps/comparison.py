@@ -25,7 +25,8 @@ _OF_A_RUN = ('SEED', 'MODEL_DIR')  # What runs of a group differ in.
 # What a step or an evaluation writes that is not what it has reached.
 _NO_METRICS = (
   'targets', 'skipped', 'gradient_norm', 'learning_rate', 'steps_per_second',
-  'tokens_per_second_with_padding', 'tokens_per_second_without_padding',
+  'seconds_per_step', 'tokens_per_second_with_padding',
+  'tokens_per_second_without_padding',
 )  # fmt: skip
 _LONGEST = 48  # Letters of a group's name.
 

@@ -37,10 +37,12 @@ class Every:
     ValueError: the period is no whole number of steps.
 
   Example:
-    >>> from types import SimpleNamespace as Run
+    >>> import contextlib, types
     >>> hook = Every(2, lambda run: print(run.step))
-    >>> for step in range(4, 8):
-    ...   hook(Run(step=step, start=4, ending=step == 7))
+    >>> run = types.SimpleNamespace(start=4, apart=contextlib.nullcontext)
+    >>> for run.step in range(4, 8):
+    ...   run.ending = run.step == 7
+    ...   hook(run)
     6
     7
   """
@@ -62,21 +64,28 @@ class Every:
     else:
       due = run.ending or run.step % self.period == 0
     if due:
-      self.action(run)
+      with run.apart():
+        self.action(run)
 
 
 class Log:
-  """Metrics of the steps since it was last called, written and shown."""
+  """Metrics of the steps since it was last called, written and shown.
+
+  `seconds_per_step` is the mean of these steps, see `Run.seconds`; speeds are
+  means since the first step of the call, with all that was done between.
+  """
 
   def __init__(self, progress: Progress, rate: optax.Schedule):
     """Shows them by `progress`, with the learning rate at each."""
     self._progress, self._rate, self._total = progress, rate, Total()
+    self._timed: tuple[int, float] | None = None
 
   def add(self, run: Run) -> None:
     """A hook for every step: it waits for the step before alone."""
     if run.sums is not None:
       self._total.add(run.sums)
       self._progress.step(run.step)
+      self._timed = self._timed or (run.step, run.seconds)  # The first is not.
 
   def __call__(self, run: Run) -> None:
     sums, self._total = self._total.sums(), Total()
@@ -86,6 +95,10 @@ class Log:
     update = max(run.step - 1 - int(run.state.skipped), 0)
     metrics['learning_rate'] = float(self._rate(update))
     metrics |= self._progress.report(run.step, metrics, sums['tokens'])
+    if self._timed is not None and run.step > self._timed[0]:
+      step, seconds = self._timed
+      metrics['seconds_per_step'] = (run.seconds - seconds) / (run.step - step)
+      self._timed = run.step, run.seconds
     run.write('train', metrics)
     run.results['train'] = metrics
 

@@ -6,10 +6,13 @@ and after each; `hooks.Every` calls an action when it is due.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from sparse_experts.models.objective import Batch
@@ -37,6 +40,8 @@ class Run:
       what saves it have seen the step.
     results: what `train` returns; a hook may add to it.
     writers, progress: see `write` and `say`.
+    seconds: of the steps of this call but the first, which compiles; without
+      what is done `apart`.
   """
 
   model_dir: epath.Path
@@ -55,6 +60,7 @@ class Run:
 
   def __post_init__(self):
     self.step = self.start
+    self._seconds, self._since = 0.0, None
 
   @property
   def ending(self) -> bool:
@@ -66,6 +72,25 @@ class Run:
     self.batch = next(self.batches) if batch is None else batch
     self.state, self.sums = self.take(self.state, self.batch)
     self.step += 1
+    if self._since is None:
+      jax.block_until_ready(self.sums)
+      self._since = time.monotonic()
+
+  @property
+  def seconds(self) -> float:
+    running = 0.0 if self._since is None else time.monotonic() - self._since
+    return self._seconds + running
+
+  @contextlib.contextmanager
+  def apart(self) -> Iterator[None]:
+    """What is done inside has no part in `seconds`; the step is waited for."""
+    jax.block_until_ready(self.sums)
+    begun, self._seconds = self._since is not None, self.seconds
+    self._since = None
+    try:
+      yield
+    finally:
+      self._since = time.monotonic() if begun else None
 
   def write(self, name: str, metrics: Mapping[str, Any]) -> None:
     """Writes a (nested) dictionary of numbers, of this step, as `name`."""

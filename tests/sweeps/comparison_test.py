@@ -141,11 +141,13 @@ def test_a_diverged_seed_is_no_number_of_json(groups):
 
 
 def test_seconds_are_of_the_steps_that_count():
-  # Ten at 1 a second, ten at 2; what was done twice is in curves once.
-  rates = Curve(np.array([10, 20]), np.array([1.0, 2.0]))
-  found = curves.seconds({'steps_per_second': rates})
-  np.testing.assert_array_equal(found.steps, [0, 10, 20])
-  np.testing.assert_array_equal(found.values, [0, 10, 15])
+  # Ten at 1 second each, of which the first was not measured, ten at .5; a
+  # call that took one step more.
+  each = Curve(np.array([10, 20]), np.array([1.0, 0.5]))
+  loss = Curve(np.array([10, 20, 21]), np.zeros(3))
+  found = curves.seconds({'seconds_per_step': each, 'loss': loss})
+  np.testing.assert_array_equal(found.steps, [0, 10, 20, 21])
+  np.testing.assert_array_equal(found.values, [0, 10, 15, 15.5])
 
 
 def test_a_band_is_where_all_curves_are():

@@ -12,10 +12,10 @@ from sparse_experts.sweeps.grid import Point
 def model_dir(tmp_path):
   """Of a run that has saved steps 20 and 40."""
   lines = [
-    {'step': 10, 'name': 'train', 'loss': 3.0, 'steps_per_second': 2.0},
-    {'step': 20, 'name': 'train', 'loss': 2.0, 'steps_per_second': 4.0},
+    {'step': 10, 'name': 'train', 'loss': 3.0, 'seconds_per_step': 0.5},
+    {'step': 20, 'name': 'train', 'loss': 2.0, 'seconds_per_step': 0.25},
     {'step': 20, 'name': 'eval', 'loss': 2.5, 'layers/a/load_E/0': 1.0},
-    {'step': 40, 'name': 'train', 'loss': 1.0, 'steps_per_second': 5.0},
+    {'step': 40, 'name': 'train', 'loss': 1.0, 'seconds_per_step': 0.2},
     {'step': 40, 'name': 'eval', 'loss': 1.5, 'layers/a/load_E/0': 1.0},
   ]
   folder = tmp_path / 'run'
@@ -40,7 +40,7 @@ def test_a_line(model_dir):
     'run': 'run',
     'step': 40,
     'eval': {'loss': 1.5},
-    'seconds': 11.5,  # 10 / 2 + 10 / 4 + 20 / 5.
+    'seconds': 11.5,  # 10 * 0.5 + 10 * 0.25 + 20 * 0.2.
     'flops': 280,
   }
 

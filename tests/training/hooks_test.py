@@ -17,16 +17,19 @@ from sparse_experts.training import hooks, loop, state, step
 
 def run(start=4, stop=9, **options):
   """A run whose state counts its steps, and whose batches are letters."""
+  given = {
+    'state': start,
+    'take': lambda state, batch: (state + 1, {'skipped': 0, 'batch': batch}),
+    **options,
+  }
   return loop.Run(
     model_dir=None,
     start=start,
     stop=stop,
-    state=start,
     batches=iter('abcdefgh'),
-    take=lambda state, batch: (state + 1, {'skipped': 0, 'batch': batch}),
     summary=dict,
     progress=types.SimpleNamespace(say=lambda text: said.append(text)),
-    **options,
+    **given,
   )
 
 
@@ -49,6 +52,41 @@ def test_nothing_is_left_to_train():
   seen = []
   loop.loop(run(start=9), [lambda r: seen.append((r.step, r.ending))])
   assert seen == [(9, True)]
+
+
+def test_seconds_are_those_of_steps(monkeypatch):
+  """Not of the first one, which compiles, nor of what is done apart."""
+  now = [0.0]
+  monkeypatch.setattr(loop.time, 'monotonic', lambda: now[0])
+
+  def take(state, batch):
+    now[0] += 100.0 if batch == 'a' else 2.0
+    return state, {'skipped': 0, 'tokens': 1.0}
+
+  def pause(r):
+    now[0] += 50.0
+
+  written = []
+  of = run(state=types.SimpleNamespace(skipped=0), take=take)
+  of.progress.step, of.progress.report = lambda _: None, lambda *_: {}
+  of.writers = types.SimpleNamespace(
+    write=lambda name, step, metrics: written.append(
+      (step, metrics.get('seconds_per_step'))
+    )
+  )
+  log = hooks.Log(of.progress, lambda _: 0.1)
+  loop.loop(of, [log.add, hooks.Every(2, log), hooks.Every(3, pause)])
+  assert of.seconds == 4 * 2.0  # Steps 6 to 9 of 5 to 9.
+  assert written == [(6, 2.0), (8, 2.0), (9, 2.0)]
+  # A call of one step measures none.
+  of = run(start=8, state=of.state, take=take)
+  of.progress.step, of.progress.report = lambda _: None, lambda *_: {}
+  of.writers = types.SimpleNamespace(
+    write=lambda name, step, metrics: written.append(sorted(metrics))
+  )
+  log = hooks.Log(of.progress, lambda _: 0.1)
+  loop.loop(of, [log.add, hooks.Every(2, log)])
+  assert of.seconds == 0 and 'seconds_per_step' not in written[-1]
 
 
 @pytest.mark.parametrize(
