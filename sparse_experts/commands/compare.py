@@ -57,7 +57,19 @@ def _folders(given: Sequence[str]) -> list:
   found = []
   for path in map(directories.absolute, given):
     runs = results.finished(path)
-    found += [path] if runs is None else runs
+    if runs is None:
+      found.append(path)
+      continue
+    left = {run.name for run in (path / 'runs').glob('*')}
+    if left := sorted(left - {run.name for run in runs}):
+      print(
+        f'{path}: {len(left)} runs have not finished, or are of other source '
+        f'code, and are left out: {", ".join(left)}',
+        file=sys.stderr,
+      )
+    if not runs:
+      raise ValueError(f'{path} has no finished run yet.')
+    found += runs
   return list(dict.fromkeys(found))
 
 
@@ -70,7 +82,7 @@ def _flops_per_step(group) -> int | None:
   try:
     config.parse_text((model_dir / 'config.gin').read_text())
     return settings.flops_per_step()
-  except (ValueError, ImportError) as error:
+  except (ValueError, ImportError, OSError) as error:
     reason = overrides.first_line(error)
     print(f'no FLOPs of {group.name}: {reason}', file=sys.stderr)
     return None
@@ -103,6 +115,8 @@ def _text(groups) -> str:
         ],
       )
     found = comparison_page.differences(comparison.differences(metric, groups))
+    if told := comparison_page.apart(groups):
+      yield told
     if found:
       yield console.table(
         (f'{metric} of', *comparison_page.DIFFERENCES[1:]), found

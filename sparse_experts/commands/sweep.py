@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import pathlib
 import shlex
 import shutil
-import signal
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sparse_experts.commands import printing, settings
 
 PREFIXES = ('grid',)  # --grid.NAME=VALUE,VALUE, beside --gin.NAME=VALUE.
-LAUNCHES = ('here', 'print', 'jobset')
+LAUNCHES = ('here', 'print', 'jobset', 'collect')
 _CLUSTER = ('image', 'queue', 'tpu', 'tpu_topology')  # What a JobSet needs.
-# Of a run that has ended, by its exit code.
-_STATES = {0: 'finished', 128 + signal.SIGTERM: 'stopped', -15: 'stopped'}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,13 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--launch',
     choices=LAUNCHES,
     default='here',
-    help="'print' the commands, or write a 'jobset' for each run; starts none",
+    help="start none: 'print' the commands, write a 'jobset' for each run, or "
+    "'collect' results of what others have run",
   )
   cluster = parser.add_argument_group('of --launch=jobset')
   cluster.add_argument('--image', help='of a container with this package')
   cluster.add_argument('--queue', help="Kueue's")
   cluster.add_argument('--tpu', help="such as 'tpu-v5p-slice'")
   cluster.add_argument('--tpu_topology', help="such as '2x2x1'")
+  cluster.add_argument('--service_account', metavar='NAME', help='of its pods')
   cluster.add_argument('--hosts', type=int, default=1, metavar='N')
   cluster.add_argument('--chips_per_host', type=int, default=4, metavar='N')
 
@@ -71,7 +74,8 @@ class _Run:
   Attributes:
     point: of the grid.
     model_dir: where it lies; its name is its digest.
-    arguments: of `train`.
+    arguments: of `train`, as of a user.
+    config: all that these say, as the text of one gin file.
     steps: that it is to take.
     flops_per_step: useful ones.
   """
@@ -79,6 +83,7 @@ class _Run:
   point: Any
   model_dir: pathlib.Path
   arguments: list[str]
+  config: str
   steps: int
   flops_per_step: int
 
@@ -110,32 +115,68 @@ def run(args: argparse.Namespace) -> int | None:
       '--launch=jobset starts others.'
     )
   directories.check_new(folder, by='--output')
+  slice_ = _slice(args) if args.launch == 'jobset' else None
   runs = _runs(args, folder)
   if args.dry_run:
     return printing.checked(args)
   if args.launch == 'print':
-    for each in runs:
-      print(shlex.join(['python', '-m', 'sparse_experts', *each.arguments]))
-    return None
-  if args.launch == 'jobset':
-    return _write_jobsets(args, folder, runs)
-  failed = _train(args, pathlib.Path(folder), runs)
-  lines = [
-    results.of(each.model_dir, each.point, each.flops_per_step)
-    for each in runs
-    if each.is_finished
-  ]
+    return _print(args, [each.arguments for each in runs])
+  if slice_ is not None:
+    return _write_jobsets(args, folder, runs, slice_)
+  failed: list[str] = []
+  if args.launch == 'here':
+    with _alone(folder):
+      failed = _train(args, pathlib.Path(folder), runs)
+  lines = _collect(folder, [each for each in runs if each.is_finished])
   if args.json:
     printing.as_json(lines)
   else:
-    print(_table(runs, dict.fromkeys(failed, 'failed')))
+    print(_table(runs, dict.fromkeys(failed, 'failed'), _Seen()))
     print(f'\nresults:  {folder / results.FILE}')
-  if failed:
+  left = [each for each in runs if not each.is_finished]
+  if args.launch == 'here' and left:
+    names = (f'{each.model_dir.name}.txt' for each in left)
     raise ValueError(
-      f'{len(failed)} of {len(runs)} runs failed; {folder / "logs"} says why, '
-      f'in {", ".join(f"{name}.txt" for name in failed)}.'
+      f'{len(left)} of {len(runs)} runs have not finished; {folder / "logs"} '
+      f'says why, in {", ".join(names)}. The same command goes on.'
     )
   return None
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+  """One sweep at a time on this machine works in a folder.
+
+  Raises:
+    ValueError: another one does.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / 'sweep.lock').open('a') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise ValueError(
+        f'another sweep works in {folder}: wait for it, or give another '
+        '--output.'
+      ) from error
+    yield
+
+
+def _collect(folder, finished: list[_Run]) -> list[dict[str, Any]]:
+  """Writes results.jsonl; returns the lines of these runs."""
+  from sparse_experts.sweeps import results
+
+  lines = [
+    results.of(each.model_dir, each.point, each.flops_per_step)
+    for each in finished
+  ]
+  if others := results.write(folder, lines):
+    print(
+      f'{others} results of other source code are left out of {results.FILE}; '
+      f'their runs stay in {folder / "runs"}.',
+      file=sys.stderr,
+    )
+  return lines
 
 
 def _is_local(folder) -> bool:
@@ -151,59 +192,82 @@ def _runs(args: argparse.Namespace, folder) -> list[_Run]:
   from sparse_experts.sweeps import grid, identity
   from sparse_experts.training import train
 
-  if any(binding.startswith('MODEL_DIR=') for binding in args.bindings):
+  given = {binding.partition('=')[0] for binding in args.bindings}
+  if 'MODEL_DIR' in given:
     raise ValueError('a sweep says MODEL_DIR of its runs; give --output=DIR.')
   settings.parse(args, bindings=['MODEL_DIR=sweep'])
   first = config.value('SEED', int)
-  runs = []
-  for point in grid.points(args.grid, range(first, first + args.seeds)):
-    bindings = [*args.bindings, *point.bindings]
-    settings.parse(args, bindings=[*point.bindings, 'MODEL_DIR=sweep'])
-    dataset = config.argument(train.train, 'dataset')
-    name = identity.digest(
-      identity.configuration(config.text()),
-      examples.digests(dataset.mixture_or_task_name, dataset.modules),
-    )
-    model_dir = folder / 'runs' / name
-    runs.append(
-      _Run(
-        point,
-        model_dir,
-        [
-          'train',
-          *(f'--gin_file={file}' for file in args.gin_file),
-          *(
-            [f'--gin_search_paths={args.gin_search_paths}']
-            if args.gin_search_paths
-            else []
-          ),
-          *(f'--gin.{binding}' for binding in bindings),
-          f'--gin.MODEL_DIR={model_dir}',
-        ],
-        config.argument(train.train, 'train_steps'),
-        settings.flops_per_step(),
+  seeds = range(first, first + args.seeds)
+  runs: dict[str, _Run] = {}
+  for point in grid.points(args.grid, seeds):
+    if twice := given & point.overrides.keys():
+      name = min(twice)
+      raise ValueError(f'--gin.{name} and --grid.{name}: give one of them.')
+    try:
+      settings.parse(args, bindings=[*point.bindings, 'MODEL_DIR=sweep'])
+      dataset = config.argument(train.train, 'dataset')
+      held_out = config.argument(train.train, 'eval_dataset')
+      if config.argument(train.train, 'model_dir') != 'sweep':
+        raise ValueError(
+          'a sweep says where its runs lie: leave train.train.model_dir as '
+          '%MODEL_DIR.'
+        )
+      flops = settings.flops_per_step()
+      steps = config.argument(train.train, 'train_steps')
+    except ValueError as error:
+      raise ValueError(f'{point.name}: {error}') from error
+    data: dict[str, str] = {}
+    modules: set[str] = set()
+    for each in filter(None, (dataset, held_out)):
+      data |= examples.digests(each.mixture_or_task_name, each.modules)
+      modules |= set(each.modules)
+    name = identity.digest(config.text(), data, modules)
+    if name in runs:
+      raise ValueError(
+        f'{runs[name].point.name} and {point.name} are one run: give values '
+        'that differ.'
       )
-    )
-  return runs
+    model_dir = folder / 'runs' / name
+    search_paths = args.gin_search_paths
+    arguments = [
+      'train',
+      *(f'--gin_file={file}' for file in args.gin_file),
+      *([f'--gin_search_paths={search_paths}'] if search_paths else []),
+      *(f'--gin.{binding}' for binding in [*args.bindings, *point.bindings]),
+      f'--gin.MODEL_DIR={model_dir}',
+    ]
+    runs[name] = _Run(point, model_dir, arguments, config.text(), steps, flops)
+  return list(runs.values())
 
 
 def _train(
   args: argparse.Namespace, folder: pathlib.Path, runs: list[_Run]
 ) -> list[str]:
   """Runs what is not finished; returns the names of those that failed."""
+  from etils import epath
+
+  from sparse_experts import storage
   from sparse_experts.sweeps import pool, results
+  from sparse_experts.training import lease
 
   def waiting() -> Iterator[pool.Job]:
     for each in runs:
       if each.is_finished:
         continue
-      if (size := results.gigabytes(folder)) > args.max_gb:
-        raise ValueError(
-          f'{folder} has {size:.1f} GB, and no run starts above '
-          f'--max_gb={args.max_gb:g}: delete runs, or raise it.'
-        )
+      if results.gigabytes(folder) > args.max_gb:
+        full.append(results.gigabytes(folder))
+        return
       name = each.model_dir.name
-      yield pool.Job(name, each.arguments, folder / 'logs' / f'{name}.txt')
+      while lease.is_held_here(each.model_dir):  # By a sweep that was killed.
+        live.say(f'{each.point.name}: its process of before is saving')
+        time.sleep(5)
+      config = folder / 'configs' / f'{name}.gin'
+      config.parent.mkdir(exist_ok=True)
+      storage.replace(epath.Path(config), each.config.encode())
+      arguments = [
+        *('train', f'--gin_file={config}', f'--gin.MODEL_DIR={each.model_dir}')
+      ]
+      yield pool.Job(name, arguments, folder / 'logs' / f'{name}.txt')
 
   def collect() -> None:
     finished = [
@@ -213,34 +277,36 @@ def _train(
     ]
     for each in finished:
       results.slim(each.model_dir)
-    results.write(
-      folder,
-      [results.of(e.model_dir, e.point, e.flops_per_step) for e in finished],
-    )
+    _collect(folder, finished)
 
   def started(job: pool.Job) -> None:
     states[job.name] = 'running'
     live.say(f'{points[job.name]}: {job.log}')
 
   def ended(job: pool.Job, code: int) -> None:
-    states[job.name] = _STATES.get(code, 'failed')
+    states[job.name] = 'failed' if code else 'ended'
     if code:
-      live.say(f'{points[job.name]} {states[job.name]}: {job.log}')
+      live.say(f'{points[job.name]} ended with {code}: {job.log}')
     collect()
 
   points = {each.model_dir.name: each.point.name for each in runs}
   states: dict[str, str] = {}
-  live = _Live()
-  folder.mkdir(parents=True, exist_ok=True)
+  full: list[float] = []
+  live, seen = _Live(), _Seen()
   collect()
   pool.run(
     waiting(),
     args.parallel,
     started=started,
     ended=ended,
-    look=lambda: live.show(_table(runs, states)),
+    look=lambda: live.show(lambda: _table(runs, states, seen)),
   )
   live.clear()
+  if full:
+    raise ValueError(
+      f'{folder} has {full[0]:.1f} GB, and no run starts above --max_gb='
+      f'{args.max_gb:g}: delete runs, or raise it.'
+    )
   return [name for name, state in states.items() if state == 'failed']
 
 
@@ -253,18 +319,18 @@ class _Live:
   def __init__(self):
     self._text = ''
 
-  def show(self, text: str) -> None:
+  def show(self, text: Callable[[], str]) -> None:
     if not sys.stderr.isatty():
       return
     columns, lines = shutil.get_terminal_size()
-    shown = [line[: columns - 1] for line in text.splitlines()]
+    shown = [line[: columns - 1] for line in text().splitlines()]
     if len(shown) > lines - 1:
       shown = [*shown[: lines - 2], f'... {len(shown) - lines + 2} more']
-    text = '\n'.join(shown)
-    if text != self._text:
+    new = '\n'.join(shown)
+    if new != self._text:
       self.clear()
-      print(text, file=sys.stderr, flush=True)
-      self._text = text
+      print(new, file=sys.stderr, flush=True)
+      self._text = new
 
   def clear(self) -> None:
     if self._text:
@@ -278,56 +344,96 @@ class _Live:
     print(line, file=sys.stderr, flush=True)
 
 
-def _table(runs: list[_Run], states: Mapping[str, str]) -> str:
+class _Seen(dict):
+  """The last step and held-out loss of runs, read where they wrote more."""
+
+  def of(self, model_dir: pathlib.Path) -> tuple[int, str]:
+    from sparse_experts.insight import curves
+
+    file = model_dir / 'metrics.jsonl'
+    size = file.stat().st_size if file.exists() else 0
+    if self.get(model_dir, (-1,))[0] != size:
+      found = curves.read(model_dir) if size else {}
+      losses = [kind['loss'] for kind in found.values() if 'loss' in kind]
+      step = max((int(curve.steps[-1]) for curve in losses), default=0)
+      held_out = found.get('eval', {}).get('loss')
+      loss = '' if held_out is None else f'{held_out.values[-1]:.4f}'
+      self[model_dir] = size, (step, loss)
+    return self[model_dir][1]
+
+
+def _table(runs: Sequence[_Run], states: Mapping[str, str], seen: _Seen) -> str:
   """Of all runs, those that are running first.
 
   Args:
     runs: of the sweep.
-    states: 'running', 'finished' or 'failed', by name; others wait.
+    states: 'running', 'failed' or 'ended', by name; others wait.
+    seen: of the table before.
   """
   from sparse_experts import console
 
   rows = []
   for each in runs:
-    step, loss = _progress(each)
     name = each.model_dir.name
-    state = states.get(name, 'finished' if each.is_finished else 'waiting')
+    state = states.get(name, 'waiting')
+    if state != 'running' and each.is_finished:
+      state = 'finished'
+    try:
+      step, loss = seen.of(each.model_dir)
+    except (OSError, ValueError):  # Just being written; a table ends no sweep.
+      step, loss = 0, ''
     steps = f'{step:,} / {each.steps:,}'
     rows.append((each.point.name, state, steps, loss, name))
   rows.sort(key=lambda row: row[1] != 'running')
   return console.table(('run', '', 'step', 'held-out loss', 'folder'), rows)
 
 
-def _progress(each: _Run) -> tuple[int, str]:
-  """The last step that was logged, and the last held-out loss."""
-  from sparse_experts.insight import curves
-
-  try:
-    found = curves.read(each.model_dir)
-  except FileNotFoundError:
-    return 0, ''
-  last = max(int(c['loss'].steps[-1]) for c in found.values() if 'loss' in c)
-  held_out = found.get('eval', {}).get('loss')
-  return last, '' if held_out is None else f'{held_out.values[-1]:.4f}'
+def _print(args: argparse.Namespace, commands: list[list[str]]) -> None:
+  commands = [['python', '-m', 'sparse_experts', *words] for words in commands]
+  if args.json:
+    return printing.as_json(commands)
+  for words in commands:
+    print(shlex.join(words))
 
 
-def _write_jobsets(args: argparse.Namespace, folder, runs: list[_Run]) -> None:
+def _slice(args: argparse.Namespace):
+  """What a JobSet is to run on."""
   from sparse_experts.sweeps import jobset
 
   given = {name: getattr(args, name) for name in _CLUSTER}
   if missing := [f'--{name}' for name, value in given.items() if not value]:
     raise ValueError(f'--launch=jobset needs {", ".join(missing)}.')
-  of = jobset.Slice(
+  return jobset.Slice(
     image=args.image,
     queue=args.queue,
     tpu=args.tpu,
     topology=args.tpu_topology,
     hosts=args.hosts,
     chips_per_host=args.chips_per_host,
+    service_account=args.service_account,
   )
+
+
+def _write_jobsets(
+  args: argparse.Namespace, folder, runs: list[_Run], of
+) -> None:
+  """A file for each run; those of other sweeps go."""
+  from etils import epath
+
+  from sparse_experts import storage
+  from sparse_experts.sweeps import jobset
+
+  into = folder / 'jobsets'
+  into.mkdir(parents=True, exist_ok=True)
+  place = hashlib.sha256(str(folder).encode()).hexdigest()[:6]
+  paths = []
   for each in runs:
     name = each.model_dir.name
-    path = folder / 'jobsets' / f'{name}.yaml'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(jobset.manifest(f'run-{name}', each.arguments, of))
-  print(f'jobsets:  {folder / "jobsets"}')
+    paths.append(into / f'{name}.yaml')
+    text = jobset.manifest(f'run-{name}-{place}', each.arguments, of)
+    storage.replace(epath.Path(paths[-1]), text.encode())
+  for path in set(into.glob('*.yaml')) - set(paths):
+    path.unlink()
+  if args.json:
+    return printing.as_json([str(path) for path in paths])
+  print(f'jobsets:  {into}')

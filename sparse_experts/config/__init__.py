@@ -270,14 +270,14 @@ def argument(function, name: str) -> Any:
     ValueError: they bind none.
   """
   try:
-    bindings = gin.get_bindings(function)
+    bindings = gin.get_bindings(function, resolve_references=False)
   except ValueError:  # No file imports its module.
     bindings = {}
   if name not in bindings:
     raise ValueError(
       f'the gin files give {function.__name__} no {name}; add a file that does.'
     )
-  return bindings[name]
+  return gin.get_bindings(function)[name]
 
 
 def operative() -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from sparse_experts import earlier
 from sparse_experts.config import provenance
 from sparse_experts.insight import curves
 from sparse_experts.insight.curves import Curve
@@ -42,6 +43,7 @@ class Run(NamedTuple):
     metrics: curves by name, such as 'loss': held-out ones where there are any,
       else those of training.
     held_out: whether they are.
+    machine: what it ran on, where it says so; '' else.
     seconds: of training up to a step; None where it did not measure.
     flops: useful ones of a step; None where they cannot be counted.
   """
@@ -51,6 +53,7 @@ class Run(NamedTuple):
   settings: Mapping[str, str]
   metrics: Mapping[str, Curve]
   held_out: bool
+  machine: str
   seconds: Curve | None
   flops: int | None
 
@@ -118,20 +121,25 @@ def read(model_dir: epath.PathLike) -> Run:
       f'{model_dir} has no config.gin, which says what its runs differ in: '
       'give the MODEL_DIR of a run that `train` has made.'
     )
-  bindings = provenance.written(file.read_text())
-  settings = {k: repr(v) for k, v in bindings.items()}
-  seed = settings.get('SEED', '0')
-  settings = {k: v for k, v in settings.items() if k not in _OF_A_RUN}
+  bindings = provenance.written(earlier.translate(file.read_text()))
+  seed = bindings.get('SEED', 0)
+  while provenance.is_macro(seed):
+    seed = bindings.get(seed[1:])
+  if type(seed) is not int:
+    raise ValueError(f'{file} has SEED = {seed!r}, which is no whole number.')
+  settings = {k: repr(v) for k, v in bindings.items() if k not in _OF_A_RUN}
+  settings |= _evaluations(root)
   if data := _data(root):
     settings['data'] = data
   metrics = _held_out(history)
   seconds = curves.seconds(history['train']) if 'train' in history else None
   return Run(
     root,
-    int(seed),
+    seed,
     settings,
     metrics or _metrics(history.get('train', {})),
     bool(metrics),
+    _machine(root),
     seconds,
     flops=None,
   )
@@ -174,13 +182,32 @@ def settings(groups: Sequence[Group]) -> dict[str, list[str | None]]:
   return _different(of_groups)
 
 
+def machines(groups: Sequence[Group]) -> list[str]:
+  """What the runs ran on, each once: seconds of two cannot be compared."""
+  return sorted({run.machine for group in groups for run in group.runs})
+
+
 def metrics(groups: Sequence[Group]) -> list[str]:
-  """What all runs have curves of, the loss first."""
+  """What all runs have curves of, the loss first.
+
+  Raises:
+    ValueError: there is nothing.
+  """
   runs = [run for group in groups for run in group.runs]
   shared = [
     name for name in runs[0].metrics if all(name in run.metrics for run in runs)
   ]
+  if not shared:
+    raise ValueError(
+      'the runs have no metric in common; compare runs that have logged or '
+      'evaluated, of one objective.'
+    )
   return sorted(shared, key=lambda name: name != 'loss')
+
+
+def budgets(groups: Sequence[Group]) -> tuple[str, ...]:
+  """Of BUDGETS: not seconds where runs are of different machines."""
+  return BUDGETS if len(machines(groups)) == 1 else BUDGETS[:2]
 
 
 def differences(metric: str, groups: Sequence[Group]) -> list[Difference]:
@@ -193,7 +220,7 @@ def differences(metric: str, groups: Sequence[Group]) -> list[Difference]:
   return [
     found
     for other in others
-    for budget in BUDGETS
+    for budget in budgets(groups)
     if (found := _difference(metric, other, first, budget)) is not None
   ]
 
@@ -281,7 +308,28 @@ def _data(root: epath.Path) -> str | None:
   return ', '.join(f'{name} {digest}' for name, digest in corpus.items())
 
 
+def _evaluations(root: epath.Path) -> dict[str, str]:
+  """How tasks were evaluated, by the last evaluation of each and its split."""
+  found = {}
+  for file in sorted((root / 'evaluation').glob('*.json')):
+    results = json.loads(file.read_text())
+    name = file.stem.rpartition('-')[0]
+    if isinstance(results, dict) and 'settings' in results:
+      found[f'evaluation of {name}'] = json.dumps(results['settings'])
+  return found
+
+
+def _machine(root: epath.Path) -> str:
+  file = root / 'hardware.json'
+  if not file.exists():
+    return ''
+  facts = json.loads(file.read_text())
+  return ', '.join(str(facts.get(name)) for name in ('devices', 'host'))
+
+
 def _names(alike: Sequence[Sequence[Run]]) -> list[str]:
+  if len(alike) == 1:
+    return ['all']
   different = _different([runs[0].settings for runs in alike])
   names = [
     ' '.join(
@@ -291,8 +339,9 @@ def _names(alike: Sequence[Sequence[Run]]) -> list[str]:
     )
     for i in range(len(alike))
   ]
-  if max(map(len, names)) <= _LONGEST and len(set(names)) == len(names):
-    return names if len(alike) > 1 else ['all']
+  told = all(names) and len(set(names)) == len(names)
+  if told and max(map(len, names)) <= _LONGEST:
+    return names
   folders = [runs[0].model_dir for runs in alike]
   names = [folder.name for folder in folders]
   return names if len(set(names)) == len(names) else list(map(str, folders))

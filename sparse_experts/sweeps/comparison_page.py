@@ -72,6 +72,17 @@ def differences(found: Sequence[Difference]) -> list[tuple[str, ...]]:
   ]
 
 
+def apart(groups: Sequence[Group]) -> str:
+  """Why seconds are not compared; '' where they are."""
+  machines = comparison.machines(groups)
+  if len(machines) == 1:
+    return ''
+  named = '; '.join(name or 'not known' for name in machines)
+  return (
+    f'Seconds are not compared: the runs are of several machines ({named}).'
+  )
+
+
 def reached(metric: str, group: Group) -> str:
   """The last values of a group: their mean, and their standard deviation."""
   last = [run.metrics[metric].values[-1] for run in group.runs]
@@ -119,20 +130,22 @@ def _runs(groups: Sequence[Group]) -> str:
 
 def _configuration(groups: Sequence[Group]) -> str:
   different = comparison.settings(groups)
+  told = apart(groups)
+  note = html.paragraph(told) if told else ''
   if not different:
-    return html.paragraph('All runs have one configuration.')
+    return html.paragraph('All runs have one configuration.') + note
   rows = [
     (name, *('—' if value is None else value for value in values))
     for name, values in different.items()
   ]
-  return html.table(('', *(group.name for group in groups)), rows)
+  return html.table(('', *(group.name for group in groups)), rows) + note
 
 
 def _metric(metric: str, groups: Sequence[Group]) -> str:
   held_out = 'held-out ' if groups[0].runs[0].held_out else 'training '
   ylabel = held_out + _words(metric) + (', nats' if metric == 'loss' else '')
   figures = []
-  for budget in comparison.BUDGETS:
+  for budget in comparison.budgets(groups):
     named = {
       group.name: curves.band(found)
       for group in groups

@@ -42,7 +42,8 @@ def points(grid: Sequence[str], seeds: Sequence[int]) -> list[Point]:
     seeds: of every combination.
 
   Raises:
-    ValueError: an axis is there twice, has a value twice or none, or is SEED.
+    ValueError: an axis is there twice, has a value twice or none, or is SEED or
+      MODEL_DIR.
 
   Example:
     >>> found = points(['NUM_EXPERTS=2,4', 'SPARSE_LAYERS=(0,),(0, 1)'], [0])
@@ -59,6 +60,8 @@ def points(grid: Sequence[str], seeds: Sequence[int]) -> list[Point]:
       )
     if name == 'SEED':
       raise ValueError('--grid.SEED: seeds are --seeds=N, from --gin.SEED on.')
+    if name == 'MODEL_DIR':
+      raise ValueError('--grid.MODEL_DIR: a sweep says where its runs lie.')
     axes[name] = values = split(text)
     if not all(values) or len(set(values)) < len(values):
       raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Sequence
 
@@ -33,6 +34,7 @@ class Slice:
     topology: of its chips, such as '2x2x1'.
     hosts: of the slice, one pod on each.
     chips_per_host: of the slice.
+    service_account: of its pods, such as one that may write a bucket.
   """
 
   image: str
@@ -41,6 +43,21 @@ class Slice:
   topology: str
   hosts: int = 1
   chips_per_host: int = 4
+  service_account: str | None = None
+
+  def __post_init__(self):
+    try:
+      chips = math.prod(map(int, self.topology.split('x')))
+    except ValueError:
+      raise ValueError(
+        f"--tpu_topology={self.topology} must be like '2x2x1'."
+      ) from None
+    if chips != self.hosts * self.chips_per_host:
+      raise ValueError(
+        f'--tpu_topology={self.topology} has {chips} chips, but --hosts='
+        f'{self.hosts} of --chips_per_host={self.chips_per_host} have '
+        f'{self.hosts * self.chips_per_host}; make them equal.'
+      )
 
 
 def manifest(name: str, arguments: Sequence[str], of: Slice) -> str:
@@ -64,8 +81,12 @@ def manifest(name: str, arguments: Sequence[str], of: Slice) -> str:
     'args': [_SCRIPT.format(command=shlex.join(words))],
     'resources': {'requests': chips, 'limits': dict(chips)},
   }
+  account = (
+    {'serviceAccountName': of.service_account} if of.service_account else {}
+  )
   pod = {
     'restartPolicy': 'Never',
+    **account,
     'terminationGracePeriodSeconds': 300,
     'nodeSelector': {
       'cloud.google.com/gke-tpu-accelerator': of.tpu,
@@ -101,4 +122,5 @@ def manifest(name: str, arguments: Sequence[str], of: Slice) -> str:
       },
     },
     sort_keys=False,
+    explicit_start=True,  # So that files may follow one another in a stream.
   )

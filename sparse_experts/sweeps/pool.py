@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from sparse_experts.sweeps import identity
+
 _LOOK = 0.5  # Seconds between two looks at what is running.
 
 
@@ -75,7 +77,10 @@ def _start(job: Job) -> subprocess.Popen:
   job.log.parent.mkdir(parents=True, exist_ok=True)
   with job.log.open('ab') as log:
     return subprocess.Popen(
-      [sys.executable, '-m', 'sparse_experts.sweeps.follow', *job.arguments],
+      [
+        *(sys.executable, '-m', 'sparse_experts.sweeps.follow'),
+        *(identity.code(), *job.arguments),
+      ],
       stdin=subprocess.PIPE,  # Whose other end closes with this process.
       stdout=log,
       stderr=subprocess.STDOUT,

@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from sparse_experts import storage
 from sparse_experts.insight import curves
+from sparse_experts.sweeps import identity
 from sparse_experts.sweeps.grid import Point
 from sparse_experts.training import checkpoints, checksums
 
@@ -39,13 +41,14 @@ def of(
     'overrides', values by name; 'seed'; 'run', its folder's name; 'step', the
     last one; 'eval', the last metrics of an evaluation but those of layers, {}
     where nothing is held out; 'seconds', of its steps' training, without
-    compiling and evaluating; 'flops' of all its steps.
+    compiling and evaluating; 'flops' of all its steps; 'code', the digest of
+    the package's source.
   """
   found = curves.read(model_dir)
   seconds = curves.seconds(found['train'])
   step = steps_taken(model_dir)
   last = {
-    name: float(curve.values[-1])
+    name: _number(curve.values[-1])
     for name, curve in found.get('eval', {}).items()
     if not name.startswith('layers/')
   }
@@ -57,31 +60,51 @@ def of(
     'eval': last,
     'seconds': None if seconds is None else round(float(seconds.values[-1]), 2),
     'flops': flops_per_step * step,
+    'code': identity.code(),
   }
 
 
 def _plain(value: str) -> Any:
-  """A number, text or tuple, where it is one; JSON has lists for tuples."""
+  """A number, text or tuple, where JSON has one; it has lists for tuples."""
   try:
-    return ast.literal_eval(value)
-  except (ValueError, SyntaxError):  # '@top_k.TopK', a path.
+    found = ast.literal_eval(value)
+    json.dumps(found, allow_nan=False)
+    return found
+  except (ValueError, SyntaxError, TypeError):  # '@top_k.TopK', a path, a set.
     return value
 
 
-def write(folder: pathlib.Path, lines: list[dict[str, Any]]) -> None:
+def _number(value: float) -> float | None:
+  """JSON has none that are not finite."""
+  return float(value) if np.isfinite(value) else None
+
+
+def write(folder: epath.PathLike, lines: list[dict[str, Any]]) -> int:
   """Writes results.jsonl, whole or not at all.
 
-  Lines of other runs that are there, of an earlier sweep of this folder, stay
-  before these.
+  Lines of other runs that are there, of an earlier sweep of this folder by the
+  same code, stay before these. A run that both asked for has one line, with
+  the overrides of both.
+
+  Returns:
+    how many lines of other code were there, and are no more.
   """
-  ours = {line['run'] for line in lines}
-  others = [
-    line
-    for line in _lines(folder)
-    if line['run'] not in ours and (folder / 'runs' / line['run']).exists()
+  folder = epath.Path(folder)
+  before = {line['run']: line for line in _lines(folder)}
+  there = [
+    line for line in before.values() if (folder / 'runs' / line['run']).exists()
   ]
-  text = ''.join(json.dumps(line) + '\n' for line in [*others, *lines])
-  storage.replace(epath.Path(folder / FILE), text.encode())
+  code = identity.code()
+  kept = {x['run']: x for x in there if x.get('code', code) == code}
+  for line in lines:
+    earlier = kept.get(line['run'], {}).get('overrides', {})
+    both = {**earlier, **line.get('overrides', {})}
+    kept[line['run']] = {**line, 'overrides': both}
+  text = ''.join(
+    json.dumps(line, allow_nan=False) + '\n' for line in kept.values()
+  )
+  storage.replace(folder / FILE, text.encode())
+  return sum(line.get('code', code) != code for line in there)
 
 
 def finished(folder: epath.Path) -> list[epath.Path] | None:
@@ -102,9 +125,10 @@ def _check(line: Mapping[str, Any]) -> None:
 
 
 def slim(model_dir: pathlib.Path) -> None:
-  """Leaves the parameters of the last step, which is all that is read of it.
+  """Leaves the parameters of the last step, and their average if it has one.
 
-  The optimizer's state goes, so that the run cannot go on.
+  The optimizer's state goes, so that the run cannot go on; not where the
+  average of the parameters is in it, see `training.ema`.
   """
   kept = steps_taken(model_dir)
   folder = checkpoints.directory_of(model_dir)
@@ -112,9 +136,9 @@ def slim(model_dir: pathlib.Path) -> None:
     path = pathlib.Path(folder / str(step))
     if step != kept:
       shutil.rmtree(path)
-    elif (path / 'optimizer').exists():
-      shutil.rmtree(path / 'optimizer')
+    elif (path / 'optimizer').exists() and not checkpoints.has_average(path):
       checksums.forget(path, 'optimizer')
+      shutil.rmtree(path / 'optimizer')
 
 
 def gigabytes(folder: pathlib.Path) -> float:

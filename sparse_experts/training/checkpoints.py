@@ -141,11 +141,16 @@ def load_average(
   return optimizer['opt_state']['average'], step
 
 
+def has_average(step: epath.PathLike) -> bool:
+  """Whether the optimizer's state of a checkpoint has an `ema.averaged`."""
+  saved = _saved_tree(epath.Path(step), 'optimizer')['opt_state']
+  return isinstance(saved, Mapping) and 'average' in saved
+
+
 def check_average(path: epath.PathLike, boxed: Any) -> int:
   """Raises as `load_average` would, by names and shapes; returns the step."""
   path, step = find(path)
-  saved = _saved_tree(path, 'optimizer')['opt_state']
-  if not isinstance(saved, Mapping) or 'average' not in saved:
+  if not has_average(path):
     raise ValueError(
       f'checkpoint {path} has no average of the parameters; train with '
       "--gin_file=gin/ema.gin, or take those trained: PARAMETERS='trained'."

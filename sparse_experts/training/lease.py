@@ -264,6 +264,17 @@ class Lease:
     )
 
 
+def is_held_here(model_dir: epath.PathLike) -> bool:
+  """Whether a process of this machine, which lives, trains there."""
+  try:
+    holder = _parse(_read(epath.Path(model_dir) / 'lease.json'))
+  except ValueError:
+    return False
+  now = _started(holder['pid'])
+  here = holder.get('machine') == _machine() is not None
+  return here and now is not None and holder.get('started') in (None, now)
+
+
 def _read(path: epath.Path) -> str | None:
   """A lease, whatever its bytes; None if there is no file."""
   try:

@@ -24,8 +24,11 @@ def test_runs_of_a_sweep_side_by_side(sweep):
   outcome = command.run('compare', str(sweep))
   assert outcome.code == 0, outcome.stderr
   # It cannot count what is no model, and says so, once a group.
-  said = [line.partition(':')[0] for line in outcome.stderr.splitlines()]
-  assert said == [f'no FLOPs of NUM_EXPERTS={n}' for n in (4, 8)]
+  left, *said = outcome.stderr.splitlines()
+  assert left.startswith(f'{sweep}: 1 runs have not finished') and ': c' in left
+  assert [line.partition(':')[0] for line in said] == [
+    f'no FLOPs of NUM_EXPERTS={n}' for n in (4, 8)
+  ]
   groups, configuration, differences = outcome.stdout.split('\n\n')
   assert groups.splitlines()[2:] == [
     'NUM_EXPERTS=4      1     20  2.0000',
@@ -88,5 +91,8 @@ def test_what_it_refuses(sweep, tmp_path):
     'compare', one, f'--output={tmp_path}/x.html', '--dry_run'
   )
   assert outcome.code == 0 and not (tmp_path / 'x.html').exists()
+  (sweep / 'results.jsonl').write_text('')
+  outcome = command.run('compare', str(sweep))
+  assert outcome.stderr.endswith(f'error: {sweep} has no finished run yet.\n')
   outcome = command.run('compare', one)  # Nothing to compare it with.
   assert outcome.code == 0 and 'difference' not in outcome.stdout

@@ -1,8 +1,10 @@
 """sweep: runs of a grid, whatever ends it, and commands for other machines."""
 
 import json
+import os
 import pathlib
 import shlex
+import signal
 import time
 
 import command
@@ -39,7 +41,7 @@ def test_print_has_the_commands_of_all_runs(tmp_path):
   assert all(f'={folder}/runs/' in place for place in places)
   assert not folder.exists()
   # A command of these checks out, and a sweep's other values are other runs.
-  outcome = command.run(*found[0][3:], '--dry_run')
+  outcome = command.run('show', *found[0][4:])
   assert outcome.code == 0, outcome.stderr
   other = command.run(
     *arguments(folder, '--launch=print', '--gin.BATCH_SIZE=16')
@@ -59,7 +61,7 @@ def test_jobsets_are_written_and_nothing_is_started(tmp_path):
   assert len(files) == 4 and [*tmp_path.iterdir()] == [tmp_path / 'jobsets']
   for file in files:
     found = yaml.safe_load(file.read_text())
-    assert found['metadata']['name'] == f'run-{file.stem}'
+    assert found['metadata']['name'].startswith(f'run-{file.stem}-')
     assert f'/runs/{file.stem}' in file.read_text()
 
 
@@ -70,6 +72,11 @@ def test_jobsets_are_written_and_nothing_is_started(tmp_path):
     (['--max_gb=0'], '--max_gb must be above 0'),
     (['--grid.NUM_EXPERTS=3'], '--grid.NUM_EXPERTS is there twice'),
     (['--grid.NO_MACRO=1,2'], 'NO_MACRO'),
+    (['--grid.MLP_DIM=32,0b100000'], 'MLP_DIM=0b100000 seed 0 are one run'),
+    (['--gin.NUM_EXPERTS=8'], '--gin.NUM_EXPERTS and --grid.NUM_EXPERTS'),
+    (['--gin.train.train.model_dir="x"'], 'leave train.train.model_dir as'),
+    (["--gin.RULES={'embd': 'data'}"], "'embd'"),
+    (['--launch=jobset', '--dry_run'], '--launch=jobset needs --image'),
     (['--grid.EMBED_DIM=a,b'], 'EMBED_DIM'),
     (['--gin.MODEL_DIR=x'], 'a sweep says MODEL_DIR of its runs'),
     (['--output=gs://bucket/x'], 'runs of this machine lie in a local folder'),
@@ -88,8 +95,8 @@ def _results(folder: pathlib.Path) -> list[dict]:
   return [{**json.loads(line), 'seconds': None} for line in lines]
 
 
-def _processes(folder) -> list[str]:
-  """Command lines of those that name a folder."""
+def _processes(folder) -> list[int]:
+  """Ids of those whose command line names a folder."""
   found = []
   for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
     try:
@@ -97,7 +104,7 @@ def _processes(folder) -> list[str]:
     except (FileNotFoundError, ProcessLookupError):
       continue
     if str(folder) in line:
-      found.append(line)
+      found.append(int(path.parent.name))
   return found
 
 
@@ -124,10 +131,30 @@ def test_a_sweep_killed_twice_is_one_never_killed(tmp_path):
   assert outcome.code == 0, outcome.stderr
   assert _results(killed) == _results(whole)
   assert len(_results(whole)) == 4
-  # All are finished: nothing starts, and a failing one is named.
+  # All are finished: nothing starts.
   again = command.run(*arguments(killed, '--json'))
   assert json.loads(again.stdout) == [
     json.loads(line)
     for line in (killed / 'results.jsonl').read_text().splitlines()
   ]
   assert again.stderr == ''
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_is_named_and_goes_on(tmp_path):
+  """Killed before its first checkpoint, which leaves an empty metrics.jsonl."""
+  given = ('sweep', command.TINY, '--seeds=1', *STEPS, f'--output={tmp_path}')
+  process = command.start('-m', 'sparse_experts', *given)
+  while not (running := _processes(tmp_path / 'runs')):
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.05)
+  (run,) = running
+  os.kill(run, signal.SIGKILL)
+  _, stderr = process.communicate()
+  assert process.returncode == 2
+  assert '1 of 1 runs have not finished' in stderr
+  for folder in (tmp_path / 'runs').iterdir():
+    (folder / 'metrics.jsonl').touch()  # As one that starts anew leaves it.
+  outcome = command.run(*given)
+  assert outcome.code == 0, outcome.stderr
+  assert len(_results(tmp_path)) == 1

@@ -158,3 +158,41 @@ def test_a_band_is_where_all_curves_are():
   np.testing.assert_allclose(found.low, [1, 2, 1])
   np.testing.assert_allclose(found.mean, [2, 2, 2])
   np.testing.assert_allclose(found.high, [3, 2, 3])
+
+
+def test_seconds_of_several_machines_are_not_compared(groups):
+  first, second = groups
+  second.runs[0] = second.runs[0]._replace(machine='8 x TPU, another')
+  found = comparison.differences('loss', [first, second])
+  assert [row.equal for row in found] == ['steps', 'FLOPs']
+
+
+def test_how_a_task_was_evaluated_is_a_setting(tmp_path):
+  for name, beams in (('x', 1), ('y', 4)):
+    folder = made_run.write(tmp_path / name, (1.0, 1.0), 0, (0, 1))
+    (folder / 'evaluation').mkdir()
+    (folder / 'evaluation/sums-test-1.json').write_text(
+      json.dumps({'settings': {'beams': beams}})
+    )
+  of = [comparison.read(tmp_path / name) for name in ('x', 'y')]
+  assert comparison.settings(comparison.groups(of)) == {
+    'evaluation of sums-test': ['{"beams": 1}', '{"beams": 4}']
+  }
+
+
+def test_a_seed_by_another_name(tmp_path):
+  folder = made_run.write(tmp_path / 'x', (1.0, 1.0), '%FIRST', (0, 1), FIRST=7)
+  assert comparison.read(folder).seed == 7
+  folder = made_run.write(tmp_path / 'y', (1.0, 1.0), "'a'", (0, 1))
+  with pytest.raises(ValueError, match="SEED = 'a', which is no whole number"):
+    comparison.read(folder)
+
+
+def test_runs_that_have_nothing_in_common(tmp_path):
+  of = [made_run.write(tmp_path / str(i), (1.0,), i, (0,)) for i in range(2)]
+  (of[1] / 'metrics.jsonl').write_text(
+    '{"step": 0, "name": "eval", "accuracy": 0.5}\n'
+  )
+  groups = comparison.groups([comparison.read(folder) for folder in of])
+  with pytest.raises(ValueError, match='no metric in common'):
+    comparison.metrics(groups)

@@ -1,5 +1,7 @@
 """Combinations of values, and what a run is a function of."""
 
+import importlib
+
 import pytest
 
 from sparse_experts.sweeps import grid, identity
@@ -35,6 +37,7 @@ def test_commas_inside_brackets_and_quotes_part_nothing(text, values):
   [
     (['A=1', 'A=2'], '--grid.A is there twice'),
     (['SEED=1,2'], '--grid.SEED: seeds are --seeds=N'),
+    (['MODEL_DIR=a'], '--grid.MODEL_DIR: a sweep says where'),
     (['A='], '--grid.A= must have values, each once'),
     (['A=1,,2'], 'must have values, each once'),
     (['A=1,2,1'], 'must have values, each once'),
@@ -58,3 +61,28 @@ def test_a_digest_is_of_all_that_a_run_is_a_function_of(monkeypatch):
   monkeypatch.setattr(identity, 'code', lambda: 'other')
   others.add(identity.digest(moved, {'task': 'a'}))
   assert len(others | {ours}) == 4
+
+
+def test_a_digest_is_of_files_and_modules_that_values_name(
+  tmp_path, python_folder
+):
+  file, module = tmp_path / 'words.model', python_folder / 'my_router.py'
+  file.write_text('a')
+  module.write_text('K = 1\n')
+  importlib.import_module('my_router')
+  text = f"import my_router\nFILES = {{'train': ('{file}',)}}\n"
+  digests = [identity.digest(text, {})]
+  file.write_text('b')
+  digests.append(identity.digest(text, {}))
+  module.write_text('K = 2\n')
+  digests.append(identity.digest(text, {}))
+  step = tmp_path / 'teacher/checkpoints/3'
+  step.mkdir(parents=True)
+  (step / 'commit_success.txt').touch()
+  (step / 'checksums.json').write_text('{}')
+  text += f"TEACHER = '{tmp_path / 'teacher'}'\n"
+  digests.append(identity.digest(text, {}))
+  (step / 'checksums.json').write_text('{"params/x": {}}')
+  digests.append(identity.digest(text, {}))
+  assert len(set(digests)) == 5
+  assert identity.digest(text, {}) == digests[-1]

@@ -2,6 +2,7 @@
 
 import shlex
 
+import pytest
 import yaml
 
 from sparse_experts.sweeps import jobset
@@ -31,3 +32,21 @@ def test_a_manifest():
   assert words == [
     *('python', '-m', 'sparse_experts', *arguments, '--coordinator=auto', '&')
   ]
+
+
+def test_manifests_may_follow_one_another():
+  of = jobset.Slice('i', 'q', 't', '2x2', service_account='writer')
+  text = ''.join(jobset.manifest(f'run-{i}', ['train'], of) for i in range(3))
+  found = list(yaml.safe_load_all(text))
+  assert [x['metadata']['name'] for x in found] == ['run-0', 'run-1', 'run-2']
+  job = found[0]['spec']['replicatedJobs'][0]['template']['spec']
+  assert job['template']['spec']['serviceAccountName'] == 'writer'
+
+
+@pytest.mark.parametrize(
+  'topology,message',
+  [('4x4', 'has 16 chips, but --hosts=1 of'), ('small', 'must be like')],
+)
+def test_a_slice_has_the_chips_of_its_topology(topology, message):
+  with pytest.raises(ValueError, match=message):
+    jobset.Slice('i', 'q', 't', topology)

@@ -1,11 +1,20 @@
 """What is said of a run, from what it wrote; numbers by hand."""
 
 import json
+import shutil
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from sparse_experts.sweeps import results
+from sparse_experts.sweeps import identity, results
 from sparse_experts.sweeps.grid import Point
+
+
+def _save_optimizer(folder, step, state):
+  path = folder / f'checkpoints/{step}/optimizer'
+  shutil.rmtree(path, ignore_errors=True)
+  ocp.PyTreeCheckpointer().save(path, {'opt_state': state})
 
 
 @pytest.fixture
@@ -20,9 +29,8 @@ def model_dir(tmp_path):
   ]
   folder = tmp_path / 'run'
   for step in (20, 40):
-    for item in ('params', 'optimizer'):
-      (folder / f'checkpoints/{step}/{item}').mkdir(parents=True)
-      (folder / f'checkpoints/{step}/{item}/x').write_text(item)
+    (folder / f'checkpoints/{step}/params').mkdir(parents=True)
+    _save_optimizer(folder, step, {'m': np.zeros(2)})
     sums = {f'{item}/x': {} for item in ('params', 'optimizer')}
     file = folder / f'checkpoints/{step}/checksums.json'
     file.write_text(json.dumps(sums))
@@ -42,6 +50,7 @@ def test_a_line(model_dir):
     'eval': {'loss': 1.5},
     'seconds': 11.5,  # 10 * 0.5 + 10 * 0.25 + 20 * 0.2.
     'flops': 280,
+    'code': identity.code(),
   }
 
 
@@ -55,10 +64,37 @@ def test_lines_of_another_sweep_stay_while_its_runs_do(tmp_path):
     tmp_path / 'runs/b',
     tmp_path / 'runs/c',
   ]
-  results.write(tmp_path, [{'run': 'b', 'seed': 3}])
-  lines = (tmp_path / 'results.jsonl').read_text().splitlines()
-  assert [json.loads(line)['seed'] for line in lines] == [2, 3]
   assert results.finished(tmp_path / 'runs') is None
+  # A run of two sweeps has what both say of it; one of other code goes.
+  shared = {'run': 'b', 'seed': 1, 'overrides': {'WIDTH': 64}}
+  results.write(tmp_path, [{**shared, 'code': 'old'}])
+  shared['overrides'] = {'NUM_EXPERTS': 2}
+  assert results.write(tmp_path, [shared, {'run': 'c', 'code': 'old'}]) == 1
+  assert results.write(tmp_path, [shared]) == 1
+  lines = (tmp_path / 'results.jsonl').read_text().splitlines()
+  assert [json.loads(line) for line in lines] == [
+    {'run': 'b', 'seed': 1, 'overrides': {'NUM_EXPERTS': 2}}
+  ]
+  results.write(tmp_path, [{**shared, 'overrides': {'WIDTH': 64}}])
+  assert json.loads((tmp_path / 'results.jsonl').read_text())['overrides'] == {
+    'NUM_EXPERTS': 2,
+    'WIDTH': 64,
+  }
+
+
+def test_what_json_has_not(model_dir):
+  point = Point({'A': '{(0, 1): 2}', 'B': '1e999'}, 0)
+  with (model_dir / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 41, "name": "eval", "loss": NaN}\n')
+  found = results.of(model_dir, point, flops_per_step=7)
+  assert found['eval'] == {'loss': None}
+  assert found['overrides'] == point.overrides
+
+
+def test_averages_of_parameters_stay(model_dir):
+  _save_optimizer(model_dir, 40, {'average': {'w': np.zeros(2)}})
+  results.slim(model_dir)
+  assert (model_dir / 'checkpoints/40/optimizer').exists()
 
 
 def test_a_slim_run_has_its_last_parameters(model_dir):
