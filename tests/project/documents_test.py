@@ -1,5 +1,6 @@
 """What README.md and docs/ show really runs, and what they name is there."""
 
+import contextlib
 import re
 import types
 
@@ -45,6 +46,7 @@ def test_training():
   """Its hook is due after 100 steps and after the last, here 250."""
   written = []
   run = types.SimpleNamespace(
+    apart=contextlib.nullcontext,
     start=0,
     state=types.SimpleNamespace(params={'w': np.array([3.0, 4.0])}),
     write=lambda name, metrics: written.append((run.step, name, metrics)),
