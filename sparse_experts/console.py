@@ -1,8 +1,10 @@
-"""Tables for people: what a run reached and what its experts do."""
+"""Tables for people, and text that a terminal shows while something runs."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 
@@ -79,3 +81,37 @@ def line(cells: Sequence[Any], widths: Sequence[int]) -> str:
   """One row of a table that is printed as it grows."""
   padded = (str(cell).ljust(width) for cell, width in zip(cells, widths))
   return '  '.join(padded).rstrip()
+
+
+class Live:
+  """Text on a terminal's stderr that is written anew where it has changed.
+
+  Elsewhere there is none of it, and only what is said.
+  """
+
+  def __init__(self):
+    self._text = ''
+
+  def show(self, text: Callable[[], str]) -> None:
+    if not sys.stderr.isatty():
+      return
+    columns, lines = shutil.get_terminal_size()
+    shown = [line[: columns - 1] for line in text().splitlines()]
+    if len(shown) > lines - 1:
+      shown = [*shown[: lines - 2], f'... {len(shown) - lines + 2} more']
+    new = '\n'.join(shown)
+    if new != self._text:
+      self.clear()
+      print(new, file=sys.stderr, flush=True)
+      self._text = new
+
+  def clear(self) -> None:
+    if self._text:
+      lines = self._text.count('\n') + 1
+      print(f'\033[{lines}A\033[J', end='', file=sys.stderr, flush=True)
+    self._text = ''
+
+  def say(self, line: str) -> None:
+    """A line that stays."""
+    self.clear()
+    print(line, file=sys.stderr, flush=True)

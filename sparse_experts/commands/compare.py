@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  from sparse_experts.sweeps import comparison, comparison_page
+  from sparse_experts.sweeps import (
+    comparison,
+    comparison_page,
+    written_runs,
+  )
   from sparse_experts.training import directories
 
   settings.refuse(
@@ -35,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     directories.check_new(
       directories.absolute(args.output).parent, by='--output'
     )
-  groups = comparison.groups(list(map(comparison.read, _folders(args.runs))))
+  groups = comparison.groups(list(map(written_runs.read, _folders(args.runs))))
   if args.dry_run:
     return printing.checked(args)
   groups = [group.with_flops(_flops_per_step(group)) for group in groups]

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
-import hashlib
 import pathlib
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sparse_experts.commands import printing, settings
@@ -97,7 +93,8 @@ class _Run:
 def run(args: argparse.Namespace) -> int | None:
   import jax
 
-  from sparse_experts.sweeps import results
+  from sparse_experts import storage
+  from sparse_experts.sweeps import pool, results
   from sparse_experts.training import directories
 
   jax.config.update('jax_platforms', 'cpu')  # Chips are for its runs.
@@ -109,7 +106,7 @@ def run(args: argparse.Namespace) -> int | None:
   if not args.max_gb > 0:
     raise ValueError(f'--max_gb must be above 0, not {args.max_gb}.')
   folder = directories.absolute(args.output)
-  if args.launch == 'here' and not _is_local(folder):
+  if args.launch == 'here' and not storage.is_local(folder):
     raise ValueError(
       f'--output={args.output}: runs of this machine lie in a local folder; '
       '--launch=jobset starts others.'
@@ -125,13 +122,13 @@ def run(args: argparse.Namespace) -> int | None:
     return _write_jobsets(args, folder, runs, slice_)
   failed: list[str] = []
   if args.launch == 'here':
-    with _alone(folder):
+    with pool.alone(folder):
       failed = _train(args, pathlib.Path(folder), runs)
   lines = _collect(folder, [each for each in runs if each.is_finished])
   if args.json:
     printing.as_json(lines)
   else:
-    print(_table(runs, dict.fromkeys(failed, 'failed'), _Seen()))
+    print(_table(runs, dict.fromkeys(failed, 'failed'), results.Seen()))
     print(f'\nresults:  {folder / results.FILE}')
   left = [each for each in runs if not each.is_finished]
   if args.launch == 'here' and left:
@@ -141,25 +138,6 @@ def run(args: argparse.Namespace) -> int | None:
       f'says why, in {", ".join(names)}. The same command goes on.'
     )
   return None
-
-
-@contextlib.contextmanager
-def _alone(folder: pathlib.Path) -> Iterator[None]:
-  """One sweep at a time on this machine works in a folder.
-
-  Raises:
-    ValueError: another one does.
-  """
-  folder.mkdir(parents=True, exist_ok=True)
-  with (folder / 'sweep.lock').open('a') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      raise ValueError(
-        f'another sweep works in {folder}: wait for it, or give another '
-        '--output.'
-      ) from error
-    yield
 
 
 def _collect(folder, finished: list[_Run]) -> list[dict[str, Any]]:
@@ -177,12 +155,6 @@ def _collect(folder, finished: list[_Run]) -> list[dict[str, Any]]:
       file=sys.stderr,
     )
   return lines
-
-
-def _is_local(folder) -> bool:
-  from sparse_experts import storage
-
-  return storage.is_local(folder)
 
 
 def _runs(args: argparse.Namespace, folder) -> list[_Run]:
@@ -246,7 +218,7 @@ def _train(
   """Runs what is not finished; returns the names of those that failed."""
   from etils import epath
 
-  from sparse_experts import storage
+  from sparse_experts import console, storage
   from sparse_experts.sweeps import pool, results
   from sparse_experts.training import lease
 
@@ -292,7 +264,7 @@ def _train(
   points = {each.model_dir.name: each.point.name for each in runs}
   states: dict[str, str] = {}
   full: list[float] = []
-  live, seen = _Live(), _Seen()
+  live, seen = console.Live(), results.Seen()
   collect()
   pool.run(
     waiting(),
@@ -310,59 +282,7 @@ def _train(
   return [name for name, state in states.items() if state == 'failed']
 
 
-class _Live:
-  """Text on a terminal's stderr that is written anew where it has changed.
-
-  Elsewhere there is none of it, and only what is said.
-  """
-
-  def __init__(self):
-    self._text = ''
-
-  def show(self, text: Callable[[], str]) -> None:
-    if not sys.stderr.isatty():
-      return
-    columns, lines = shutil.get_terminal_size()
-    shown = [line[: columns - 1] for line in text().splitlines()]
-    if len(shown) > lines - 1:
-      shown = [*shown[: lines - 2], f'... {len(shown) - lines + 2} more']
-    new = '\n'.join(shown)
-    if new != self._text:
-      self.clear()
-      print(new, file=sys.stderr, flush=True)
-      self._text = new
-
-  def clear(self) -> None:
-    if self._text:
-      lines = self._text.count('\n') + 1
-      print(f'\033[{lines}A\033[J', end='', file=sys.stderr, flush=True)
-    self._text = ''
-
-  def say(self, line: str) -> None:
-    """A line that stays."""
-    self.clear()
-    print(line, file=sys.stderr, flush=True)
-
-
-class _Seen(dict):
-  """The last step and held-out loss of runs, read where they wrote more."""
-
-  def of(self, model_dir: pathlib.Path) -> tuple[int, str]:
-    from sparse_experts.insight import curves
-
-    file = model_dir / 'metrics.jsonl'
-    size = file.stat().st_size if file.exists() else 0
-    if self.get(model_dir, (-1,))[0] != size:
-      found = curves.read(model_dir) if size else {}
-      losses = [kind['loss'] for kind in found.values() if 'loss' in kind]
-      step = max((int(curve.steps[-1]) for curve in losses), default=0)
-      held_out = found.get('eval', {}).get('loss')
-      loss = '' if held_out is None else f'{held_out.values[-1]:.4f}'
-      self[model_dir] = size, (step, loss)
-    return self[model_dir][1]
-
-
-def _table(runs: Sequence[_Run], states: Mapping[str, str], seen: _Seen) -> str:
+def _table(runs: Sequence[_Run], states: Mapping[str, str], seen) -> str:
   """Of all runs, those that are running first.
 
   Args:
@@ -417,23 +337,10 @@ def _slice(args: argparse.Namespace):
 def _write_jobsets(
   args: argparse.Namespace, folder, runs: list[_Run], of
 ) -> None:
-  """A file for each run; those of other sweeps go."""
-  from etils import epath
-
-  from sparse_experts import storage
   from sparse_experts.sweeps import jobset
 
-  into = folder / 'jobsets'
-  into.mkdir(parents=True, exist_ok=True)
-  place = hashlib.sha256(str(folder).encode()).hexdigest()[:6]
-  paths = []
-  for each in runs:
-    name = each.model_dir.name
-    paths.append(into / f'{name}.yaml')
-    text = jobset.manifest(f'run-{name}-{place}', each.arguments, of)
-    storage.replace(epath.Path(paths[-1]), text.encode())
-  for path in set(into.glob('*.yaml')) - set(paths):
-    path.unlink()
+  named = {each.model_dir.name: each.arguments for each in runs}
+  paths = jobset.write(folder, named, of)
   if args.json:
     return printing.as_json([str(path) for path in paths])
-  print(f'jobsets:  {into}')
+  print(f'jobsets:  {folder / "jobsets"}')

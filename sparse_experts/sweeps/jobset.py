@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import yaml
+from etils import epath
+
+from sparse_experts import storage
 
 _SCRIPT = """\
 {command} &
@@ -124,3 +128,27 @@ def manifest(name: str, arguments: Sequence[str], of: Slice) -> str:
     sort_keys=False,
     explicit_start=True,  # So that files may follow one another in a stream.
   )
+
+
+def write(
+  folder: epath.PathLike, runs: Mapping[str, Sequence[str]], of: Slice
+) -> list[epath.Path]:
+  """Writes FOLDER/jobsets/RUN.yaml for each run; other files there go.
+
+  Args:
+    folder: of a sweep.
+    runs: arguments of `python -m sparse_experts`, by name.
+    of: where they run.
+  """
+  into = epath.Path(folder) / 'jobsets'
+  into.mkdir(parents=True, exist_ok=True)
+  # A cluster has a name once, and one run may lie in several folders.
+  place = hashlib.sha256(str(folder).encode()).hexdigest()[:6]
+  paths = []
+  for name, arguments in runs.items():
+    paths.append(into / f'{name}.yaml')
+    text = manifest(f'run-{name}-{place}', arguments, of)
+    storage.replace(paths[-1], text.encode())
+  for path in set(into.glob('*.yaml')) - set(paths):
+    path.unlink()
+  return paths

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from sparse_experts.sweeps import identity
@@ -71,6 +73,25 @@ def run(
     for process, job in running.items():
       ended(job, process.wait())
     raise
+
+
+@contextlib.contextmanager
+def alone(folder: pathlib.Path) -> Iterator[None]:
+  """One sweep at a time on this machine works in a folder.
+
+  Raises:
+    ValueError: another one does.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / 'sweep.lock').open('a') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise ValueError(
+        f'another sweep works in {folder}: wait for it, or give another '
+        '--output.'
+      ) from error
+    yield
 
 
 def _start(job: Job) -> subprocess.Popen:

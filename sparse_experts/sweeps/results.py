@@ -79,6 +79,22 @@ def _number(value: float) -> float | None:
   return float(value) if np.isfinite(value) else None
 
 
+class Seen(dict):
+  """The last step and held-out loss of runs, read where they wrote more."""
+
+  def of(self, model_dir: pathlib.Path) -> tuple[int, str]:
+    file = model_dir / 'metrics.jsonl'
+    size = file.stat().st_size if file.exists() else 0
+    if self.get(model_dir, (-1,))[0] != size:
+      found = curves.read(model_dir) if size else {}
+      losses = [kind['loss'] for kind in found.values() if 'loss' in kind]
+      step = max((int(curve.steps[-1]) for curve in losses), default=0)
+      held_out = found.get('eval', {}).get('loss')
+      loss = '' if held_out is None else f'{held_out.values[-1]:.4f}'
+      self[model_dir] = size, (step, loss)
+    return self[model_dir][1]
+
+
 def write(folder: epath.PathLike, lines: list[dict[str, Any]]) -> int:
   """Writes results.jsonl, whole or not at all.
 

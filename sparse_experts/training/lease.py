@@ -31,6 +31,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sparse_experts import storage
+from sparse_experts.training import process
 
 RENEWED_EVERY = 5.0  # Seconds.
 EXPIRES_AFTER = 20.0  # Seconds in which no renewal is seen.
@@ -71,8 +72,8 @@ class Lease:
     self._holder = {
       'host': socket.gethostname(),
       'pid': os.getpid(),
-      'machine': _machine(),
-      'started': _started(os.getpid()),
+      'machine': process.machine(),
+      'started': process.started(os.getpid()),
       'since': f'{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}',
       'owner': uuid.uuid4().hex,
       'renewals': 0,
@@ -203,12 +204,10 @@ class Lease:
     Raises:
       ValueError: it is not.
     """
-    here = holder.get('machine') and holder['machine'] == _machine()
-    if here:
-      now = _started(holder['pid'])
-      if now is None or holder.get('started') not in (None, now):
-        return
-    if not here:
+    lives = process.lives_here(holder)
+    if lives is False:
+      return
+    if lives is None:
       print(
         f'{self._path} is of {_name(holder)}: watching for {EXPIRES_AFTER:.0f} '
         'seconds whether it is renewed',
@@ -270,9 +269,7 @@ def is_held_here(model_dir: epath.PathLike) -> bool:
     holder = _parse(_read(epath.Path(model_dir) / 'lease.json'))
   except ValueError:
     return False
-  now = _started(holder['pid'])
-  here = holder.get('machine') == _machine() is not None
-  return here and now is not None and holder.get('started') in (None, now)
+  return bool(process.lives_here(holder))
 
 
 def _read(path: epath.Path) -> str | None:
@@ -315,28 +312,6 @@ def _name(holder: dict[str, Any]) -> str:
     f'process {holder.get("pid")} on {holder.get("host")} since '
     f'{holder.get("since")}'
   )
-
-
-def _machine() -> str | None:
-  """Where a process id means one process: a boot, and a container in it.
-
-  None where that is not known; there renewals tell.
-  """
-  try:
-    boot = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
-    return f'{boot} {os.readlink("/proc/self/ns/pid")}'
-  except OSError:
-    return None
-
-
-def _started(pid: int) -> int | None:
-  """When a process started, in ticks since boot; None if there is none."""
-  try:
-    stat = pathlib.Path(f'/proc/{pid}/stat').read_text()
-  except OSError:
-    return None
-  state, *fields = stat.rpartition(')')[2].split()
-  return None if state in 'ZX' else int(fields[18])
 
 
 def _share(refusal: Exception | None) -> None:

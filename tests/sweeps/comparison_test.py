@@ -8,7 +8,7 @@ import pytest
 
 from sparse_experts.insight import curves
 from sparse_experts.insight.curves import Curve
-from sparse_experts.sweeps import comparison
+from sparse_experts.sweeps import comparison, written_runs
 
 # Held-out losses at steps 0, 10 and 20, by NUM_EXPERTS and seed.
 LOSSES = {
@@ -26,7 +26,7 @@ def groups(tmp_path):
     for n, of_seeds in LOSSES.items()
     for seed, losses in reversed(of_seeds.items())
   ]
-  groups = comparison.groups([comparison.read(x) for x in folders])
+  groups = comparison.groups([written_runs.read(x) for x in folders])
   return [group.with_flops(flops) for group, flops in zip(groups, (10, 20))]
 
 
@@ -60,7 +60,7 @@ def test_paired_differences_are_those_of_a_hand_computation(groups):
 
 def test_a_single_seed_has_no_interval(tmp_path):
   runs = [
-    comparison.read(
+    written_runs.read(
       made_run.write(tmp_path / f'{n}', losses[1], 1, NUM_EXPERTS=n)
     )
     for n, losses in LOSSES.items()
@@ -83,7 +83,7 @@ def test_only_seeds_of_both_are_paired_and_only_where_both_have_been(tmp_path):
     made_run.write(tmp_path / 'c1', (7.0, 1.0), 1, (15, 20), RATE=3),
     made_run.write(tmp_path / 'd3', (7.0, 1.0), 3, (0, 20), RATE=4),
   ]
-  groups = comparison.groups([comparison.read(folder) for folder in of])
+  groups = comparison.groups([written_runs.read(folder) for folder in of])
   by_steps = [
     row
     for row in comparison.differences('loss', groups)
@@ -100,7 +100,7 @@ def test_long_names_are_those_of_folders(tmp_path):
     made_run.write(tmp_path / name, (1.0, 1.0), 0, (0, 1), A=f"'{name * 60}'")
     for name in ('x', 'y')
   ]
-  groups = comparison.groups([comparison.read(folder) for folder in of])
+  groups = comparison.groups([written_runs.read(folder) for folder in of])
   assert [group.name for group in groups] == ['x', 'y']
 
 
@@ -112,7 +112,7 @@ def test_other_data_is_another_group(tmp_path):
     (step / 'commit_success.txt').touch()
     text = json.dumps({'corpus': {'task': name}})
     (step / 'data/batches.json').write_text(text)
-  of = [comparison.read(tmp_path / name) for name in ('x', 'y')]
+  of = [written_runs.read(tmp_path / name) for name in ('x', 'y')]
   assert comparison.settings(comparison.groups(of)) == {
     'data': ['task x', 'task y']
   }
@@ -120,8 +120,8 @@ def test_other_data_is_another_group(tmp_path):
 
 def test_what_cannot_be_compared(tmp_path):
   given = ((1.0, 1.0), 0, (0, 1))
-  one = comparison.read(made_run.write(tmp_path / 'one', *given))
-  other = comparison.read(made_run.write(tmp_path / 'other', *given))
+  one = written_runs.read(made_run.write(tmp_path / 'one', *given))
+  other = written_runs.read(made_run.write(tmp_path / 'other', *given))
   with pytest.raises(ValueError, match='one configuration and of one seed, 0'):
     comparison.groups([one, other])
   training = other._replace(held_out=False)
@@ -129,7 +129,7 @@ def test_what_cannot_be_compared(tmp_path):
     comparison.groups([one, training])
   (tmp_path / 'one/config.gin').unlink()
   with pytest.raises(FileNotFoundError, match=r'has no config\.gin'):
-    comparison.read(tmp_path / 'one')
+    written_runs.read(tmp_path / 'one')
 
 
 def test_a_diverged_seed_is_no_number_of_json(groups):
@@ -174,7 +174,7 @@ def test_how_a_task_was_evaluated_is_a_setting(tmp_path):
     (folder / 'evaluation/sums-test-1.json').write_text(
       json.dumps({'settings': {'beams': beams}})
     )
-  of = [comparison.read(tmp_path / name) for name in ('x', 'y')]
+  of = [written_runs.read(tmp_path / name) for name in ('x', 'y')]
   assert comparison.settings(comparison.groups(of)) == {
     'evaluation of sums-test': ['{"beams": 1}', '{"beams": 4}']
   }
@@ -182,10 +182,10 @@ def test_how_a_task_was_evaluated_is_a_setting(tmp_path):
 
 def test_a_seed_by_another_name(tmp_path):
   folder = made_run.write(tmp_path / 'x', (1.0, 1.0), '%FIRST', (0, 1), FIRST=7)
-  assert comparison.read(folder).seed == 7
+  assert written_runs.read(folder).seed == 7
   folder = made_run.write(tmp_path / 'y', (1.0, 1.0), "'a'", (0, 1))
   with pytest.raises(ValueError, match="SEED = 'a', which is no whole number"):
-    comparison.read(folder)
+    written_runs.read(folder)
 
 
 def test_runs_that_have_nothing_in_common(tmp_path):
@@ -193,6 +193,6 @@ def test_runs_that_have_nothing_in_common(tmp_path):
   (of[1] / 'metrics.jsonl').write_text(
     '{"step": 0, "name": "eval", "accuracy": 0.5}\n'
   )
-  groups = comparison.groups([comparison.read(folder) for folder in of])
+  groups = comparison.groups([written_runs.read(folder) for folder in of])
   with pytest.raises(ValueError, match='no metric in common'):
     comparison.metrics(groups)

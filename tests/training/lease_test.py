@@ -14,6 +14,7 @@ import command
 import pytest
 
 from sparse_experts.training import lease
+from sparse_experts.training import process as identity
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_a_process_that_is_gone_is_followed_at_once(tmp_path):
   path = tmp_path / 'lease.json'
   with sleeper() as process:
     first = lease.Lease(tmp_path)
-    rewrite(path, pid=process.pid, started=lease._started(process.pid))
+    rewrite(path, pid=process.pid, started=identity.started(process.pid))
     with pytest.raises(ValueError, match=f'process {process.pid} on '):
       lease.Lease(tmp_path)
     process.kill()
@@ -108,7 +109,7 @@ def test_what_is_no_lease_is_named(what, tmp_path, monkeypatch):
 @pytest.mark.parametrize('unknown', [{}, {'started': None}])
 def test_a_process_of_unknown_start_is_known_by_its_id(unknown, tmp_path):
   path = tmp_path / 'lease.json'
-  here = {'machine': lease._machine(), 'owner': 'other', **unknown}
+  here = {'machine': identity.machine(), 'owner': 'other', **unknown}
   with sleeper() as process:
     path.write_text(json.dumps({'pid': process.pid, **here}))
     with pytest.raises(ValueError, match=f'process {process.pid} on '):
@@ -120,7 +121,7 @@ def test_a_process_of_unknown_start_is_known_by_its_id(unknown, tmp_path):
 
 def test_of_many_that_take_over_one_does(tmp_path):
   (tmp_path / 'lease.json').write_text(
-    json.dumps({'machine': lease._machine(), 'pid': 2**30, 'started': 1})
+    json.dumps({'machine': identity.machine(), 'pid': 2**30, 'started': 1})
   )
   outcomes = []
 
