@@ -208,7 +208,14 @@ for _corpus, _prefix in corpus.PREFIXES.items():
   )
   for _name, _objective, _features in (
     ('span_corruption', preprocessors.span_corruption, ('inputs', 'targets')),
-    ('prefix_lm', preprocessors.prefix_lm, ('inputs', 'targets')),
+    (  # Of a prefix and its continuation neither is a text's end.
+      'prefix_lm',
+      preprocessors.prefix_lm,
+      dict.fromkeys(
+        ('inputs', 'targets'),
+        seqio.Feature(vocabularies.docs(), add_eos=False),
+      ),
+    ),
     ('lm', preprocessors.lm, ('targets',)),
   ):
     _add(
