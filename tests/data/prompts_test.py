@@ -93,7 +93,7 @@ def test_a_prefix_has_no_end(forget_new_tasks, tmp_path):
   for name in (mine, 'docs_prefix_lm', 'c4_prefix_lm'):
     features = tasks.find(name).output_features
     assert not any(feature.add_eos for feature in features.values()), name
-  dataset, texts = sums(BOTH, mine), [{'inputs': 'ab'}]
+  dataset, texts = Dataset(mine, BOTH, 8), [{'inputs': 'ab'}]
   ids = vocabularies.byte().encode('ab')
   (given,) = prompts.tokenized(texts, dataset, TextToText())
   assert given.ids['inputs'].tolist() == ids
@@ -105,10 +105,10 @@ def test_a_prefix_has_no_end(forget_new_tasks, tmp_path):
 def test_a_decoder_alone_continues_questions_without_an_end(forget_new_tasks):
   texts, ids = [{'inputs': 'ab'}], vocabularies.byte().encode('ab')
   alone = {'targets': 16}
-  dataset = sums(alone, own_files.questions(alone, 'bytes'))
+  dataset = Dataset(own_files.questions(alone, 'bytes'), alone, 8)
   (asked,) = prompts.of_file(texts, dataset, Text())
   assert asked.features['decoder_input_tokens'][:4].tolist() == [0, *ids, 0]
-  dataset = sums(BOTH, own_files.questions(BOTH, 'bytes'))
+  dataset = Dataset(own_files.questions(BOTH, 'bytes'), BOTH, 8)
   (asked,) = prompts.of_file(texts, dataset, TextToText())
   assert asked.features['encoder_input_tokens'][:3].tolist() == [*ids, 1]
   with pytest.raises(ValueError, match=r"= \{'targets': 32\}"):
