@@ -159,13 +159,13 @@ def of_file(
   asks = 'inputs' in task.output_features
 
   def tokenize(name: str, text: Given, end: bool) -> tuple[np.ndarray, int]:
-    vocabulary = task.output_features[name].vocabulary
-    return _tokenize(text, vocabulary, lengths[name], end)
+    feature = task.output_features[name]
+    end = end and feature.add_eos
+    return _tokenize(text, feature.vocabulary, lengths[name], end)
 
   for texts in read:
     name = 'inputs' if asks else 'targets'
-    end = asks and task.output_features[name].add_eos
-    tokens, cut = tokenize(name, texts['inputs'], end)
+    tokens, cut = tokenize(name, texts['inputs'], end=asks)
     cuts = {'inputs_cut': cut} if cut else {}
     targets = np.zeros(0, np.int32)
     if 'targets' in texts:

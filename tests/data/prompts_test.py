@@ -97,9 +97,10 @@ def test_a_prefix_has_no_end(forget_new_tasks, tmp_path):
   ids = vocabularies.byte().encode('ab')
   (given,) = prompts.tokenized(texts, dataset, TextToText())
   assert given.ids['inputs'].tolist() == ids
+  texts = [{'inputs': 'ab', 'targets': 'ab'}]
   (asked,) = prompts.of_file(texts, dataset, TextToText())
   asked_L = asked.features['encoder_input_tokens']
-  assert asked_L[asked_L > 0].tolist() == ids
+  assert asked_L[asked_L > 0].tolist() == asked.targets.tolist() == ids
 
 
 def test_a_decoder_alone_continues_questions_without_an_end(forget_new_tasks):
