@@ -22,6 +22,7 @@ FILES = (
   'LICENSE',
   'tests/data/originals/NOTE.md',
 )
+MARK = '.docs_site'  # In a folder that may be built anew.
 FOLDERS = ('docs', 'gin', 'notebooks', 'sparse_experts')
 
 
@@ -54,6 +55,15 @@ def build(folder: pathlib.Path) -> int:
   return code
 
 
+def check(folder: pathlib.Path) -> None:
+  """Ends where a folder holds what no build of this script wrote."""
+  if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+    sys.exit(
+      f'error: {folder} is there, and this script did not make it; choose '
+      'another --output, or delete it.'
+    )
+
+
 def main(argv=None) -> int:
   """Returns 0 if the site was built without a warning."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
@@ -61,6 +71,9 @@ def main(argv=None) -> int:
     '--output', type=pathlib.Path, default=ROOT / 'build/site'
   )
   folder = parser.parse_args(argv).output.absolute()
+  check(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / MARK).touch()
   if code := build(folder):
     return code
   print(folder / 'html/index.html')

@@ -6,9 +6,17 @@
 set -euo pipefail
 EXTRA=
 source "$(dirname "$0")/environment.sh"
+MODEL_DIR=runs/sentences
+for argument in "$@"; do
+  case $argument in --gin.MODEL_DIR=*) MODEL_DIR=${argument#*=} ;; esac
+done
 RECIPE=(
   --gin_file=gin/quickstart.gin --gin_file=gin/tasks/docs_sentence.gin
-  --gin.MODEL_DIR=runs/sentences
+  "--gin.MODEL_DIR=$MODEL_DIR"
+)
+DENSE=(
+  --gin_file=gin/quickstart_dense.gin --gin_file=gin/tasks/docs_sentence.gin
+  "$@" "--gin.MODEL_DIR=$MODEL_DIR-dense"  # What comes last counts.
 )
 run() { "$VENV/bin/python" -m sparse_experts "$1" "${RECIPE[@]}" "${@:2}"; }
 
@@ -25,14 +33,16 @@ echo
 echo '== infer: the first held-out sentences, what it expects after each word =='
 run infer --gin.infer.infer.num_examples=6 --top=3 "$@"
 
+# A command, to be pasted into a shell.
+say() { printf '%q ' "$VENV/bin/python" -m sparse_experts "$@"; }
 cat << EOF
 == three things to try next ==
 # The run on a page of its own: curves, loads, classes and domains of tokens.
-$VENV/bin/python -m sparse_experts report runs/sentences
+$(say report "$MODEL_DIR")
 
 # A beginning of yours: how does it go on?
-echo 'Return the number' > runs/mine.txt && $VENV/bin/python -m sparse_experts infer ${RECIPE[*]} --input=runs/mine.txt --top=3
+echo 'Return the number' > $(printf '%q' "$MODEL_DIR/mine.txt") && $(say infer "${RECIPE[@]}" "$@" "--input=$MODEL_DIR/mine.txt" --top=3)
 
 # The dense twin, of the same arithmetic for each token: what do experts add?
-$VENV/bin/python -m sparse_experts train --gin_file=gin/quickstart_dense.gin --gin_file=gin/tasks/docs_sentence.gin --gin.MODEL_DIR=runs/dense_sentences && $VENV/bin/python -m sparse_experts compare runs/dense_sentences runs/sentences --output=runs/sentences.html
+$(say train "${DENSE[@]}") && $(say compare "$MODEL_DIR-dense" "$MODEL_DIR" "--output=$MODEL_DIR.html")
 EOF

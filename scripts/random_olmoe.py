@@ -78,8 +78,9 @@ def main():
   parser.add_argument('folder', type=pathlib.Path, help='a new one')
   parser.add_argument('--text', required=True, help='of the tokenizer')
   args = parser.parse_args()
+  trained = tokenizer(args.text)  # Which fails where there is no such text.
   args.folder.mkdir(parents=True)
-  tokenizer(args.text).save(str(args.folder / 'tokenizer.json'))
+  trained.save(str(args.folder / 'tokenizer.json'))
   (args.folder / 'config.json').write_text(json.dumps(CONFIG, indent=2) + '\n')
   random = np.random.default_rng(0)
   tensors = {

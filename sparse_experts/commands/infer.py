@@ -41,41 +41,38 @@ def run(args: argparse.Namespace) -> None:
 
   settings.parse(args)
   run = config.bound(infer.infer)
-  results = run(
-    input=args.input,
-    output=args.output,
-    score=args.score,
-    routing=args.routing,
-    top=args.top,
-    dry_run=args.dry_run,
-  )
+  flags = settings.given(args, 'input', 'output', 'score', 'routing', 'top')
+  results = run(**flags, dry_run=args.dry_run)
   if args.dry_run:
     return printing.ledger(args)
   if args.json:
     return printing.as_json(results)
   for result in results[:SHOWN] if args.output else results:
     print(_result(result))
-  if args.top and (found := likeliest.summary(results)):
+  if found := likeliest.summary(results):
     print(f'{found}\n')
-  if args.routing and results:
+  if results and 'routing' in results[0]:
     print(_routing(results))
   if args.output:
     print(f'{len(results)} answers in {args.output}')
-  if cut := sum('inputs_cut' in result for result in results):
-    print(f'{cut} of {len(results)} inputs were cut to TASK_FEATURE_LENGTHS')
+  for name, so in (('inputs', ''), ('targets', ' and are not scored')):
+    if cut := sum(f'{name}_cut' in result for result in results):
+      print(
+        f'{cut} of {len(results)} {name} were cut to TASK_FEATURE_LENGTHS{so}'
+      )
 
 
 def _result(result) -> str:
   """An example and its answer; or the likeliest tokens, one line a place."""
+  from sparse_experts.data import prompts
+
   names = ['inputs', 'prediction', 'targets']
-  if 'top' in result and 'targets' in result:
+  if 'top' in result and result.get('targets'):
     names.remove('prediction')
   lines = [
     f'{name + ":":12}{_text(result[name])}' for name in names if name in result
   ]
-  if 'inputs_cut' in result:
-    cut = f'{result["inputs_cut"]} tokens of the inputs did not fit'
-    lines.insert(1, f'{"":12}({cut})')
+  lines[1:1] = [f'{"":12}({cut})' for cut in prompts.cuts(result)]
   if 'top' in result:
     places = likeliest.places(result['top'])
     width = max((len(token) for token, _ in places), default=0)

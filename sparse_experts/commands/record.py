@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from sparse_experts.commands import printing, settings
+from sparse_experts.insight import token_classes
 
 SHOWN = 4
 
@@ -28,12 +31,14 @@ def run(args: argparse.Namespace) -> None:
   texts = _texts(args)
   settings.parse(args)
   run = config.bound(records.record)
-  found, path = run(texts=texts, dry_run=args.dry_run)
+  found, path = run(
+    **({} if texts is None else {'texts': texts}), dry_run=args.dry_run
+  )
   if args.dry_run:
     return printing.ledger(args)
   layers = {name: routing.summary(x) for name, x in found.layers.items()}
   facts = {'path': str(path), **found.facts, 'layers': layers}
-  if texts is not None:
+  if 'texts' in found.facts:
     return _show_texts(found, path, facts, args.json)
   experts = {name: specialisation.expert_table(found, name) for name in layers}
   if args.json:
@@ -43,12 +48,21 @@ def run(args: argparse.Namespace) -> None:
   print(console.expert_load(layers))
   for name, rows in experts.items():
     header = (name, 'load', 'most of all', 'tokens that say most about it')
-    cells = [
-      (f'{e.expert}', f'{e.load:.0%}', e.label, ' '.join(e.tokens))
-      for e in rows
-    ]
-    print('\n' + console.table(header, cells, words=(0, 2, 3)))
+    print('\n' + console.table(header, cells(rows), words=(0, 2, 3)))
   print(f'\nrecord:  {path}')
+
+
+def cells(rows: Sequence[Any]) -> list[tuple[str, ...]]:
+  """Of `specialisation.expert_table` what a terminal shows, a row each."""
+  return [
+    (
+      f'{e.expert}',
+      f'{e.load:.0%}',
+      e.label,
+      ' '.join(token_classes.visible(token) or '▁' for token in e.tokens),
+    )
+    for e in rows
+  ]
 
 
 def _texts(args: argparse.Namespace):
@@ -61,6 +75,12 @@ def _texts(args: argparse.Namespace):
     raise ValueError('record takes --text or --input, not both.')
   if not args.text.strip():
     raise ValueError('--text is blank; give a text to read.')
+  try:
+    args.text.encode()
+  except UnicodeEncodeError as error:  # Bytes that are no text.
+    raise ValueError(
+      f'--text is not UTF-8 from character {error.start + 1} on: convert it.'
+    ) from error
   return [{'inputs': args.text}]
 
 
@@ -69,6 +89,7 @@ def _show_texts(found, path, facts, as_json: bool) -> None:
   import jax
 
   from sparse_experts import console, storage
+  from sparse_experts.data import prompts
   from sparse_experts.insight import token_view
 
   page = path.with_suffix('.html')
@@ -86,12 +107,14 @@ def _show_texts(found, path, facts, as_json: bool) -> None:
     ]
     return printing.as_json({**facts, 'page': str(page), 'tokens': tokens})
   for row, text in enumerate(texts[:SHOWN]):
-    for name, cut in text.items():
-      if name.endswith('_cut'):
-        print(f'{cut} tokens of {name.removesuffix("_cut")} did not fit')
+    print(
+      ' '.join([f'text {row + 1}', *(f'({x})' for x in prompts.cuts(text))])
+    )
     for header, rows in token_view.tables(found, row):
       print(console.table(header, rows), end='\n\n')
   print('expert and gate of each choice; x: dropped for lack of room')
   if len(texts) > SHOWN:
     print(f'{len(texts) - SHOWN} more texts are in the record')
+  if cut := sum(bool(prompts.cuts(text)) for text in texts):
+    print(f'{cut} of {len(texts)} texts were cut to TASK_FEATURE_LENGTHS')
   print(f'\nrecord:  {path}\npage:    {page}')

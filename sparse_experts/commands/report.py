@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--figures',
     metavar='DIR',
-    help='also write each figure there, as PDF, SVG and PNG of 300 dpi',
+    help='a new folder: also write each figure there, as PDF, SVG and PNG',
   )
 
 
@@ -28,6 +28,12 @@ def run(args: argparse.Namespace) -> None:
   root = directories.absolute(args.model_dir)
   if args.figures is not None:
     directories.check_new(args.figures, by='--figures')
+    folder = directories.absolute(args.figures)
+    if folder.exists() and any(folder.iterdir()):
+      raise ValueError(
+        f'{args.figures} is not empty, and figures of another run there would '
+        'be taken for those of this one; choose another folder by --figures.'
+      )
   if args.dry_run:
     curves.read(root)
     return printing.checked(args)

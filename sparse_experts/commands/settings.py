@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 
 def parse(
@@ -51,6 +52,16 @@ def refuse(args: argparse.Namespace, line: str) -> None:
   """Raises `line` where a command was given bindings that it would not read."""
   if args.gin_file or args.bindings:
     raise ValueError(line)
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+  """Those of these flags that were given; the gin files have the others."""
+  flags = {name: getattr(args, name) for name in names}
+  return {
+    name: flag
+    for name, flag in flags.items()
+    if flag is not None and flag is not False
+  }
 
 
 def search_paths(args: argparse.Namespace) -> list[str]:

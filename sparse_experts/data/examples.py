@@ -242,20 +242,38 @@ def _with_task_id(
 def _check(
   task, split: str, feature_lengths: Mapping[str, int], asked: set[str]
 ) -> None:
+  check_lengths(task, feature_lengths, asked)
+  if split not in (known := splits(task)):
+    raise ValueError(
+      f'task {task.name!r} has no split {split!r}; it has '
+      f'{", ".join(known) or "none, for texts that a command is given"}'
+    )
+
+
+def splits(task) -> Sequence[str]:
+  """Of a task or mixture; empty for one without data."""
+  try:
+    return tuple(task.splits)
+  except ValueError:  # Of a task that has none.
+    return ()
+
+
+def check_lengths(
+  task, feature_lengths: Mapping[str, int], asked: set[str]
+) -> None:
+  """Raises ValueError where a task has other features than are asked for.
+
+  Args:
+    task: or a mixture.
+    feature_lengths: tokens by feature, which the message names.
+    asked: the features that are read.
+  """
   if asked != set(task.output_features):
     raise ValueError(
       f'task {task.name!r} has the features {sorted(task.output_features)}, '
       f'but lengths are given for {sorted(feature_lengths)}, and '
-      f'the model reads {sorted(asked)}'
-    )
-  try:
-    splits = task.splits
-  except ValueError:  # Of a task that has none.
-    splits = ()
-  if split not in splits:
-    raise ValueError(
-      f'task {task.name!r} has no split {split!r}; it has '
-      f'{", ".join(splits) or "none, for texts that a command is given"}'
+      f'the model reads {sorted(asked)}: set TASK_FEATURE_LENGTHS for those of '
+      'the task, or take another task'
     )
 
 

@@ -132,7 +132,10 @@ def text_task(
   from sparse_experts.data.tasks.file_source import FileSource
 
   def add():
-    of = seqio.Feature(vocabularies.named(vocabulary))
+    # Of a prefix and its continuation neither is a text's end.
+    of = seqio.Feature(
+      vocabularies.named(vocabulary), add_eos=objective != 'prefix_lm'
+    )
     source = FileSource(files, 'text', documents=documents)
     rekey, _, cut = preprocessors.from_text(getattr(preprocessors, objective))
     steps = [

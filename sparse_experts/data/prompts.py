@@ -19,6 +19,7 @@ from etils import epath
 from sparse_experts import storage
 from sparse_experts.data import host_tensorflow, streams, tasks
 from sparse_experts.data.dataset import Dataset
+from sparse_experts.data.examples import check_lengths, splits
 from sparse_experts.data.features.text import Text, TextToText
 from sparse_experts.data.streams import Batch
 
@@ -111,7 +112,7 @@ class Example:
     features: what the model is asked, see `LanguageModel.start`; int32 [L].
     targets: token ids of that answer; empty if unknown.
     texts: 'inputs' and, if known, 'targets', as they were given; 'inputs_cut'
-      says how many tokens of a file's line did not fit.
+      and 'targets_cut' say how many tokens of a file's line did not fit.
   """
 
   features: Mapping[str, np.ndarray]
@@ -150,23 +151,26 @@ def of_file(
     features: what a row is for the model.
 
   Raises:
-    ValueError: the dataset's task is unknown.
+    ValueError: the dataset's task is unknown, has other features than there are
+      lengths, or does not say how a decoder alone reads inputs.
   """
-  task = tasks.find(dataset.mixture_or_task_name, dataset.modules)
+  task = _task(dataset, features)
   lengths = dataset.feature_lengths
   asks = 'inputs' in task.output_features
 
   def tokenize(name: str, text: Given, end: bool) -> tuple[np.ndarray, int]:
-    vocabulary = task.output_features[name].vocabulary
-    return _tokenize(text, vocabulary, lengths[name], end)
+    feature = task.output_features[name]
+    end = end and feature.add_eos
+    return _tokenize(text, feature.vocabulary, lengths[name], end)
 
   for texts in read:
     name = 'inputs' if asks else 'targets'
-    end = asks and task.output_features[name].add_eos
-    tokens, cut = tokenize(name, texts['inputs'], end)
+    tokens, cut = tokenize(name, texts['inputs'], end=asks)
+    cuts = {'inputs_cut': cut} if cut else {}
     targets = np.zeros(0, np.int32)
     if 'targets' in texts:
-      targets, _ = tokenize('targets', texts['targets'], end=True)
+      targets, cut = tokenize('targets', texts['targets'], end=True)
+      cuts |= {'targets_cut': cut} if cut else {}
     asked = features
     if is_ids(texts['inputs']):  # They say themselves what they begin with.
       special_tokens = dataclasses.replace(features.special_tokens, start=None)
@@ -174,7 +178,7 @@ def of_file(
     yield Example(
       asked.prompt(tokens, lengths[name]),
       targets,
-      {**texts, **({'inputs_cut': cut} if cut else {})},
+      {**texts, **cuts},
     )
 
 
@@ -191,19 +195,40 @@ class Tokenized(NamedTuple):
   texts: Mapping[str, Any]
 
 
+def cuts(texts: Mapping[str, Any]) -> list[str]:
+  """What did not fit of `Example.texts` or `Tokenized.texts`, in sentences.
+
+  >>> cuts({'inputs': 'a', 'targets_cut': 2})
+  ['2 tokens of the text did not fit']
+  """
+  return [
+    f'{texts[cut]} tokens of the {name if name in texts else "text"} did not '
+    'fit'
+    for name, cut in (('inputs', 'inputs_cut'), ('targets', 'targets_cut'))
+    if cut in texts
+  ]
+
+
 def tokenized(
-  read: Sequence[Mapping[str, Given]], dataset: Dataset
+  read: Sequence[Mapping[str, Given]],
+  dataset: Dataset,
+  features: TextToText | Text,
 ) -> list[Tokenized]:
   """Texts as examples of a dataset's task, each with the end that it has there.
 
   Of a task without inputs, a language model's, they are targets. Targets that
   are not given are empty.
 
+  Args:
+    read: examples of a file, from `read`.
+    dataset: whose task it is, and which has lengths in tokens.
+    features: what a row is for the model.
+
   Raises:
-    ValueError: some are token ids, or have targets that the task has no place
-      for.
+    ValueError: as `of_file`, or some are token ids, or have targets that the
+      task has no place for.
   """
-  task = tasks.find(dataset.mixture_or_task_name, dataset.modules)
+  task = _task(dataset, features)
   lengths = dataset.feature_lengths
   found = []
   for number, texts in enumerate(read, 1):
@@ -251,6 +276,22 @@ def batches(
   )
   rows = features.rows(examples, lengths)
   return streams.batched(rows, dataset.batch_size, features)
+
+
+def _task(dataset: Dataset, features: TextToText | Text) -> Any:
+  """The task that texts are given to."""
+  task = tasks.find(dataset.mixture_or_task_name, dataset.modules)
+  lengths = dataset.feature_lengths
+  check_lengths(task, lengths, set(lengths))
+  is_alone = isinstance(features, Text)
+  if is_alone and 'inputs' in lengths and not splits(task):
+    # Inputs would end as an encoder's do, and a decoder would go on after that.
+    raise ValueError(
+      f'a decoder alone continues its text, and task {task.name!r} has no data '
+      "that say how inputs end: set TASK_FEATURE_LENGTHS = {'targets': "
+      f'{sum(lengths.values())}}}.'
+    )
+  return task
 
 
 def _tokenize(

@@ -63,7 +63,8 @@ def infer(
     input: a file of questions, see `data.prompts`, in place of the dataset's
       examples; vocabulary and lengths are the dataset's.
     output: JSON lines go there as they are ready, and a run that was stopped is
-      continued. None: MODEL_DIR/inferences/<task>-<split>-<step>.jsonl, anew.
+      continued. None: MODEL_DIR/inferences/<task>-<split>-<step>.jsonl, anew,
+      or of an input inferences/texts/<task>-<digest of it>-<step>.jsonl.
     num_examples: how many, from the first on; None: all of them if an input or
       an output is given, otherwise 4 to look at.
     max_tokens: tokens of an answer, at most; None: the length of targets.
@@ -82,12 +83,14 @@ def infer(
     For each example, as in the file, 'index', 'inputs', 'targets' if known,
     'prediction' as text or, where inputs are, as token ids, 'log_prob' of it
     (nats); of a beam search its 'score' instead, and 'n_best', all its
-    predictions and scores. 'inputs_cut': how many tokens of a line did not fit.
-    If asked for, 'target_log_prob' (None without targets), 'routing', counts by
-    layer, and 'top': for each token its 'token', 'probability' and 'likeliest',
-    of which each has the same two. A token is its piece of the vocabulary, or
-    its id where inputs are ids; its probability is the model's softmax after
-    the inputs and the tokens before it.
+    predictions and scores. 'inputs_cut' and 'targets_cut': how many tokens of a
+    line did not fit; targets that were cut get no 'target_log_prob' and no
+    'top'. If asked for, 'target_log_prob' (None without targets), 'routing',
+    counts by layer, and 'top': for each token its 'id', 'token', 'probability'
+    and 'likeliest', of which each has the same three. A token is '</s>' where
+    it is an end of the model's, else its piece of the vocabulary, or its id
+    where inputs are ids; its probability is the model's softmax after the
+    inputs and the tokens before it.
   """
   if dataset.pack:
     raise ValueError(
@@ -147,8 +150,10 @@ def infer(
       settings['parameters'] = parameters
       version += f'-{parameters}'
     if output is None:
-      name = f'{dataset.mixture_or_task_name}-{dataset.split}-{version}.jsonl'
-      output = checkpoints.root_of(model_dir) / 'inferences' / name
+      folder, of = checkpoints.root_of(model_dir) / 'inferences', dataset.split
+      if questions is not None:
+        folder, of = folder / 'texts', source['questions'][:8]
+      output = folder / f'{dataset.mixture_or_task_name}-{of}-{version}.jsonl'
       lines = ResumableLines(output, settings, anew=True)
     else:
       lines = ResumableLines(output, settings)
@@ -230,7 +235,7 @@ class _Statistics:
     top: int,
   ):
     self._params, self._mesh, self._dataset = params, mesh, dataset
-    self._pad = model.special_tokens.pad
+    self._special_tokens = model.special_tokens
     answer = functools.partial(answered, special_tokens=model.special_tokens)
 
     def counts(params, batch, answers_BxT):
@@ -273,7 +278,7 @@ class _Statistics:
       targets = [e.targets for e in examples]
       log_prob_B = self._run(self._log_probs, examples, targets)
       for example, more, log_prob in zip(examples, found, log_prob_B):
-        known = len(example.targets) > 0
+        known = len(example.targets) > 0 and 'targets_cut' not in example.texts
         more['target_log_prob'] = float(log_prob) if known else None
     if self._counts is not None:
       counts = self._run(self._counts, examples, answers_BxT)
@@ -289,7 +294,8 @@ class _Statistics:
       ]
       rows = self._run(self._likeliest, examples, of)
       for example, more, *row in zip(examples, found, *rows):
-        more['top'] = self._top(example, *row)
+        if 'targets_cut' not in example.texts:
+          more['top'] = self._top(example, *row)
     return found
 
   def _top(
@@ -304,8 +310,12 @@ class _Statistics:
     names = {int(i): int(i) for i in ids_LxK[told_L].ravel()}
     if not prompts.is_ids(example.texts['inputs']):
       names = self._dataset.pieces('targets', list(names))
+    names |= {i: '</s>' for i in self._special_tokens.eos if i in names}
     tokens = [
-      [{'token': names[i], 'probability': p} for i, p in zip(ids, probs)]
+      [
+        {'id': i, 'token': names[i], 'probability': p}
+        for i, p in zip(ids, probs)
+      ]
       for ids, probs in zip(
         ids_LxK[told_L].tolist(), probs_LxK[told_L].tolist()
       )
@@ -321,7 +331,7 @@ class _Statistics:
         'answers': np.pad(
           np.asarray(tokens_T, np.int32),
           (0, length - len(tokens_T)),
-          constant_values=self._pad,
+          constant_values=self._special_tokens.pad,
         ),
       }
       for e, tokens_T in zip(examples, tokens)

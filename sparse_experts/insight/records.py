@@ -226,7 +226,8 @@ def record(
   Returns:
     The records, and where they are written:
     MODEL_DIR/records/<task>-<split>-<step>.npz, or of texts
-    MODEL_DIR/records/texts/<task>-<digest>-<step>.npz.
+    MODEL_DIR/records/texts/<task>-<digest>-<step>.npz, a digest of the texts,
+    the lengths and the capacity.
 
   Raises:
     ValueError: there is no sparse layer; texts, and the model reads none.
@@ -236,7 +237,7 @@ def record(
     features = given_texts.features_of(model)
     model.check_data(dataset)
     dataset = dataclasses.replace(dataset, pack=False, task_ids=False)
-    given = prompts.tokenized(texts, dataset)
+    given = prompts.tokenized(texts, dataset, features)
     batches = prompts.batches(given, dataset, features)
   else:
     if dataset.task_names() and not dataset.task_ids:
@@ -246,7 +247,11 @@ def record(
     params, at = restore_params(
       model, model_dir, dataset, mesh, parameters, dry_run
     )
-    path = _path(model_dir, dataset, texts, at, parameters)
+    made_of = None
+    if texts is not None:
+      lengths = dict(sorted(dataset.feature_lengths.items()))
+      made_of = [texts, lengths, model.capacity_factor_eval]
+    path = _path(model_dir, dataset, made_of, at, parameters)
     if dry_run:
       next(batches)
       return None, path
@@ -287,15 +292,15 @@ def record(
 
 
 def _path(
-  model_dir: str, dataset: Dataset, texts: Any, at: int, parameters: str
+  model_dir: str, dataset: Dataset, made_of: Any, at: int, parameters: str
 ) -> epath.Path:
   folder = checkpoints.root_of(model_dir) / 'records'
   suffix = '' if parameters == 'trained' else f'-{parameters}'
-  if texts is None:
+  if made_of is None:
     name = dataset.split
   else:
     folder /= 'texts'
-    name = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
+    name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
   return folder / f'{dataset.mixture_or_task_name}-{name}-{at}{suffix}.npz'
 
 

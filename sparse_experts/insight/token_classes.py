@@ -36,6 +36,15 @@ _IDENTIFIER = re.compile(
 )
 
 
+def visible(piece: str) -> str:
+  """A piece with its spaces and newlines to be seen.
+
+  >>> visible(' a\\n')
+  '▁a⏎'
+  """
+  return piece.replace('\n', '⏎').replace(' ', '▁')
+
+
 def classify(piece: str) -> str:
   """The class of a piece, one of `CLASSES`.
 

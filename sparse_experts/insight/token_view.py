@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from sparse_experts.data import prompts
 from sparse_experts.insight import html, routing, specialisation
 from sparse_experts.insight.colours import COLOURS
 from sparse_experts.insight.records import Records
+from sparse_experts.insight.token_classes import visible
 from sparse_experts.models.layout import LayerId
 from sparse_experts.moe import FATES, Record
 
@@ -18,7 +20,8 @@ READ_AS = (
   'A token has the colour and the number of the expert of its largest gate, '
   f'counted from 0; {len(COLOURS)} colours come round again. Point at one, or '
   'go to it by the tab key, to read all its experts and gates. Dashed: dropped '
-  'for lack of room at an expert; without its colour where no expert was left.'
+  'for lack of room at an expert. Dashed without a colour: no expert took it, '
+  'as there was no room or, where experts choose, as none chose it.'
 )
 
 
@@ -89,7 +92,7 @@ def tables(
       *(name.split('/')[-1] for name in read[0].layers),
     ]
     rows = [
-      [_visible(token.piece), *map(_cell, token.layers.values())]
+      [visible(token.piece) or '▁', *map(_cell, token.layers.values())]
       for token in read
     ]
     found.append((header, rows))
@@ -162,10 +165,12 @@ def _choices(layer: Record, row: int, at: int) -> list[Choice]:
 
 def _given(text: Mapping[str, Any]) -> str:
   """A text as it was given, and how much of it did not fit."""
-  return ''.join(
-    html.paragraph(f'{name.replace("_", " ")}: {given}')
-    for name, given in text.items()
+  found = ''.join(
+    html.paragraph(f'{name}:') + html.preformatted(text[name])
+    for name in ('inputs', 'targets')
+    if name in text
   )
+  return found + ''.join(map(html.paragraph, prompts.cuts(text)))
 
 
 def _cell(choices: Sequence[Choice]) -> str:
@@ -173,11 +178,6 @@ def _cell(choices: Sequence[Choice]) -> str:
     f'{choice.expert} {choice.gate:.2f}{" " if choice.fate == "kept" else "x"}'
     for choice in choices
   )
-
-
-def _visible(piece: str) -> str:
-  """A piece with its spaces and newlines to be seen."""
-  return piece.replace('\n', '⏎').replace(' ', '▁') or '▁'
 
 
 def _shown(token: Token, layer: str) -> html.Token:
@@ -188,7 +188,7 @@ def _shown(token: Token, layer: str) -> html.Token:
     + ('' if choice.fate == 'kept' else f', dropped ({choice.fate})')
     for choice in choices
   )
-  text = _visible(token.piece.removeprefix('▁'))
+  text = visible(token.piece.removeprefix('▁')) or '▁'
   return html.Token(
     text,
     choices[0].expert if choices else None,

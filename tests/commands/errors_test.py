@@ -332,6 +332,10 @@ MISTAKES = {
     _run('record', '--text= ', model_dir='TRAINED'),
     ['--text is blank'],
   ),
+  'a text of other bytes': (
+    _run('record', '--text=a\udce9', model_dir='TRAINED'),
+    ['--text is not UTF-8 from character 2'],
+  ),
   'a text for what reads images': (
     [
       'record',

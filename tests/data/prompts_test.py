@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from sparse_experts.data import prompts, vocabularies
+from sparse_experts.data import own_files, prompts, tasks, vocabularies
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.features.text import Text, TextToText
 
@@ -22,7 +22,7 @@ def sums(lengths, task='tiny_sums'):
 
 
 def assert_rows_are_the_tasks(texts, dataset, features):
-  given = prompts.tokenized(texts, dataset)
+  given = prompts.tokenized(texts, dataset, features)
   found = list(prompts.batches(given, dataset, features))
   expected = list(dataset.evaluation(features))
   assert len(found) == len(expected) == 3  # The last one is filled up.
@@ -68,10 +68,49 @@ def test_rows_of_a_language_model(forget_new_tasks):
     (
       [{'inputs': 'a', 'targets': 'b'}],
       {'targets': 16},
-      "'tiny_sums' has no inputs: give the whole text as inputs",
+      "'docs_lm' has no inputs: give the whole text as inputs",
     ),
+    # Lengths of other features than the task has, either way.
+    ([{'inputs': 'a'}], BOTH, "'docs_lm' has the features ['targets'], but"),
+    ([{'inputs': 'a'}], {'targets': 16}, "['inputs', 'targets'], but lengths"),
   ],
 )
 def test_what_cannot_be_a_row(texts, lengths, says):
+  task = 'docs_lm' if 'docs_lm' in says else 'tiny_sums'
+  dataset = sums(lengths, task)
   with pytest.raises(ValueError, match=re.escape(says)):
-    prompts.tokenized(texts, sums(lengths))
+    prompts.tokenized(texts, dataset, Text())
+  if 'features' in says or 'but lengths' in says:  # Questions, too.
+    with pytest.raises(ValueError, match=re.escape(says)):
+      next(prompts.of_file(texts, dataset, Text()))
+
+
+def test_a_prefix_has_no_end(forget_new_tasks, tmp_path):
+  """As the tasks have none, whose prefixes are cut anywhere."""
+  (tmp_path / 'a.txt').write_text('a')
+  files = {'train': str(tmp_path / 'a.txt')}
+  mine = own_files.text_task(files, 'prefix_lm', vocabulary='bytes')
+  for name in (mine, 'docs_prefix_lm', 'c4_prefix_lm'):
+    features = tasks.find(name).output_features
+    assert not any(feature.add_eos for feature in features.values()), name
+  dataset, texts = Dataset(mine, BOTH, 8), [{'inputs': 'ab'}]
+  ids = vocabularies.byte().encode('ab')
+  (given,) = prompts.tokenized(texts, dataset, TextToText())
+  assert given.ids['inputs'].tolist() == ids
+  texts = [{'inputs': 'ab', 'targets': 'ab'}]
+  (asked,) = prompts.of_file(texts, dataset, TextToText())
+  asked_L = asked.features['encoder_input_tokens']
+  assert asked_L[asked_L > 0].tolist() == asked.targets.tolist() == ids
+
+
+def test_a_decoder_alone_continues_questions_without_an_end(forget_new_tasks):
+  texts, ids = [{'inputs': 'ab'}], vocabularies.byte().encode('ab')
+  alone = {'targets': 16}
+  dataset = Dataset(own_files.questions(alone, 'bytes'), alone, 8)
+  (asked,) = prompts.of_file(texts, dataset, Text())
+  assert asked.features['decoder_input_tokens'][:4].tolist() == [0, *ids, 0]
+  dataset = Dataset(own_files.questions(BOTH, 'bytes'), BOTH, 8)
+  (asked,) = prompts.of_file(texts, dataset, TextToText())
+  assert asked.features['encoder_input_tokens'][:3].tolist() == [*ids, 1]
+  with pytest.raises(ValueError, match=r"= \{'targets': 32\}"):
+    next(prompts.of_file(texts, dataset, Text()))

@@ -9,6 +9,7 @@ import pytest
 from sparse_experts import config
 from sparse_experts.data import dataset, prompts, vocabularies
 from sparse_experts.data.features.text import Text
+from sparse_experts.insight import likeliest
 from sparse_experts.models.language_model import answered
 from sparse_experts.training import checkpoints
 
@@ -149,10 +150,13 @@ def test_scores_and_routing(trained):
     {'inputs': '8+1', 'targets': '9'},
     {'inputs': '9+9', 'targets': '18'},
     {'inputs': 'no target'},
+    {'inputs': 'too long', 'targets': 'x' * 20},
   ]
   lines = map(json.dumps, questions)
   found = ask(trained, 'pairs.jsonl', lines, '--score', '--routing')
   assert found[2]['target_log_prob'] is None
+  assert found[3]['targets_cut'] == 20 - 15  # Of 16 tokens one is EOS.
+  assert found[3]['target_log_prob'] is None
   config.parse(
     [command.TINY.partition('=')[2]], [f'MODEL_DIR={trained / "TRAINED"}'], []
   )
@@ -186,6 +190,8 @@ def test_likeliest_tokens_are_those_of_the_softmax(trained):
     {'inputs': '8+1', 'targets': '97'},
     {'inputs': '8+1'},
     {'inputs': [0, *asked], 'targets': [*word, EOS]},
+    {'inputs': '8+1', 'targets': 'x' * 20},
+    {'inputs': '8+1', 'targets': []},
   ]
   found = ask(trained, 'top.jsonl', map(json.dumps, questions), '--top=3')
   config.parse(
@@ -204,12 +210,15 @@ def test_likeliest_tokens_are_those_of_the_softmax(trained):
       text = '</s>' if token == EOS else chr(token - 3)
       assert place['token'] == text
       assert place['probability'] == pytest.approx(prob_V[token], rel=1e-4)
-      likeliest = sorted(prob_V.tolist(), reverse=True)[:3]
+      best_3 = sorted(prob_V.tolist(), reverse=True)[:3]
       shown = [x['probability'] for x in place['likeliest']]
-      assert shown == pytest.approx(likeliest, rel=1e-4)
+      assert shown == pytest.approx(best_3, rel=1e-4)
   best = int(probs_LxV[0].argmax())
   assert found[3]['top'][0]['likeliest'][0]['token'] == best
-  assert [x['token'] for x in found[3]['top']] == [*word, EOS]
+  assert [x['id'] for x in found[3]['top']] == [*word, EOS]
+  assert [x['token'] for x in found[3]['top']] == [*word, '</s>']
+  assert 'top' not in found[4]  # It was cut.
+  assert found[5]['top'] == found[2]['top']
   # Later tokens change nothing; without targets they are the answer's.
   assert found[0]['top'][0] == found[1]['top'][0]
   assert len(found[2]['top']) == 16
@@ -217,8 +226,34 @@ def test_likeliest_tokens_are_those_of_the_softmax(trained):
     assert place['token'] == place['likeliest'][0]['token']
 
 
+def test_likely_tokens_are_told_apart_by_their_ids():
+  def token(id, text):
+    return {'id': id, 'token': text, 'probability': 0.5}
+
+  # Bytes without a text, and ids beyond the vocabulary; a tag; a word and the
+  # same letters within one; an end.
+  pairs = [
+    (token(198, ''), token(172, '')),
+    (token(9000, '<unk>'), token(9001, '<unk>')),
+    (token(7, '<b>'), token(8, '</b>')),
+    (token(9, '▁file'), token(10, 'file')),
+    (token(1, '</s>'), token(1, '</s>')),
+  ]
+  top = [{**own, 'likeliest': [other]} for own, other in pairs]
+  assert likeliest.places(top) == [
+    ('#198 50.0%', '#172 50.0%'),
+    ('<unk>#9000 50.0%', '<unk>#9001 50.0%'),
+    ('<b> 50.0%', '</b> 50.0%'),
+    ('▁file 50.0%', 'file 50.0%'),
+  ]
+  results = [{'targets': 'é', 'top': top}, {'targets': [], 'top': top}]
+  assert likeliest.summary(results) == (
+    '0% of 4 tokens are the likeliest, 0% among the 1 likeliest'
+  )
+
+
 def test_what_is_likely_is_printed_without_the_end_of_sequence(trained):
-  stdout = infer(trained, '--top=2').stdout
+  stdout = infer(trained, '--gin.infer.infer.top=2').stdout
   assert 'inputs:     8+0\ntargets:    8\n  8 ' in stdout
   assert '</s>' not in stdout and 'prediction' not in stdout
   # The targets are 8, 9, 10 and 11.
@@ -241,11 +276,23 @@ def test_the_best_of_several(trained):
 
 
 def test_what_does_not_fit_is_said(trained):
-  (line,) = ask(trained, 'long.txt', ['x' * 20])
-  assert line['inputs_cut'] == 20 - 15  # Of 16 tokens one is EOS.
-  shown = infer(trained, f'--input={trained / "long.txt"}').stdout.splitlines()
+  file = trained / 'long.jsonl'
+  file.write_text(json.dumps({'inputs': 'x' * 20, 'targets': 'y' * 18}))
+  folder = trained / 'TRAINED/inferences'
+  of_splits = {path: path.read_bytes() for path in folder.glob('*.json*')}
+  shown = infer(trained, f'--input={file}').stdout.splitlines()
+  # Of 16 tokens one is EOS.
   assert shown[1].strip() == '(5 tokens of the inputs did not fit)'
-  assert shown[-1] == '1 of 1 inputs were cut to TASK_FEATURE_LENGTHS'
+  assert shown[2].strip() == '(3 tokens of the targets did not fit)'
+  assert shown[-2:] == [
+    '1 of 1 inputs were cut to TASK_FEATURE_LENGTHS',
+    '1 of 1 targets were cut to TASK_FEATURE_LENGTHS and are not scored',
+  ]
+  # And answers to texts lie apart from those to a split.
+  (path,) = (folder / 'texts').glob('tiny_sums-????????-2.jsonl')
+  assert json.loads(path.read_text())['inputs_cut'] == 5
+  now = {path: path.read_bytes() for path in folder.glob('*.json*')}
+  assert now == of_splits
 
 
 def test_a_language_model_continues_its_prompt():

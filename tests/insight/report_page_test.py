@@ -11,6 +11,7 @@ import command
 import numpy as np
 import pytest
 
+from sparse_experts import config
 from sparse_experts.insight import html as html_page
 from sparse_experts.insight import records, routing, specialisation
 
@@ -185,6 +186,10 @@ def test_it_needs_no_more_than_metrics(tmp_path):
   line = {'step': 1, 'name': 'train', 'loss': 3.0}
   (tmp_path / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
   assert_figures_are_files(tmp_path, tmp_path / 'new' / 'figures')
+  again = command.run(
+    'report', str(tmp_path), f'--figures={tmp_path / "new" / "figures"}'
+  )
+  assert again.code == 2 and 'is not empty' in again.stderr
   reader = Reader((tmp_path / 'report.html').read_text())
   assert [i for i in reader.ids if i in SECTIONS] == ['training', 'samples']
 
@@ -279,14 +284,32 @@ def test_a_text_is_routed_as_in_a_task_that_holds_it(texts, model_dir):
 
 def test_the_text_of_a_terminal(model_dir, tmp_path):
   outcome = command.run(
-    'record', command.TINY, f'--gin.MODEL_DIR={model_dir}', '--text=8+0'
+    'record',
+    command.TINY,
+    f'--gin.MODEL_DIR={model_dir}',
+    '--text=8+0' + 'x' * 20,
   )
   assert outcome.code == 0, outcome.stderr
   lines = outcome.stdout.splitlines()
-  assert lines[0].split() == ['decoder', 'layers_1']
-  rows = [line.split() for line in lines[2:6]]
+  # Of 23 and an end 16 fit.
+  assert lines[0] == 'text 1 (8 tokens of the inputs did not fit)'
+  assert '1 of 1 texts were cut to TASK_FEATURE_LENGTHS' in lines
+  assert lines[1].split() == ['decoder', 'layers_1']
+  rows = [line.split() for line in lines[3:7]]
   assert [row[0] for row in rows] == ['<pad>', *'8+0']
   assert all(0 <= int(row[1]) < 4 and 0 < float(row[2]) <= 1 for row in rows)
+
+
+def test_a_record_is_named_by_all_that_it_is_of(model_dir):
+  def path(*changes):
+    file = command.TINY.partition('=')[2]
+    config.parse([file], [f'MODEL_DIR={model_dir}', *changes], [])
+    run = config.bound(records.record)
+    return run(texts=[{'inputs': '8+0'}], dry_run=True)[1]
+
+  lengths = "TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 8}"
+  capacity = 'EVAL_CAPACITY_FACTOR=1.0'
+  assert len({path(), path(lengths), path(capacity)}) == 3
 
 
 @pytest.mark.slow

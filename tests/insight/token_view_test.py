@@ -1,11 +1,13 @@
 """The token view: a text token by token, and colours that can be told apart."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
-from sparse_experts.insight import html, token_view
+from sparse_experts.commands import record
+from sparse_experts.insight import html, specialisation, token_view
 from sparse_experts.insight.colours import COLOURS, ink
 from sparse_experts.insight.records import Records
 from sparse_experts.insight.token_view import Choice, Token
@@ -87,6 +89,23 @@ def test_a_table_of_a_text():
       ],
     )
   ]
+
+
+def test_a_page_shows_a_text_as_it_was_given():
+  """Its spaces and backticks, which in sentences of ours are code."""
+  texts = [{'inputs': '  a `b`\n<i>', 'targets_cut': 2}]
+  facts = {'texts': texts, 'step': 1, 'capacity_factor': 2.0}
+  page = token_view.page(dataclasses.replace(RECORDS, facts=facts), 'title')
+  assert '<pre tabindex="0">  a `b`\n&lt;i&gt;</pre>' in page
+  assert '<code>' not in page
+  assert '>2 tokens of the text did not fit<' in page
+
+
+def test_a_terminal_shows_newlines_of_an_experts_tokens():
+  rows = specialisation.expert_table(RECORDS, LAYER)
+  assert any('\n' in row.tokens for row in rows)
+  shown = ''.join(row[-1] for row in record.cells(rows))
+  assert '\n' not in shown and '⏎' in shown
 
 
 def linear(colour):

@@ -161,3 +161,17 @@ def test_the_site_builds_and_asks_no_network(tmp_path):
   assert ast.get_docstring(moe).partition('\n')[0] in layer
   recipes = (html / 'docs/recipes.html').read_text()
   assert 'href="../gin/models/switch/base.html"' in recipes
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+  file = tmp_path / 'html/mine'
+  file.parent.mkdir()
+  file.touch()
+  ended = subprocess.run(
+    [sys.executable, 'scripts/docs_site.py', f'--output={tmp_path}'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == 1 and file.exists()
+  assert ended.stderr.startswith(f'error: {tmp_path} is there, and this script')

@@ -23,6 +23,7 @@ def add_c4_task(
   objective: Callable,
   vocabulary: seqio.Vocabulary,
   features: Sequence[str] = ('inputs', 'targets'),
+  ends: bool = True,
 ) -> seqio.Task:
   """Registers a task on C4.
 
@@ -31,12 +32,15 @@ def add_c4_task(
     objective: one of `objectives`.
     vocabulary: of all features.
     features: what the objective yields.
+    ends: they end as texts do, with EOS.
   """
   return seqio.TaskRegistry.add(
     name,
     source=Source(TFDS_NAME, splits=('train', 'validation')),
     preprocessors=preprocessors.from_text(objective),
-    output_features={f: seqio.Feature(vocabulary) for f in features},
+    output_features=dict.fromkeys(
+      features, seqio.Feature(vocabulary, add_eos=ends)
+    ),
     metric_fns=[],
   )
 
@@ -44,5 +48,7 @@ def add_c4_task(
 add_c4_task(
   'c4_span_corruption', preprocessors.span_corruption, vocabularies.t5()
 )
-add_c4_task('c4_prefix_lm', preprocessors.prefix_lm, vocabularies.t5())
+add_c4_task(
+  'c4_prefix_lm', preprocessors.prefix_lm, vocabularies.t5(), ends=False
+)
 add_c4_task('c4_lm', preprocessors.lm, vocabularies.t5(), features=('targets',))

@@ -202,19 +202,23 @@ def domain(dataset: tf.data.Dataset, names: Sequence[str]) -> tf.data.Dataset:
   return dataset.map(fields, num_parallel_calls=tf.data.AUTOTUNE)
 
 
+_BOTH = ('inputs', 'targets')
 for _corpus, _prefix in corpus.PREFIXES.items():
   _add = functools.partial(
     add_docs_task, vocabulary=vocabularies.docs(), corpus_name=_corpus
   )
-  for _name, _objective, _features in (
-    ('span_corruption', preprocessors.span_corruption, ('inputs', 'targets')),
-    ('prefix_lm', preprocessors.prefix_lm, ('inputs', 'targets')),
-    ('lm', preprocessors.lm, ('targets',)),
+  # A prefix and its continuation end anywhere, and not as texts do.
+  for _name, _objective, _features, _ends in (
+    ('span_corruption', preprocessors.span_corruption, _BOTH, True),
+    ('prefix_lm', preprocessors.prefix_lm, _BOTH, False),
+    ('lm', preprocessors.lm, ('targets',), True),
   ):
     _add(
       f'{_prefix}_{_name}',
       preprocessors.from_text(_objective, with_tasks=True),
-      features=_features,
+      features=dict.fromkeys(
+        _features, seqio.Feature(vocabularies.docs(), add_eos=_ends)
+      ),
     )
   _add(
     f'{_prefix}_sentence',
