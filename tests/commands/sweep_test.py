@@ -108,11 +108,18 @@ def _processes(folder) -> list[int]:
   return found
 
 
+def _sweep(*arguments) -> tuple[str, str]:
+  """In a process of its own, whose runs find the tests' modules."""
+  process = command.start('-m', 'sparse_experts', *arguments)
+  stdout, stderr = process.communicate()
+  assert process.returncode == 0, stderr
+  return stdout, stderr
+
+
 @pytest.mark.slow
 def test_a_sweep_killed_twice_is_one_never_killed(tmp_path):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-  outcome = command.run(*arguments(whole, '--parallel=2'))
-  assert outcome.code == 0, outcome.stderr
+  _sweep(*arguments(whole, '--parallel=2'))
   for steps in (2, 8):  # Saved of all runs when it is killed.
     process = command.start('-m', 'sparse_experts', *arguments(killed))
     while len([*killed.glob('runs/*/checkpoints/*/commit_success*')]) < steps:
@@ -127,17 +134,16 @@ def test_a_sweep_killed_twice_is_one_never_killed(tmp_path):
         break
       time.sleep(0.1)
     assert not _processes(killed)
-  outcome = command.run(*arguments(killed))
-  assert outcome.code == 0, outcome.stderr
+  _sweep(*arguments(killed))
   assert _results(killed) == _results(whole)
   assert len(_results(whole)) == 4
   # All are finished: nothing starts.
-  again = command.run(*arguments(killed, '--json'))
-  assert json.loads(again.stdout) == [
+  stdout, stderr = _sweep(*arguments(killed, '--json'))
+  assert json.loads(stdout) == [
     json.loads(line)
     for line in (killed / 'results.jsonl').read_text().splitlines()
   ]
-  assert again.stderr == ''
+  assert stderr == ''
 
 
 @pytest.mark.slow
@@ -155,6 +161,5 @@ def test_a_run_that_is_killed_is_named_and_goes_on(tmp_path):
   assert '1 of 1 runs have not finished' in stderr
   for folder in (tmp_path / 'runs').iterdir():
     (folder / 'metrics.jsonl').touch()  # As one that starts anew leaves it.
-  outcome = command.run(*given)
-  assert outcome.code == 0, outcome.stderr
+  _sweep(*given)
   assert len(_results(tmp_path)) == 1
