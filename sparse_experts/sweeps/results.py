@@ -83,8 +83,8 @@ class Seen(dict):
   """The last step and held-out loss of runs, read where they wrote more."""
 
   def of(self, model_dir: pathlib.Path) -> tuple[int, str]:
-    file = model_dir / 'metrics.jsonl'
-    size = file.stat().st_size if file.exists() else 0
+    file = epath.Path(model_dir) / 'metrics.jsonl'
+    size = file.stat().length if file.exists() else 0
     if self.get(model_dir, (-1,))[0] != size:
       found = curves.read(model_dir) if size else {}
       losses = [kind['loss'] for kind in found.values() if 'loss' in kind]

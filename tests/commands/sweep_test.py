@@ -159,7 +159,9 @@ def test_a_run_that_is_killed_is_named_and_goes_on(tmp_path):
   _, stderr = process.communicate()
   assert process.returncode == 2
   assert '1 of 1 runs have not finished' in stderr
-  for folder in (tmp_path / 'runs').iterdir():
-    (folder / 'metrics.jsonl').touch()  # As one that starts anew leaves it.
+  (config,) = (tmp_path / 'configs').iterdir()
+  folder = tmp_path / 'runs' / config.stem
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'metrics.jsonl').touch()  # As one that starts anew leaves it.
   _sweep(*given)
   assert len(_results(tmp_path)) == 1
