@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from sparse_experts.sweeps import identity, results
 from sparse_experts.sweeps.grid import Point
@@ -113,3 +114,13 @@ def test_a_slim_run_has_its_last_parameters(model_dir):
 def test_the_size_of_a_folder(model_dir):
   (model_dir / 'large').write_bytes(bytes(10**6))
   assert 0.001 < results.gigabytes(model_dir) < 0.0011
+
+
+def test_what_a_run_has_reached(model_dir):
+  seen = results.Seen()
+  for path in (model_dir, epath.Path(model_dir)):
+    assert seen.of(path) == (40, '1.5000')
+  (model_dir / 'metrics.jsonl').write_text('')  # As one that starts anew.
+  assert seen.of(model_dir) == (0, '')
+  (model_dir / 'metrics.jsonl').unlink()
+  assert seen.of(model_dir) == (0, '')
