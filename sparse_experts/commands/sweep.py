@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int | None:
     return _write_jobsets(args, folder, runs, slice_)
   failed: list[str] = []
   if args.launch == 'here':
-    with pool.alone(folder):
+    with pool.alone(pathlib.Path(folder)):
       failed = _train(args, pathlib.Path(folder), runs)
   lines = _collect(folder, [each for each in runs if each.is_finished])
   if args.json:

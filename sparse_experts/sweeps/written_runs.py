@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -80,7 +80,7 @@ def read(model_dir: epath.PathLike) -> Run:
       'give the MODEL_DIR of a run that `train` has made.'
     )
   bindings = provenance.written(earlier.translate(file.read_text()))
-  seed = bindings.get('SEED', 0)
+  seed: Any = bindings.get('SEED', 0)
   while provenance.is_macro(seed):
     seed = bindings.get(seed[1:])
   if type(seed) is not int:
