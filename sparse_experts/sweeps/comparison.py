@@ -96,6 +96,16 @@ def machines(groups: Sequence[Group]) -> list[str]:
   return sorted({run.machine for group in groups for run in group.runs})
 
 
+def evaluated_otherwise(groups: Sequence[Group]) -> list[str]:
+  """Tasks that all runs were evaluated on, and not all in the same way."""
+  how = [run.evaluated for group in groups for run in group.runs]
+  return [
+    name
+    for name in how[0]
+    if all(name in one for one in how) and len({one[name] for one in how}) > 1
+  ]
+
+
 def metrics(groups: Sequence[Group]) -> list[str]:
   """What all runs have curves of, the loss first.
 
@@ -103,8 +113,12 @@ def metrics(groups: Sequence[Group]) -> list[str]:
     ValueError: there is nothing.
   """
   runs = [run for group in groups for run in group.runs]
+  otherwise = tuple(f'{name}/' for name in evaluated_otherwise(groups))
   shared = [
-    name for name in runs[0].metrics if all(name in run.metrics for run in runs)
+    name
+    for name in runs[0].metrics
+    if all(name in run.metrics for run in runs)
+    and not name.startswith(otherwise)
   ]
   if not shared:
     raise ValueError(

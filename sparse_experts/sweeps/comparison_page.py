@@ -73,14 +73,20 @@ def differences(found: Sequence[Difference]) -> list[tuple[str, ...]]:
 
 
 def apart(groups: Sequence[Group]) -> str:
-  """Why seconds are not compared; '' where they are."""
+  """What is not compared, and why; '' where all is."""
+  said = []
   machines = comparison.machines(groups)
-  if len(machines) == 1:
-    return ''
-  named = '; '.join(name or 'not known' for name in machines)
-  return (
-    f'Seconds are not compared: the runs are of several machines ({named}).'
-  )
+  if len(machines) > 1:
+    named = '; '.join(name or 'not known' for name in machines)
+    said.append(
+      f'Seconds are not compared: runs are of several machines ({named}).'
+    )
+  if tasks := comparison.evaluated_otherwise(groups):
+    said.append(
+      f'{", ".join(tasks)} is not compared: runs were evaluated with other '
+      'settings (MODEL_DIR/evaluation/ has them).'
+    )
+  return ' '.join(said)
 
 
 def reached(metric: str, group: Group) -> str:

@@ -36,6 +36,7 @@ class Run(NamedTuple):
     metrics: curves by name, such as 'loss': held-out ones where there are any,
       else those of training.
     held_out: whether they are.
+    evaluated: settings of evaluations of tasks, as text, by task and split.
     machine: what it ran on, where it says so; '' else.
     seconds: of training up to a step; None where it did not measure.
     flops: useful ones of a step; None where they cannot be counted.
@@ -46,6 +47,7 @@ class Run(NamedTuple):
   settings: Mapping[str, str]
   metrics: Mapping[str, Curve]
   held_out: bool
+  evaluated: Mapping[str, str]
   machine: str
   seconds: Curve | None
   flops: int | None
@@ -86,7 +88,6 @@ def read(model_dir: epath.PathLike) -> Run:
   if type(seed) is not int:
     raise ValueError(f'{file} has SEED = {seed!r}, which is no whole number.')
   settings = {k: repr(v) for k, v in bindings.items() if k not in _OF_A_RUN}
-  settings |= _evaluations(root)
   if data := _data(root):
     settings['data'] = data
   metrics = _held_out(history)
@@ -97,6 +98,7 @@ def read(model_dir: epath.PathLike) -> Run:
     settings,
     metrics or _metrics(history.get('train', {})),
     bool(metrics),
+    _evaluated(root),
     _machine(root),
     seconds,
     flops=None,
@@ -133,14 +135,14 @@ def _data(root: epath.Path) -> str | None:
   return ', '.join(f'{name} {digest}' for name, digest in corpus.items())
 
 
-def _evaluations(root: epath.Path) -> dict[str, str]:
-  """How tasks were evaluated, by the last evaluation of each and its split."""
+def _evaluated(root: epath.Path) -> dict[str, str]:
+  """Settings of the last evaluation of each task and split."""
   found = {}
   for file in sorted((root / 'evaluation').glob('*.json')):
     results = json.loads(file.read_text())
     name = file.stem.rpartition('-')[0]
     if isinstance(results, dict) and 'settings' in results:
-      found[f'evaluation of {name}'] = json.dumps(results['settings'])
+      found[name] = json.dumps(results['settings'])
   return found
 
 

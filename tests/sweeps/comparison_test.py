@@ -1,6 +1,7 @@
 """Groups of runs and their differences; numbers by hand."""
 
 import json
+import shutil
 
 import made_run
 import numpy as np
@@ -167,17 +168,26 @@ def test_seconds_of_several_machines_are_not_compared(groups):
   assert [row.equal for row in found] == ['steps', 'FLOPs']
 
 
-def test_how_a_task_was_evaluated_is_a_setting(tmp_path):
-  for name, beams in (('x', 1), ('y', 4)):
-    folder = made_run.write(tmp_path / name, (1.0, 1.0), 0, (0, 1))
+def test_tasks_are_compared_that_were_evaluated_alike(tmp_path):
+  for seed, beams in enumerate((1, 1, 4)):
+    folder = made_run.write(tmp_path / str(seed), (1.0, 1.0), seed, (0, 1))
     (folder / 'evaluation').mkdir()
     (folder / 'evaluation/sums-test-1.json').write_text(
       json.dumps({'settings': {'beams': beams}})
     )
-  of = [written_runs.read(tmp_path / name) for name in ('x', 'y')]
-  assert comparison.settings(comparison.groups(of)) == {
-    'evaluation of sums-test': ['{"beams": 1}', '{"beams": 4}']
-  }
+    with (folder / 'metrics.jsonl').open('a') as file:
+      line = {'step': 1, 'name': 'evaluation/sums-test', 'rouge1': 0.5}
+      file.write(json.dumps(line) + '\n')
+  runs = [written_runs.read(tmp_path / str(seed)) for seed in range(3)]
+  # It makes no group of its own: they differ in the seed only.
+  (group,) = comparison.groups(runs)
+  assert comparison.metrics([group]) == ['loss']
+  assert comparison.evaluated_otherwise([group]) == ['sums-test']
+  alike = comparison.groups(runs[:2])
+  assert comparison.metrics(alike) == ['loss', 'sums-test/rouge1']
+  # Nor does one that was not evaluated at all.
+  shutil.rmtree(tmp_path / '1/evaluation')
+  comparison.groups([written_runs.read(tmp_path / str(i)) for i in range(2)])
 
 
 def test_a_seed_by_another_name(tmp_path):
