@@ -99,8 +99,9 @@ def write(folder: epath.PathLike, lines: list[dict[str, Any]]) -> int:
   """Writes results.jsonl, whole or not at all.
 
   Lines of other runs that are there, of an earlier sweep of this folder by the
-  same code, stay before these. A run that both asked for has one line, with
-  the overrides of both.
+  same code, stay before these, which follow in the order given, whichever was
+  written first. A run that both asked for has one line, with the overrides of
+  both.
 
   Returns:
     how many lines of other code were there, and are no more.
@@ -113,7 +114,7 @@ def write(folder: epath.PathLike, lines: list[dict[str, Any]]) -> int:
   code = identity.code()
   kept = {x['run']: x for x in there if x.get('code', code) == code}
   for line in lines:
-    earlier = kept.get(line['run'], {}).get('overrides', {})
+    earlier = kept.pop(line['run'], {}).get('overrides', {})
     both = {**earlier, **line.get('overrides', {})}
     kept[line['run']] = {**line, 'overrides': both}
   text = ''.join(

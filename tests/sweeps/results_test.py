@@ -83,6 +83,17 @@ def test_lines_of_another_sweep_stay_while_its_runs_do(tmp_path):
   }
 
 
+def test_lines_are_in_the_order_of_the_sweep(tmp_path):
+  """Though the second run ended first, as with --parallel=2."""
+  first, second = {'run': 'a', 'seed': 0}, {'run': 'b', 'seed': 1}
+  for name in 'abz':
+    (tmp_path / 'runs' / name).mkdir(parents=True)
+  for lines in ([{'run': 'z', 'seed': 7}], [second], [first, second]):
+    results.write(tmp_path, lines)
+  text = (tmp_path / results.FILE).read_text()
+  assert [json.loads(line)['run'] for line in text.splitlines()] == [*'zab']
+
+
 def test_what_json_has_not(model_dir):
   point = Point({'A': '{(0, 1): 2}', 'B': '1e999'}, 0)
   with (model_dir / 'metrics.jsonl').open('a') as file:
