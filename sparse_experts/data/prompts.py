@@ -8,6 +8,7 @@ model reads, to which nothing is added.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ def read(path: epath.PathLike) -> list[dict[str, Given]]:
   path = storage.given(path, '--input')
   if not path.is_file():
     raise FileNotFoundError(f'there is no input file {path}.')
-  lines = path.read_bytes().split(b'\n')
+  lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b'\n')
   if not lines[-1]:
     lines.pop()
   if not lines:

@@ -114,3 +114,10 @@ def test_a_decoder_alone_continues_questions_without_an_end(forget_new_tasks):
   assert asked.features['encoder_input_tokens'][:3].tolist() == [*ids, 1]
   with pytest.raises(ValueError, match=r"= \{'targets': 32\}"):
     next(prompts.of_file(texts, dataset, Text()))
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl'])
+def test_a_byte_order_mark_is_no_part_of_the_first_text(name, tmp_path):
+  line = '{"inputs": "1+1"}' if name.endswith('.jsonl') else '1+1'
+  (tmp_path / name).write_text(line + '\r\n', 'utf-8-sig')
+  assert prompts.read(tmp_path / name) == [{'inputs': '1+1'}]
