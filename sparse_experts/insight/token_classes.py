@@ -37,12 +37,13 @@ _IDENTIFIER = re.compile(
 
 
 def visible(piece: str) -> str:
-  """A piece with its spaces and newlines to be seen.
+  """A piece with its spaces, newlines and control characters to be seen.
 
-  >>> visible(' a\\n')
-  '▁a⏎'
+  >>> print(visible(' a\\n\\x1b'))
+  ▁a⏎\\x1b
   """
-  return piece.replace('\n', '⏎').replace(' ', '▁')
+  seen = piece.replace('\n', '⏎').replace(' ', '▁')
+  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in seen)
 
 
 def classify(piece: str) -> str:
