@@ -96,6 +96,14 @@ def machines(groups: Sequence[Group]) -> list[str]:
   return sorted({run.machine for group in groups for run in group.runs})
 
 
+def unpaired(groups: Sequence[Group]) -> list[str]:
+  """Groups that have no seed of the first one's."""
+  first, *others = ({run.seed for run in group.runs} for group in groups)
+  return [
+    group.name for group, seeds in zip(groups[1:], others) if not seeds & first
+  ]
+
+
 def evaluated_otherwise(groups: Sequence[Group]) -> list[str]:
   """Tasks that all runs were evaluated on, and not all in the same way."""
   how = [run.evaluated for group in groups for run in group.runs]

@@ -81,6 +81,11 @@ def apart(groups: Sequence[Group]) -> str:
     said.append(
       f'Seconds are not compared: runs are of several machines ({named}).'
     )
+  if names := comparison.unpaired(groups):
+    said.append(
+      f'{", ".join(names)}: no seed is one of {groups[0].name}, so there is no '
+      'difference seed by seed.'
+    )
   if tasks := comparison.evaluated_otherwise(groups):
     said.append(
       f'{", ".join(tasks)} is not compared: runs were evaluated with other '

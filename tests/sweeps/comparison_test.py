@@ -94,6 +94,7 @@ def test_only_seeds_of_both_are_paired_and_only_where_both_have_been(tmp_path):
   (row,) = by_steps
   assert (row.of, row.at, row.seeds) == ('RATE=2', 10, [1])
   assert row.difference == 4.0 - 5.0
+  assert comparison.unpaired(groups) == ['RATE=4']
 
 
 def test_long_names_are_those_of_folders(tmp_path):
