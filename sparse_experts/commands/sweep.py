@@ -184,6 +184,10 @@ def _runs(args: argparse.Namespace, folder) -> list[_Run]:
           'a sweep says where its runs lie: leave train.train.model_dir as '
           '%MODEL_DIR.'
         )
+      if point.seed not in (config.argument(train.train, 'seed'), dataset.seed):
+        raise ValueError(
+          'leave train.train.seed as %SEED; seeds are --seeds=N.'
+        )
       flops = settings.flops_per_step()
       steps = config.argument(train.train, 'train_steps')
     except ValueError as error:
@@ -236,9 +240,8 @@ def _train(
       config = folder / 'configs' / f'{name}.gin'
       config.parent.mkdir(exist_ok=True)
       storage.replace(epath.Path(config), each.config.encode())
-      arguments = [
-        *('train', f'--gin_file={config}', f'--gin.MODEL_DIR={each.model_dir}')
-      ]
+      arguments = ['train', f'--gin_file={config}']
+      arguments.append(f'--gin.MODEL_DIR={each.model_dir}')
       yield pool.Job(name, arguments, folder / 'logs' / f'{name}.txt')
 
   def collect() -> None:

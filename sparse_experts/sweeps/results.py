@@ -107,6 +107,11 @@ def write(folder: epath.PathLike, lines: list[dict[str, Any]]) -> int:
     how many lines of other code were there, and are no more.
   """
   folder = epath.Path(folder)
+  if not folder.exists():
+    raise ValueError(
+      f'{folder} is not there, so nothing was run in it: start its runs first, '
+      'or give the --output that they were started with.'
+    )
   before = {line['run']: line for line in _lines(folder)}
   there = [
     line for line in before.values() if (folder / 'runs' / line['run']).exists()

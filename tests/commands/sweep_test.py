@@ -78,6 +78,11 @@ def test_jobsets_are_written_and_nothing_is_started(tmp_path):
     (["--gin.RULES={'embd': 'data'}"], "'embd'"),
     (['--launch=jobset', '--dry_run'], '--launch=jobset needs --image'),
     (['--grid.EMBED_DIM=a,b'], 'EMBED_DIM'),
+    (
+      ['--gin.train.train.seed=7', '--gin.train/dataset.Dataset.seed=7'],
+      'leave train.train.seed as %SEED',
+    ),
+    (['--launch=collect'], 'is not there, so nothing was run in it'),
     (['--gin.MODEL_DIR=x'], 'a sweep says MODEL_DIR of its runs'),
     (['--output=gs://bucket/x'], 'runs of this machine lie in a local folder'),
   ],
