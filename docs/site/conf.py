@@ -126,7 +126,7 @@ def add_contents(app, docname, source):
   """Adds the tables of contents that the side bar shows.
 
   The first page has that of docs/index.md. Below docs/x.md come the pages of
-  the folder docs/x/.
+  the folder docs/x/, first those that docs/x.md names, in its order.
   """
   if docname == root_doc:
     for caption, pages in contents():
@@ -134,7 +134,10 @@ def add_contents(app, docname, source):
     everything = ['docs/index', 'Modules <api/sparse_experts/index>']
     source[0] += tree(everything, ':caption: Everything')
   elif (SITE.parents[1] / docname).is_dir() and docname.startswith('docs/'):
-    source[0] += tree([f'/{docname}/*'], ':glob:')
+    folder = docname.rpartition('/')[2]
+    linked = re.findall(rf'\]\(({folder}/\w+)\.md\)', source[0])
+    pages = [*dict.fromkeys(linked), f'/{docname}/*']
+    source[0] += tree(pages, ':glob:')
   elif docname.startswith('tests/'):  # Reached by a link alone.
     source[0] = f'---\norphan: true\n---\n{source[0]}'
 
