@@ -39,8 +39,13 @@ def end(error: BaseException, verbose: bool) -> int:
 
 
 def _explained(error: BaseException) -> tuple[int, str]:
-  from sparse_experts.config import overrides
-
+  try:
+    from sparse_experts.config import overrides
+  except ImportError:
+    return USER, (
+      f'{sys.executable} lacks a library ({error}); use the environment that '
+      'sparse_experts is installed in, in a checkout .venv/bin/python.'
+    )
   line = overrides.first_line(error)
   if isinstance(error, MemoryError) or re.search(_NO_MEMORY, line):
     return USER, (

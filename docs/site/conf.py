@@ -126,7 +126,7 @@ def add_contents(app, docname, source):
   """Adds the tables of contents that the side bar shows.
 
   The first page has that of docs/index.md. Below docs/x.md come the pages of
-  the folder docs/x/.
+  the folder docs/x/, first those that docs/x.md names, in its order.
   """
   if docname == root_doc:
     for caption, pages in contents():
@@ -134,12 +134,16 @@ def add_contents(app, docname, source):
     everything = ['docs/index', 'Modules <api/sparse_experts/index>']
     source[0] += tree(everything, ':caption: Everything')
   elif (SITE.parents[1] / docname).is_dir() and docname.startswith('docs/'):
-    source[0] += tree([f'/{docname}/*'], ':glob:')
+    folder = SITE.parents[1] / docname
+    linked = re.findall(rf'\]\({folder.name}/(\w+)\.md\)', source[0])
+    rest = sorted(path.stem for path in folder.glob('*.md'))
+    pages = dict.fromkeys([*linked, *rest])
+    source[0] += tree([f'/{docname}/{page}' for page in pages])
   elif docname.startswith('tests/'):  # Reached by a link alone.
     source[0] = f'---\norphan: true\n---\n{source[0]}'
 
 
-def tree(pages, option):
+def tree(pages, option=''):
   """A hidden table of contents."""
   return '\n'.join(
     ['', '```{toctree}', ':hidden:', option, '', *pages, '```', '']

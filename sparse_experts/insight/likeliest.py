@@ -7,6 +7,11 @@ from typing import Any
 
 from sparse_experts.insight.token_classes import classify, visible
 
+EXPLAINED = (
+  'A row below log prob has a token of the targets or, where there are none, '
+  'of the prediction, with its probability after those before it, and then the '
+  'likeliest tokens in its place.'
+)
 _END = '</s>'  # As `infer` names every end of a model's.
 
 

@@ -313,8 +313,10 @@ def _samples(root: epath.Path, ledger_facts: Mapping[str, Any] | None) -> str:
   text = html.paragraph(
     f'The first {min(len(lines), _SAMPLES)} of {len(lines)} in {newest.name}.'
   )
-  for line in lines[:_SAMPLES]:
-    sample = json.loads(line)
+  samples = [json.loads(line) for line in lines[:_SAMPLES]]
+  if any(sample.get('top') for sample in samples):
+    text += html.paragraph(likeliest.EXPLAINED)
+  for sample in samples:
     top = likeliest.places(sample.pop('top', ()))
     rows = [
       (name.replace('_', ' '), f'{x:.2f}' if isinstance(x, float) else x)

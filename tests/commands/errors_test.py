@@ -3,9 +3,12 @@
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import command
 import pytest
+from paths import ROOT
 
 from sparse_experts.training import checksums
 
@@ -465,3 +468,15 @@ def test_a_damaged_step_is_refused_or_whole(damage, folder, tmp_path):
   # Without checksums, a step of before there were any, all else tells.
   cut = {'checksums.json'} if damage is _truncate else set()
   assert refused == {'params', 'optimizer', 'data', *cut}
+
+
+def test_a_python_without_the_libraries_is_named():
+  ended = subprocess.run(
+    [sys.executable, '-S', '-m', 'sparse_experts', 'train'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == 2 and not ended.stdout
+  (line,) = ended.stderr.splitlines()
+  assert line.startswith(f'error: {sys.executable} lacks a library')

@@ -175,6 +175,7 @@ def test_the_page_says_what_the_run_wrote(report, model_dir):
   assert 'Load of experts, decoder/layers_1' in report
   assert '&lt;b&gt;8+1' in report and '<b>8+1' not in report
   assert '9 25.0%</td>' in report and '(end) 50.0%, 9 25.0%</td>' in report
+  assert 'then the likeliest tokens in its place' in report
   assert 'NUM_EXPERTS = 4' in report
   hardware = json.loads((model_dir / 'hardware.json').read_text())
   assert hardware['devices'] in report and '8 x cpu' in report

@@ -159,6 +159,14 @@ def test_the_site_builds_and_asks_no_network(tmp_path):
   tree = ast.parse((ROOT / 'sparse_experts/moe/layer.py').read_text())
   (moe,) = (node for node in tree.body if getattr(node, 'name', '') == 'MoE')
   assert ast.get_docstring(moe).partition('\n')[0] in layer
+  walks = re.findall(
+    r'toctree-l2"><a[^>]*href="tutorials/(\w+)\.html"',
+    (html / 'docs/tutorials.html').read_text(),
+  )
+  linked = re.findall(
+    r'\(tutorials/(\w+)\.md\)', (DOCS / 'tutorials.md').read_text()
+  )
+  assert walks == linked
   recipes = (html / 'docs/recipes.html').read_text()
   assert 'href="../gin/models/switch/base.html"' in recipes
 
