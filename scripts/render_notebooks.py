@@ -15,13 +15,17 @@ import nbformat
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = ROOT / 'docs' / 'notebooks'
+SHARP = "--InlineBackend.figure_formats={'retina'}"  # Two pixels for one.
 
 
 def execute(path):
   """The notebook with its outputs, without progress and warnings."""
   notebook = nbformat.read(path, as_version=4)
   nbclient.NotebookClient(
-    notebook, timeout=900, resources={'metadata': {'path': path.parent}}
+    notebook,
+    timeout=900,
+    resources={'metadata': {'path': path.parent}},
+    extra_arguments=[SHARP],
   ).execute()
   for cell in notebook.cells:
     if cell.cell_type == 'code':
