@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import pathlib
 import shlex
 import sys
 import time
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sparse_experts.commands import printing, settings
+
+if typing.TYPE_CHECKING:
+  from sparse_experts.sweeps.run import Run
 
 PREFIXES = ('grid',)  # --grid.NAME=VALUE,VALUE, beside --gin.NAME=VALUE.
 LAUNCHES = ('here', 'print', 'jobset', 'collect')
@@ -63,33 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   cluster.add_argument('--chips_per_host', type=int, default=4, metavar='N')
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-  """A run of the sweep.
-
-  Attributes:
-    point: of the grid.
-    model_dir: where it lies; its name is its digest.
-    arguments: of `train`, as of a user.
-    config: all that these say, as the text of one gin file.
-    steps: that it is to take.
-    flops_per_step: useful ones.
-  """
-
-  point: Any
-  model_dir: pathlib.Path
-  arguments: list[str]
-  config: str
-  steps: int
-  flops_per_step: int
-
-  @property
-  def is_finished(self) -> bool:
-    from sparse_experts.sweeps import results
-
-    return results.steps_taken(self.model_dir) >= self.steps
-
-
 def run(args: argparse.Namespace) -> int | None:
   import jax
 
@@ -112,7 +88,7 @@ def run(args: argparse.Namespace) -> int | None:
       '--launch=jobset starts others.'
     )
   directories.check_new(folder, by='--output')
-  slice_ = _slice(args) if args.launch == 'jobset' else None
+  slice_ = _slice(args)
   runs = _runs(args, folder)
   if args.dry_run:
     return printing.checked(args)
@@ -140,14 +116,11 @@ def run(args: argparse.Namespace) -> int | None:
   return None
 
 
-def _collect(folder, finished: list[_Run]) -> list[dict[str, Any]]:
+def _collect(folder, finished: list[Run]) -> list[dict[str, Any]]:
   """Writes results.jsonl; returns the lines of these runs."""
   from sparse_experts.sweeps import results
 
-  lines = [
-    results.of(each.model_dir, each.point, each.flops_per_step)
-    for each in finished
-  ]
+  lines = [each.result() for each in finished]
   if others := results.write(folder, lines):
     print(
       f'{others} results of other source code are left out of {results.FILE}; '
@@ -157,11 +130,12 @@ def _collect(folder, finished: list[_Run]) -> list[dict[str, Any]]:
   return lines
 
 
-def _runs(args: argparse.Namespace, folder) -> list[_Run]:
+def _runs(args: argparse.Namespace, folder) -> list[Run]:
   """All of the sweep, each parsed as its process will parse it."""
   from sparse_experts import config
   from sparse_experts.data import examples
   from sparse_experts.sweeps import grid, identity
+  from sparse_experts.sweeps.run import Run
   from sparse_experts.training import train
 
   given = {binding.partition('=')[0] for binding in args.bindings}
@@ -170,7 +144,7 @@ def _runs(args: argparse.Namespace, folder) -> list[_Run]:
   settings.parse(args, bindings=['MODEL_DIR=sweep'])
   first = config.value('SEED', int)
   seeds = range(first, first + args.seeds)
-  runs: dict[str, _Run] = {}
+  runs: dict[str, Run] = {}
   for point in grid.points(args.grid, seeds):
     if twice := given & point.overrides.keys():
       name = min(twice)
@@ -212,12 +186,21 @@ def _runs(args: argparse.Namespace, folder) -> list[_Run]:
       *(f'--gin.{binding}' for binding in [*args.bindings, *point.bindings]),
       f'--gin.MODEL_DIR={model_dir}',
     ]
-    runs[name] = _Run(point, model_dir, arguments, config.text(), steps, flops)
+    text = config.text()
+    runs[name] = Run(
+      point,
+      model_dir,
+      arguments,
+      text,
+      steps,
+      flops,
+      identity.inputs(text, data, modules),
+    )
   return list(runs.values())
 
 
 def _train(
-  args: argparse.Namespace, folder: pathlib.Path, runs: list[_Run]
+  args: argparse.Namespace, folder: pathlib.Path, runs: list[Run]
 ) -> list[str]:
   """Runs what is not finished; returns the names of those that failed."""
   from etils import epath
@@ -285,7 +268,7 @@ def _train(
   return [name for name, state in states.items() if state == 'failed']
 
 
-def _table(runs: Sequence[_Run], states: Mapping[str, str], seen) -> str:
+def _table(runs: Sequence[Run], states: Mapping[str, str], seen) -> str:
   """Of all runs, those that are running first.
 
   Args:
@@ -320,10 +303,14 @@ def _print(args: argparse.Namespace, commands: list[list[str]]) -> None:
 
 
 def _slice(args: argparse.Namespace):
-  """What a JobSet is to run on."""
+  """What a JobSet is to run on; None of other launches."""
   from sparse_experts.sweeps import jobset
 
   given = {name: getattr(args, name) for name in _CLUSTER}
+  if args.launch != 'jobset':
+    if unused := [f'--{name}' for name, value in given.items() if value]:
+      raise ValueError(f'{", ".join(unused)}: for --launch=jobset only.')
+    return None
   if missing := [f'--{name}' for name, value in given.items() if not value]:
     raise ValueError(f'--launch=jobset needs {", ".join(missing)}.')
   return jobset.Slice(
@@ -338,7 +325,7 @@ def _slice(args: argparse.Namespace):
 
 
 def _write_jobsets(
-  args: argparse.Namespace, folder, runs: list[_Run], of
+  args: argparse.Namespace, folder, runs: list[Run], of
 ) -> None:
   from sparse_experts.sweeps import jobset
 

@@ -35,13 +35,26 @@ def digest(
     data: digests of its tasks' data, where their sources have one.
     modules: names of further modules that are imported, such as those of tasks.
   """
-  parts = [
-    configuration(config_text),
-    code(),
+  return _of_parts(
+    configuration(config_text), code(), inputs(config_text, data, modules)
+  )
+
+
+def inputs(
+  config_text: str, data: Mapping[str, str], modules: Iterable[str] = ()
+) -> str:
+  """Of all that is neither in the configuration nor in this package's source.
+
+  Arguments as of `digest`; 12 hexadecimal digits.
+  """
+  return _of_parts(
     sorted(_sources(config_text, modules)),
     sorted(_files(config_text)),
     sorted(data.items()),
-  ]
+  )
+
+
+def _of_parts(*parts: Any) -> str:
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 

@@ -28,7 +28,7 @@ def steps_taken(model_dir: pathlib.Path) -> int:
 
 
 def of(
-  model_dir: pathlib.Path, point: Point, flops_per_step: int
+  model_dir: pathlib.Path, point: Point, flops_per_step: int, inputs: str
 ) -> dict[str, Any]:
   """A line of results.jsonl.
 
@@ -36,13 +36,14 @@ def of(
     model_dir: of a run that is finished.
     point: which it is.
     flops_per_step: useful ones, see `planning.ledger`.
+    inputs: of the run, see `identity.inputs`.
 
   Returns:
     'overrides', values by name; 'seed'; 'run', its folder's name; 'step', the
     last one; 'eval', the last metrics of an evaluation but those of layers, {}
     where nothing is held out; 'seconds', of its steps' training, without
     compiling and evaluating; 'flops' of all its steps; 'code', the digest of
-    the package's source.
+    the package's source; 'inputs', that of its data, files and own modules.
   """
   found = curves.read(model_dir)
   seconds = curves.seconds(found['train'])
@@ -61,6 +62,7 @@ def of(
     'seconds': None if seconds is None else round(float(seconds.values[-1]), 2),
     'flops': flops_per_step * step,
     'code': identity.code(),
+    'inputs': inputs,
   }
 
 

@@ -77,6 +77,7 @@ def test_jobsets_are_written_and_nothing_is_started(tmp_path):
     (['--gin.train.train.model_dir="x"'], 'leave train.train.model_dir as'),
     (["--gin.RULES={'embd': 'data'}"], "'embd'"),
     (['--launch=jobset', '--dry_run'], '--launch=jobset needs --image'),
+    (['--image=i', '--tpu=t'], '--image, --tpu: for --launch=jobset only'),
     (['--grid.EMBED_DIM=a,b'], 'EMBED_DIM'),
     (
       ['--gin.train.train.seed=7', '--gin.train/dataset.Dataset.seed=7'],

@@ -85,4 +85,6 @@ def test_a_digest_is_of_files_and_modules_that_values_name(
   (step / 'checksums.json').write_text('{"params/x": {}}')
   digests.append(identity.digest(text, {}))
   assert len(set(digests)) == 5
+  assert identity.inputs(text, {}) == identity.inputs(f'A = 1\n{text}', {})
+  assert identity.inputs(text, {}) != identity.inputs(text, {'task': 'b'})
   assert identity.digest(text, {}) == digests[-1]

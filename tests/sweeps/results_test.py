@@ -43,7 +43,7 @@ def model_dir(tmp_path):
 
 def test_a_line(model_dir):
   point = Point({'NUM_EXPERTS': '4', 'ROUTER': '@a.B', 'LAYERS': '(0, 1)'}, 3)
-  assert results.of(model_dir, point, flops_per_step=7) == {
+  assert results.of(model_dir, point, flops_per_step=7, inputs='0f') == {
     'overrides': {'NUM_EXPERTS': 4, 'ROUTER': '@a.B', 'LAYERS': (0, 1)},
     'seed': 3,
     'run': 'run',
@@ -52,6 +52,7 @@ def test_a_line(model_dir):
     'seconds': 11.5,  # 10 * 0.5 + 10 * 0.25 + 20 * 0.2.
     'flops': 280,
     'code': identity.code(),
+    'inputs': '0f',
   }
 
 
@@ -98,7 +99,7 @@ def test_what_json_has_not(model_dir):
   point = Point({'A': '{(0, 1): 2}', 'B': '1e999'}, 0)
   with (model_dir / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 41, "name": "eval", "loss": NaN}\n')
-  found = results.of(model_dir, point, flops_per_step=7)
+  found = results.of(model_dir, point, flops_per_step=7, inputs='')
   assert found['eval'] == {'loss': None}
   assert found['overrides'] == point.overrides
 
