@@ -91,6 +91,11 @@ def settings(groups: Sequence[Group]) -> dict[str, list[str | None]]:
   return _different(of_groups)
 
 
+def of_other_data(groups: Sequence[Group]) -> bool:
+  """Whether groups read different data, so that their losses are no rivals."""
+  return not {'data', 'MIXTURE_OR_TASK_NAME'}.isdisjoint(settings(groups))
+
+
 def machines(groups: Sequence[Group]) -> list[str]:
   """What the runs ran on, each once: seconds of two cannot be compared."""
   return sorted({run.machine for group in groups for run in group.runs})

@@ -73,8 +73,13 @@ def differences(found: Sequence[Difference]) -> list[tuple[str, ...]]:
 
 
 def apart(groups: Sequence[Group]) -> str:
-  """What is not compared, and why; '' where all is."""
+  """What is not compared, or should not be, and why; '' where all is."""
   said = []
+  if comparison.of_other_data(groups):
+    said.append(
+      'Groups read different data (see the configuration): where they were '
+      'evaluated on different texts, their losses say nothing of each other.'
+    )
   machines = comparison.machines(groups)
   if len(machines) > 1:
     named = '; '.join(name or 'not known' for name in machines)

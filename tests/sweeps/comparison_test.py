@@ -9,7 +9,7 @@ import pytest
 
 from sparse_experts.insight import curves
 from sparse_experts.insight.curves import Curve
-from sparse_experts.sweeps import comparison, written_runs
+from sparse_experts.sweeps import comparison, comparison_page, written_runs
 
 # Held-out losses at steps 0, 10 and 20, by NUM_EXPERTS and seed.
 LOSSES = {
@@ -115,9 +115,10 @@ def test_other_data_is_another_group(tmp_path):
     text = json.dumps({'corpus': {'task': name}})
     (step / 'data/batches.json').write_text(text)
   of = [written_runs.read(tmp_path / name) for name in ('x', 'y')]
-  assert comparison.settings(comparison.groups(of)) == {
-    'data': ['task x', 'task y']
-  }
+  groups = comparison.groups(of)
+  assert comparison.settings(groups) == {'data': ['task x', 'task y']}
+  assert 'different data' in comparison_page.apart(groups)
+  assert comparison_page.apart(groups[:1]) == ''
 
 
 def test_what_cannot_be_compared(tmp_path):
