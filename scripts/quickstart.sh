@@ -42,7 +42,7 @@ cat << EOF
 $(say report "$MODEL_DIR")
 
 # A beginning of yours: how does it go on?
-echo 'Return the number' > $(printf '%q' "$MODEL_DIR/mine.txt") && $(say infer "${RECIPE[@]}" "$@" "--input=$MODEL_DIR/mine.txt" --top=3)
+echo 'Return the number' > $(printf '%q' "$MODEL_DIR/mine.txt") && $(say infer "${RECIPE[@]}" "$@" "--input=$MODEL_DIR/mine.txt" --top=3 --gin.infer.infer.max_tokens=12)
 
 # The dense twin, of the same arithmetic for each token: what do experts add?
 $(say train "${DENSE[@]}") && $(say compare "$MODEL_DIR-dense" "$MODEL_DIR" "--output=$MODEL_DIR.html")
