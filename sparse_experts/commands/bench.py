@@ -1,20 +1,22 @@
-"""bench: time a sparse layer or decoding, or compile a layer for a TPU pod."""
+"""bench: time a sparse layer, a training step or decoding."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sparse_experts.commands import printing, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('what', choices=('layer', 'decode'), help='what to time')
+  parser.add_argument(
+    'what', choices=('layer', 'step', 'decode'), help='what to time'
+  )
   parser.add_argument(
     '--topology',
     metavar='NAME',
-    help="layer: compile for these TPU chips, such as 'v5p:4x4x4'",
+    help="layer, step: compile for these TPU chips, such as 'v5p:4x4x4'",
   )
 
 
@@ -24,6 +26,8 @@ def run(args: argparse.Namespace) -> None:
 
   if args.what == 'decode':
     return _decode(args)
+  if args.what == 'step':
+    return _step(args)
   on_pod = args.topology is not None
   default = 'gin/bench/pod_layer.gin' if on_pod else 'gin/bench/layer.gin'
   args.gin_file = args.gin_file or [default]
@@ -47,22 +51,16 @@ def _decode(args: argparse.Namespace) -> None:
   from sparse_experts import config, console
   from sparse_experts.bench import decode as decode_bench
   from sparse_experts.models.objective import Objective
-  from sparse_experts.numbers import Count
 
   if args.topology is not None:
     raise ValueError('--topology is for bench layer; decoding is timed here.')
   args.gin_file = ['gin/bench/decode.gin', *args.gin_file]
   settings.parse(args)
-  given = list(args.bindings)
 
-  def models():  # What a model is made of is read from the files as it is made.
-    for experts in (None, *config.value('EXPERTS', Sequence[Count])):
-      dense = experts is None
-      sparse = 'SPARSE_LAYERS=0' if dense else f'NUM_EXPERTS={experts}'
-      args.bindings = [*given, sparse]
-      settings.parse(args)
+  def models():
+    for experts in _twins(args):
       model = config.value('MODEL', Objective)
-      yield 'dense' if dense else f'{experts} experts', model
+      yield 'dense' if experts is None else f'{experts} experts', model
 
   bench = config.bound(decode_bench.measure, given=('models',))
   bench(models=models(), dry_run=True)
@@ -87,6 +85,63 @@ def _decode(args: argparse.Namespace) -> None:
   rows = bench(models=models(), **({} if args.json else {'on_row': show}))
   if args.json:
     printing.as_json(rows)
+
+
+def _step(args: argparse.Namespace) -> None:
+  from sparse_experts import config, console
+  from sparse_experts.bench import step as step_bench
+  from sparse_experts.planning import precompile
+
+  args.gin_file = ['gin/bench/step.gin', *args.gin_file]
+  settings.parse(args)
+
+  def runs():
+    for experts in _twins(args):
+      yield experts, config.bound(precompile.Run)()
+
+  bench = config.bound(step_bench.measure, given=('runs',))
+  bench(runs=runs(), dry_run=True)
+  if args.dry_run:
+    return printing.checked(args)
+  widths = (12, 10, 15, 16, 6, 13)
+  heading = (
+    *('model', 'seconds', 'useful GFLOP', 'machine GFLOP/s', 'rate'),
+    '(quartiles)',
+  )
+
+  def show(row):
+    low, high = row['rate_iqr']
+    cells = (
+      *(row['model'], f'{row["seconds"]:.3f}'),
+      f'{row["useful_flops"] / 1e9:.1f}',
+      f'{row["machine_flops_per_second"] / 1e9:.0f}',
+      *(f'{row["rate"]:.2f}', f'({low:.2f} - {high:.2f})'),
+    )
+    print(console.line(cells, widths), flush=True)
+
+  if not args.json:
+    print(console.line(heading, widths), flush=True)
+  rows = bench(runs=runs(), **({} if args.json else {'on_row': show}))
+  if args.json:
+    printing.as_json(rows)
+
+
+def _twins(args: argparse.Namespace) -> Iterator[int | None]:
+  """None with the dense twin parsed, then each of EXPERTS with so many.
+
+  What a model is made of is read from the files as it is made.
+  """
+  from sparse_experts import config
+  from sparse_experts.numbers import Count
+
+  given = list(args.bindings)
+  for experts in (None, *config.value('EXPERTS', Sequence[Count])):
+    dense = experts is None
+    sparse = 'SPARSE_LAYERS=0' if dense else f'NUM_EXPERTS={experts}'
+    args.bindings = [*given, sparse]
+    settings.parse(args)
+    yield experts
+  args.bindings = given
 
 
 def _printer(on_pod: bool):

@@ -1,0 +1,158 @@
+"""What a training step takes beside its useful arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_experts.models.language import Language
+from sparse_experts.numbers import Count
+from sparse_experts.planning import precompile
+from sparse_experts.planning.precompile import Run
+from sparse_experts.training import state, step
+
+PRODUCT = (4096, 1024, 4096)  # Rows, terms of a sum, columns.
+
+
+def measure(
+  runs: Iterable[tuple[int | None, Run]],
+  rounds: Count = 11,
+  on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+  dry_run: bool = False,
+) -> list[dict[str, Any]]:
+  """Times training steps on this machine's first device.
+
+  A step is the forward and the backward pass and the optimizer's update, as
+  `train` takes it. Each round runs a large product and every step once; rates
+  are of one round, and the median over rounds is given, so a machine that is
+  slow for a while slows both.
+
+  Args:
+    runs: experts (None: the dense twin) and what is run of them, of which each
+      is compiled before the next is asked for.
+    rounds: at least 1; 11 for a figure to publish.
+    on_row: called with every row as it is ready.
+    dry_run: check, and time nothing.
+
+  Returns:
+    A row for each run: `model`; `experts`; `seconds` (median); `useful_flops`
+    of a step, see `planning.ledger`; `machine_flops_per_second`, of the product
+    of PRODUCT in the model's dtype (median); `rate`, useful FLOPs a second over
+    the machine's, and `rate_iqr`, its first and third quartile.
+
+  Raises:
+    ValueError: a model is not of language, or its batch does not divide.
+  """
+  steps: dict[int | None, Callable[[], Any]] = {}
+  useful: dict[int | None, int] = {}
+  product = None
+  for experts, run in runs:
+    _check(run)
+    if dry_run:
+      continue
+    product = product or _product(run.model.module.dtype)
+    useful[experts] = run.useful_flops('train')
+    steps[experts] = _Step(run)
+  if product is None:
+    return []
+  machine: list[float] = []
+  seconds: dict[int | None, list[float]] = {experts: [] for experts in steps}
+  for _ in range(rounds):
+    machine.append(2.0 * np.prod(PRODUCT) / _timed(product))
+    for experts, take in steps.items():
+      seconds[experts].append(_timed(take))
+  rows = []
+  for experts, taken in seconds.items():
+    rates = useful[experts] / np.array(taken) / np.array(machine)
+    row = {
+      'model': 'dense' if experts is None else f'{experts} experts',
+      'experts': experts,
+      'seconds': float(np.median(taken)),
+      'useful_flops': useful[experts],
+      'machine_flops_per_second': float(np.median(machine)),
+      'rate': float(np.median(rates)),
+      'rate_iqr': np.quantile(rates, (0.25, 0.75)).tolist(),
+    }
+    on_row(row)
+    rows.append(row)
+  return rows
+
+
+class _Step:
+  """A training step of random tokens, compiled; each call takes one."""
+
+  def __init__(self, run: Run):
+    shapes = run.shapes()
+    boxed, optimizer = state.abstract(
+      run.model,
+      shapes,
+      functools.partial(run.optimizer, learning_rate=run.learning_rate),
+    )
+    self._placement = dataclasses.replace(
+      run.placement, devices=jax.devices()[:1]
+    )
+    with self._placement.use() as mesh:
+      placed = state.shardings(boxed, mesh)
+      self._state = state.create(run.model, shapes, optimizer, placed, 0)
+      self._take = step.jit_train_step(
+        run.model,
+        optimizer,
+        mesh,
+        placed,
+        batch_size=run.batch_size,
+        microbatches=run.microbatches,
+      )
+    self._rest = _batch(run, shapes), jax.random.key(0)
+    jax.block_until_ready(self())
+
+  def __call__(self):
+    with self._placement.use():
+      self._state, sums = self._take(self._state, *self._rest)
+    return self._state, sums
+
+
+def _check(run: Run) -> None:
+  if not isinstance(run.model, Language):
+    raise ValueError(
+      f'bench step times models of language, not {type(run.model).__name__}.'
+    )
+  precompile.check(run, num_devices=1)
+
+
+def _batch(run: Run, shapes) -> dict[str, jax.Array]:
+  """Rows without padding."""
+  random = np.random.default_rng(0)
+  vocab_size = run.model.module.embed.vocab_size
+  return {
+    name: jnp.asarray(
+      random.integers(2, vocab_size, x.shape)
+      if name.endswith('_tokens')
+      else np.ones(x.shape),
+      x.dtype,
+    )
+    for name, x in shapes.items()
+  }
+
+
+def _product(dtype) -> Callable[[], jax.Array]:
+  rows, terms, columns = PRODUCT
+  keys = jax.random.split(jax.random.key(0))
+  given = (
+    jax.random.normal(keys[0], (rows, terms), dtype),
+    jax.random.normal(keys[1], (terms, columns), dtype),
+  )
+  product = jax.jit(jnp.matmul).lower(*given).compile()
+  return functools.partial(product, *given)
+
+
+def _timed(function: Callable[[], Any]) -> float:
+  start = time.perf_counter()
+  jax.block_until_ready(function())
+  return time.perf_counter() - start
