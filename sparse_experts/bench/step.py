@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_experts.bench import profile
 from sparse_experts.models.language import Language
 from sparse_experts.numbers import Count
-from sparse_experts.planning import precompile
+from sparse_experts.planning import chips, precompile
 from sparse_experts.planning.precompile import Run
 from sparse_experts.training import state, step
 
@@ -24,6 +25,7 @@ PRODUCT = (4096, 1024, 4096)  # Rows, terms of a sum, columns.
 def measure(
   runs: Iterable[tuple[int | None, Run]],
   rounds: Count = 11,
+  with_parts: bool = False,
   on_row: Callable[[dict[str, Any]], None] = lambda row: None,
   dry_run: bool = False,
 ) -> list[dict[str, Any]]:
@@ -38,6 +40,7 @@ def measure(
     runs: experts (None: the dense twin) and what is run of them, of which each
       is compiled before the next is asked for.
     rounds: at least 1; 11 for a figure to publish.
+    with_parts: say where the time goes, too.
     on_row: called with every row as it is ready.
     dry_run: check, and time nothing.
 
@@ -45,20 +48,21 @@ def measure(
     A row for each run: `model`; `experts`; `seconds` (median); `useful_flops`
     of a step, see `planning.ledger`; `machine_flops_per_second`, of the product
     of PRODUCT in the model's dtype (median); `rate`, useful FLOPs a second over
-    the machine's, and `rate_iqr`, its first and third quartile.
+    the machine's, and `rate_iqr`, its first and third quartile; with_parts also
+    `parts`, see `profile.parts`.
 
   Raises:
     ValueError: a model is not of language, or its batch does not divide.
   """
-  steps: dict[int | None, Callable[[], Any]] = {}
-  useful: dict[int | None, int] = {}
+  steps: dict[int | None, _Step] = {}
+  named: dict[int | None, dict[str, Any]] = {}
   product = None
   for experts, run in runs:
-    _check(run)
+    _check(run, 1)
     if dry_run:
       continue
     product = product or _product(run.model.module.dtype)
-    useful[experts] = run.useful_flops('train')
+    named[experts] = _named(experts, run)
     steps[experts] = _Step(run)
   if product is None:
     return []
@@ -70,23 +74,67 @@ def measure(
       seconds[experts].append(_timed(take))
   rows = []
   for experts, taken in seconds.items():
-    rates = useful[experts] / np.array(taken) / np.array(machine)
+    useful = named[experts]['useful_flops']
+    rates = useful / np.array(taken) / np.array(machine)
     row = {
-      'model': 'dense' if experts is None else f'{experts} experts',
-      'experts': experts,
+      **named[experts],
       'seconds': float(np.median(taken)),
-      'useful_flops': useful[experts],
       'machine_flops_per_second': float(np.median(machine)),
       'rate': float(np.median(rates)),
       'rate_iqr': np.quantile(rates, (0.25, 0.75)).tolist(),
+    }
+    if with_parts:
+      row['parts'] = profile.parts(steps[experts], steps[experts].text)
+    on_row(row)
+    rows.append(row)
+  return rows
+
+
+def compiled(
+  runs: Iterable[tuple[int | None, Run]],
+  topology: str,
+  on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+  dry_run: bool = False,
+) -> list[dict[str, Any]]:
+  """Compiles training steps for TPU chips that are not here.
+
+  Args:
+    runs, on_row, dry_run: as of `measure`.
+    topology: such as 'v5e:2x2', see `chips.parse_topology`.
+
+  Returns:
+    A row for each run: `model`, `experts`, `useful_flops` of a step, and what
+    `precompile.precompile` says, `optimal_seconds` among it.
+  """
+  rows = []
+  _, num_devices = chips.parse_topology(topology)
+  for experts, run in runs:
+    if dry_run:
+      _check(run, num_devices)
+      continue
+    row = {
+      **_named(experts, run),
+      **precompile.precompile(run, topology),
     }
     on_row(row)
     rows.append(row)
   return rows
 
 
+def _named(experts: int | None, run: Run) -> dict[str, Any]:
+  return {
+    'model': 'dense' if experts is None else f'{experts} experts',
+    'experts': experts,
+    'useful_flops': run.useful_flops('train'),
+  }
+
+
 class _Step:
-  """A training step of random tokens, compiled; each call takes one."""
+  """A training step of random tokens, compiled; each call takes one.
+
+  Attributes:
+    text: the program, optimised HLO.
+  """
 
   def __init__(self, run: Run):
     shapes = run.shapes()
@@ -95,13 +143,11 @@ class _Step:
       shapes,
       functools.partial(run.optimizer, learning_rate=run.learning_rate),
     )
-    self._placement = dataclasses.replace(
-      run.placement, devices=jax.devices()[:1]
-    )
-    with self._placement.use() as mesh:
+    placement = dataclasses.replace(run.placement, devices=jax.devices()[:1])
+    with placement.use() as mesh:
       placed = state.shardings(boxed, mesh)
       self._state = state.create(run.model, shapes, optimizer, placed, 0)
-      self._take = step.jit_train_step(
+      jitted = step.jit_train_step(
         run.model,
         optimizer,
         mesh,
@@ -109,21 +155,22 @@ class _Step:
         batch_size=run.batch_size,
         microbatches=run.microbatches,
       )
-    self._rest = _batch(run, shapes), jax.random.key(0)
+      self._rest = _batch(run, shapes), jax.random.key(0)
+      self._take = jitted.lower(self._state, *self._rest).compile()
+    self.text = self._take.as_text()
     jax.block_until_ready(self())
 
   def __call__(self):
-    with self._placement.use():
-      self._state, sums = self._take(self._state, *self._rest)
+    self._state, sums = self._take(self._state, *self._rest)
     return self._state, sums
 
 
-def _check(run: Run) -> None:
+def _check(run: Run, num_devices: int) -> None:
   if not isinstance(run.model, Language):
     raise ValueError(
       f'bench step times models of language, not {type(run.model).__name__}.'
     )
-  precompile.check(run, num_devices=1)
+  precompile.check(run, num_devices)
 
 
 def _batch(run: Run, shapes) -> dict[str, jax.Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from sparse_experts.commands import printing, settings
 
@@ -18,12 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar='NAME',
     help="layer, step: compile for these TPU chips, such as 'v5p:4x4x4'",
   )
+  parser.add_argument(
+    '--profile', action='store_true', help='step: say where the time goes, too'
+  )
 
 
 def run(args: argparse.Namespace) -> None:
   from sparse_experts import config
   from sparse_experts.bench import layer as layer_bench
 
+  if args.profile and (args.what != 'step' or args.topology):
+    raise ValueError('--profile is for bench step, timed on this machine.')
   if args.what == 'decode':
     return _decode(args)
   if args.what == 'step':
@@ -99,31 +105,77 @@ def _step(args: argparse.Namespace) -> None:
     for experts in _twins(args):
       yield experts, config.bound(precompile.Run)()
 
-  bench = config.bound(step_bench.measure, given=('runs',))
+  if args.topology is not None:
+    bench = functools.partial(step_bench.compiled, topology=args.topology)
+    widths, heading, cells = (12, 15, 13, 10, 10), *_COMPILED_STEP
+  else:
+    bench = functools.partial(
+      config.bound(step_bench.measure, given=('runs', 'with_parts')),
+      with_parts=args.profile,
+    )
+    widths, heading, cells = (12, 10, 15, 16, 6, 13), *_TIMED_STEP
   bench(runs=runs(), dry_run=True)
   if args.dry_run:
     return printing.checked(args)
-  widths = (12, 10, 15, 16, 6, 13)
-  heading = (
-    *('model', 'seconds', 'useful GFLOP', 'machine GFLOP/s', 'rate'),
-    '(quartiles)',
-  )
 
   def show(row):
-    low, high = row['rate_iqr']
-    cells = (
-      *(row['model'], f'{row["seconds"]:.3f}'),
-      f'{row["useful_flops"] / 1e9:.1f}',
-      f'{row["machine_flops_per_second"] / 1e9:.0f}',
-      *(f'{row["rate"]:.2f}', f'({low:.2f} - {high:.2f})'),
-    )
-    print(console.line(cells, widths), flush=True)
+    print(console.line(cells(row), widths), flush=True)
 
   if not args.json:
     print(console.line(heading, widths), flush=True)
   rows = bench(runs=runs(), **({} if args.json else {'on_row': show}))
   if args.json:
     printing.as_json(rows)
+  elif args.profile:
+    print('\n' + _parts_table(rows))
+
+
+def _timed_step(row: dict[str, Any]) -> tuple[str, ...]:
+  low, high = row['rate_iqr']
+  return (
+    *(row['model'], f'{row["seconds"]:.3f}'),
+    f'{row["useful_flops"] / 1e9:.1f}',
+    f'{row["machine_flops_per_second"] / 1e9:.0f}',
+    *(f'{row["rate"]:.2f}', f'({low:.2f} - {high:.2f})'),
+  )
+
+
+_TIMED_STEP = (
+  (
+    *('model', 'seconds', 'useful GFLOP', 'machine GFLOP/s', 'rate'),
+    '(quartiles)',
+  ),
+  _timed_step,
+)
+
+
+def _compiled_step(row: dict[str, Any]) -> tuple[str, ...]:
+  flops, seconds = row['flops'], row['optimal_seconds']
+  return (
+    *(row['model'], f'{row["useful_flops"] / 1e9:.1f}'),
+    f'{flops["executed"] / flops["useful"]:.2f}x',
+    f'{row["hbm_bytes"]["peak"] / 2**30:.2f} GiB',
+    'n/a' if seconds is None else f'{seconds * 1e3:.2f}',
+  )
+
+
+_COMPILED_STEP = (
+  ('model', 'useful GFLOP', 'executed', 'memory', 'XLA ms'),
+  _compiled_step,
+)
+
+
+def _parts_table(rows: Sequence[dict[str, Any]]) -> str:
+  """The share of each part, a line each, by model."""
+  from sparse_experts import console
+
+  names = dict.fromkeys(part for row in rows for part in row['parts'])
+  widths = (20, *[11] * len(rows))
+  lines = [('part of the time', *(row['model'] for row in rows))]
+  for name in names:
+    shares = (row['parts'].get(name, 0) for row in rows)
+    lines.append((name, *(f'{share:.1%}' for share in shares)))
+  return '\n'.join(console.line(line, widths) for line in lines)
 
 
 def _twins(args: argparse.Namespace) -> Iterator[int | None]:

@@ -257,7 +257,8 @@ class Objective(abc.ABC):
       ValueError: no router returns a loss that has a weight, or one learns by
         reward and there is none.
     """
-    judged = self.measure(outputs, batch, totals)
+    with jax.named_scope('loss'):
+      judged = self.measure(outputs, batch, totals)
     counted = auxiliary.counts(auxes)
     auxes = auxiliary.of_layers(auxes, self.balance_over, totals)
     if any(aux.decisions for aux in auxes.values()):

@@ -48,6 +48,7 @@ class Experts:
     """E, or how many of them there are on this device."""
     return jax.tree.leaves(self.params)[0].shape[0]
 
+  @jax.named_scope('experts')
   def __call__(self, x_ExGxCxD: Array) -> Array:
     """Expert e on its slots of every group, [E, G, C, D]."""
     E = x_ExGxCxD.shape[0]
@@ -57,6 +58,7 @@ class Experts:
       self.params, keys_E, x_ExGxCxD
     )
 
+  @jax.named_scope('experts')
   def grouped(
     self,
     x_RxD: Array,

@@ -70,32 +70,33 @@ def train_step(
     data_shards=data_shards,
   )
   balance = sums.pop('balance')
-  masks = subsets.masks(optimizer, state.params)
-  norm = optax.tree.norm(subsets.keep(masks, grads))
-  params = state.params
-  if model.bias_rate:
-    params = update_biases(params, sums['layers'], model.bias_rate, masks)
-  updates, opt_state = optimizer.update(grads, state.opt_state, params)
-  params = optax.apply_updates(params, updates)
-  finite = (
-    jnp.isfinite(sums['objective'])
-    & jnp.isfinite(norm)
-    & jnp.isfinite(optax.tree.norm(updates))
-  )
+  with jax.named_scope('optimizer'):
+    masks = subsets.masks(optimizer, state.params)
+    norm = optax.tree.norm(subsets.keep(masks, grads))
+    params = state.params
+    if model.bias_rate:
+      params = update_biases(params, sums['layers'], model.bias_rate, masks)
+    updates, opt_state = optimizer.update(grads, state.opt_state, params)
+    params = optax.apply_updates(params, updates)
+    finite = (
+      jnp.isfinite(sums['objective'])
+      & jnp.isfinite(norm)
+      & jnp.isfinite(optax.tree.norm(updates))
+    )
 
-  def keep(new, old):
-    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    def keep(new, old):
+      return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-  sums |= {'gradient_norm': norm}
-  taken = keep(sums, jax.tree.map(jnp.zeros_like, sums))
-  skipped = (~finite).astype(jnp.int32)
-  new_state = TrainState(
-    step=state.step + 1,
-    params=keep(params, state.params),
-    opt_state=keep(opt_state, state.opt_state),
-    skipped=state.skipped + skipped,
-    balance=keep(balance, state.balance) if state.balance else (),
-  )
+    sums |= {'gradient_norm': norm}
+    taken = keep(sums, jax.tree.map(jnp.zeros_like, sums))
+    skipped = (~finite).astype(jnp.int32)
+    new_state = TrainState(
+      step=state.step + 1,
+      params=keep(params, state.params),
+      opt_state=keep(opt_state, state.opt_state),
+      skipped=state.skipped + skipped,
+      balance=keep(balance, state.balance) if state.balance else (),
+    )
   tokens = sum(model.totals(batch).tokens.values())
   return new_state, {**taken, 'skipped': skipped, 'tokens': tokens}
 

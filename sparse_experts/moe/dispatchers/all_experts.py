@@ -34,13 +34,16 @@ def all_experts(
   """
   require_hard(assignment, 'all_experts')
   E = assignment.num_experts
-  x_GxSxD = constrain(x_GxSxD, 'expert_group', None, 'act_embed')
-  y_ExGxSxD = experts(jnp.broadcast_to(x_GxSxD, (E, *x_GxSxD.shape)))
-  gate_GxSxE = jnp.einsum(
-    'GSK,GSKE->GSE',
-    assignment.gate_GxSxK * assignment.kept(capacity),
-    jax.nn.one_hot(assignment.expert_GxSxK, E),
-  )
-  return jnp.einsum(
-    'EGSD,GSE->GSD', y_ExGxSxD, gate_GxSxE.astype(x_GxSxD.dtype)
-  )
+  with jax.named_scope('dispatch'):
+    x_GxSxD = constrain(x_GxSxD, 'expert_group', None, 'act_embed')
+    x_ExGxSxD = jnp.broadcast_to(x_GxSxD, (E, *x_GxSxD.shape))
+  y_ExGxSxD = experts(x_ExGxSxD)
+  with jax.named_scope('combine'):
+    gate_GxSxE = jnp.einsum(
+      'GSK,GSKE->GSE',
+      assignment.gate_GxSxK * assignment.kept(capacity),
+      jax.nn.one_hot(assignment.expert_GxSxK, E),
+    )
+    return jnp.einsum(
+      'EGSD,GSE->GSD', y_ExGxSxD, gate_GxSxE.astype(x_GxSxD.dtype)
+    )

@@ -32,14 +32,16 @@ def einsum(
     assignment: hard, or soft weights, which have their own C.
     capacity: slots C of an expert for a group; None: nothing is dropped.
   """
-  if isinstance(assignment, Assignment):
-    slots = x_GxSxD.shape[1] if capacity is None else capacity
-    assignment = soften(assignment, slots)
-  dispatch_GxSxExC = assignment.dispatch_GxSxExC.astype(x_GxSxD.dtype)
-  combine_GxSxExC = assignment.combine_GxSxExC.astype(x_GxSxD.dtype)
-  x_GxExCxD = jnp.einsum('GSEC,GSD->GECD', dispatch_GxSxExC, x_GxSxD)
+  with jax.named_scope('dispatch'):
+    if isinstance(assignment, Assignment):
+      slots = x_GxSxD.shape[1] if capacity is None else capacity
+      assignment = soften(assignment, slots)
+    dispatch_GxSxExC = assignment.dispatch_GxSxExC.astype(x_GxSxD.dtype)
+    x_GxExCxD = jnp.einsum('GSEC,GSD->GECD', dispatch_GxSxExC, x_GxSxD)
   y_GxExCxD = exchange(experts, x_GxExCxD)
-  return jnp.einsum('GSEC,GECD->GSD', combine_GxSxExC, y_GxExCxD)
+  with jax.named_scope('combine'):
+    combine_GxSxExC = assignment.combine_GxSxExC.astype(x_GxSxD.dtype)
+    return jnp.einsum('GSEC,GECD->GSD', combine_GxSxExC, y_GxExCxD)
 
 
 def soften(assignment: Assignment, capacity: int) -> SoftAssignment:

@@ -33,15 +33,17 @@ def gather(
   require_hard(assignment, 'gather')
   G, S, D = x_GxSxD.shape
   E, C = assignment.num_experts, S if capacity is None else capacity
-  slot_GxSxK, choice_GxEC = _indices(assignment, C)
-  x_GxECxD = to_slots(x_GxSxD, slot_GxSxK, choice_GxEC)
+  with jax.named_scope('dispatch'):
+    slot_GxSxK, choice_GxEC = _indices(assignment, C)
+    x_GxECxD = to_slots(x_GxSxD, slot_GxSxK, choice_GxEC)
   y_GxExCxD = exchange(experts, x_GxECxD.reshape(G, E, C, D))
-  return from_slots(
-    y_GxExCxD.reshape(G, E * C, D),
-    assignment.gate_GxSxK.astype(x_GxSxD.dtype),
-    slot_GxSxK,
-    choice_GxEC,
-  )
+  with jax.named_scope('combine'):
+    return from_slots(
+      y_GxExCxD.reshape(G, E * C, D),
+      assignment.gate_GxSxK.astype(x_GxSxD.dtype),
+      slot_GxSxK,
+      choice_GxEC,
+    )
 
 
 def _indices(assignment: Assignment, capacity: int) -> tuple[Array, Array]:

@@ -229,6 +229,7 @@ class Rows:
   sizes_E: Array
 
   @classmethod
+  @jax.named_scope('dispatch')
   def sort(
     cls, expert_IxK: Array, num_experts: int, room: int | None = None
   ) -> Rows:
@@ -257,16 +258,19 @@ class Rows:
       sizes_E=jnp.diff(ends_E, prepend=0),
     )
 
+  @jax.named_scope('dispatch')
   def lay_out(self, x_IxD: Array) -> Array:
     """The token of each row, [R, D]."""
     return to_slots(x_IxD[None], self.row_IxK[None], self.choice_R[None])[0]
 
+  @jax.named_scope('combine')
   def collect(self, y_RxD: Array, gate_IxK: Array) -> Array:
     """The sum of each token's rows weighted by their gates, [I, D]."""
     return from_slots(
       y_RxD[None], gate_IxK[None], self.row_IxK[None], self.choice_R[None]
     )[0]
 
+  @jax.named_scope('combine')
   def put_back(self, y_RxD: Array) -> Array:
     """The row of each token, [I, D], where K is 1."""
     return to_slots(
@@ -276,10 +280,12 @@ class Rows:
 
 def _send_rows(run, x_IxD, gate_IxK, rows, traffic, *, X):
   """Rows to their experts and back."""
-  x_RxD = row_exchange.send(rows.lay_out(x_IxD), traffic)
+  with jax.named_scope('dispatch'):
+    x_RxD = row_exchange.send(rows.lay_out(x_IxD), traffic)
   there = Rows.sort(traffic.expert_R[:, None], X)
   y_RxD = there.put_back(run(there.lay_out(x_RxD), there.sizes_E))
-  y_RxD = row_exchange.send_back(y_RxD, traffic, rows.choice_R.size)
+  with jax.named_scope('combine'):
+    y_RxD = row_exchange.send_back(y_RxD, traffic, rows.choice_R.size)
   return rows.collect(y_RxD, gate_IxK)
 
 
