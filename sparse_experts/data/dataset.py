@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -82,7 +82,7 @@ class Dataset:
       modules=self.modules,
     )
 
-  def evaluation(self, features: Features) -> Iterator[streams.Batch]:
+  def evaluation(self, features: Features) -> streams.WholeBatches:
     """The split once, in order, whole batches in every process."""
     return streams.eval_batches(
       self.mixture_or_task_name,

@@ -22,7 +22,6 @@ from sparse_experts.data import host_tensorflow, streams, tasks
 from sparse_experts.data.dataset import Dataset
 from sparse_experts.data.examples import check_lengths, splits
 from sparse_experts.data.features.text import Text, TextToText
-from sparse_experts.data.streams import Batch
 
 MOST_BYTES = 1_000_000  # Of a line. Models read far less.
 
@@ -261,7 +260,7 @@ def tokenized(
 
 def batches(
   given: Sequence[Tokenized], dataset: Dataset, features: TextToText | Text
-) -> Iterator[Batch]:
+) -> streams.WholeBatches:
   """Batches of texts as `Dataset.evaluation` would have them, unpacked.
 
   Args:
@@ -276,7 +275,7 @@ def batches(
     output_signature=dict.fromkeys(lengths, tf.TensorSpec([None], tf.int32)),
   )
   rows = features.rows(examples, lengths)
-  return streams.batched(rows, dataset.batch_size, features)
+  return streams.WholeBatches(rows, dataset.batch_size, features)
 
 
 def _task(dataset: Dataset, features: TextToText | Text) -> Any:

@@ -12,6 +12,7 @@ processes, and its data stays the same.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -256,17 +257,15 @@ def eval_batches(
   task_ids: bool | str = False,
   num_batches: int | None = None,
   modules: Sequence[str] = (),
-) -> Iterator[Batch]:
-  """Yields a split once, in order, the same in every process.
-
-  The last batch is filled up with rows of `Features.fill`, which weigh nothing.
+) -> WholeBatches:
+  """A split once, in order, the same in every process.
 
   Args:
     num_batches: stop after so many batches; None for the whole split.
     (The others are those of `Batches`.)
 
   >>> from sparse_experts.data.features.text import Text
-  >>> batch, = eval_batches('docs_lm', 'test', {'targets': 16}, 2, Text(),
+  >>> (batch,) = eval_batches('docs_lm', 'test', {'targets': 16}, 2, Text(),
   ...                       num_batches=1)
   >>> batch['decoder_target_tokens'].shape
   (2, 16)
@@ -275,30 +274,34 @@ def eval_batches(
     task_name, split, feature_lengths, features, pack, task_ids, modules
   )
   rows = source.read(shuffle=False, seed=0)
-  yield from batched(rows, batch_size, features, num_batches)
+  return WholeBatches(rows, batch_size, features, num_batches)
 
 
-def batched(
-  rows: tf.data.Dataset,
-  batch_size: int,
-  features: Features,
-  num_batches: int | None = None,
-) -> Iterator[Batch]:
-  """Whole batches of rows, in order; the last one is filled up.
+@dataclasses.dataclass(frozen=True)
+class WholeBatches:
+  """Batches of rows, in order; each iteration has them all.
 
-  Args:
+  The last batch is filled up with rows of `Features.fill`, which weigh nothing.
+
+  Attributes:
     rows: one by one.
     batch_size: rows of a batch.
     features: what rows are, and what fills a batch up.
     num_batches: stop after so many; None: after the last row.
   """
-  # Without drop_remainder; the loop below fills up the last batch.
-  batches = rows.batch(batch_size).prefetch(2).as_numpy_iterator()
 
-  def fill_up(name, x):
-    missing = [(0, batch_size - len(x)), *[(0, 0)] * (x.ndim - 1)]
-    return np.pad(x, missing, constant_values=features.fill(name))
+  rows: tf.data.Dataset
+  batch_size: int
+  features: Features
+  num_batches: int | None = None
 
-  for batch in itertools.islice(batches, num_batches):
-    features.check_rows(batch)
-    yield {name: fill_up(name, x) for name, x in batch.items()}
+  def __iter__(self) -> Iterator[Batch]:
+    # Without drop_remainder; the loop below fills up the last batch.
+    batches = self.rows.batch(self.batch_size).prefetch(2).as_numpy_iterator()
+    for batch in itertools.islice(batches, self.num_batches):
+      self.features.check_rows(batch)
+      yield {name: self._fill_up(name, x) for name, x in batch.items()}
+
+  def _fill_up(self, name: str, x: np.ndarray) -> np.ndarray:
+    missing = [(0, self.batch_size - len(x)), *[(0, 0)] * (x.ndim - 1)]
+    return np.pad(x, missing, constant_values=self.features.fill(name))

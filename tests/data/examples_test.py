@@ -178,7 +178,7 @@ def test_a_source_that_cannot_be_saved_is_refused(forget_new_tasks):
   refused('tiny_mixed')
   # An evaluation is not continued.
   batch = next(
-    streams.eval_batches('tiny_python', 'train', LENGTHS, 4, TextToText())
+    iter(streams.eval_batches('tiny_python', 'train', LENGTHS, 4, TextToText()))
   )
   assert len(batch['encoder_input_tokens']) == 4
 

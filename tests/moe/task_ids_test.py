@@ -122,8 +122,10 @@ def test_ids_stay_with_their_tokens(features, pack):
 def test_the_docs_tasks_say_the_domain(task, lengths, features):
   def first(split, **options):
     return next(
-      streams.eval_batches(
-        task, split, lengths, 8, features, pack=True, **options
+      iter(
+        streams.eval_batches(
+          task, split, lengths, 8, features, pack=True, **options
+        )
       )
     )
 
@@ -148,13 +150,15 @@ def test_the_docs_tasks_say_the_domain(task, lengths, features):
 def test_ids_are_the_domains():
   # The targets of this task spell the domain.
   batch = next(
-    streams.eval_batches(
-      'docs_domain',
-      'validation',
-      {'inputs': 32, 'targets': 10},
-      32,
-      TextToText(),
-      task_ids=True,
+    iter(
+      streams.eval_batches(
+        'docs_domain',
+        'validation',
+        {'inputs': 32, 'targets': 10},
+        32,
+        TextToText(),
+        task_ids=True,
+      )
     )
   )
   names = set()
@@ -192,13 +196,15 @@ def test_a_training_stream_continues_with_its_ids(tmp_path):
 def test_tasks_without_ids_are_refused():
   with pytest.raises(ValueError, match=r'no inputs_task_ids, targets_task_ids'):
     next(
-      streams.eval_batches(
-        'tiny_sums',
-        'train',
-        LENGTHS,
-        2,
-        TextToText(),
-        task_ids=True,
-        modules=('tiny_tasks',),
+      iter(
+        streams.eval_batches(
+          'tiny_sums',
+          'train',
+          LENGTHS,
+          2,
+          TextToText(),
+          task_ids=True,
+          modules=('tiny_tasks',),
+        )
       )
     )

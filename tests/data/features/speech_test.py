@@ -57,7 +57,7 @@ def test_an_example_that_is_too_long_is_an_error(name, least):
   with pytest.raises(ValueError, match=said):
     next(dataset.training(FEATURES, slice(None)))
   with pytest.raises(ValueError, match=said):
-    next(dataset.evaluation(FEATURES))
+    next(iter(dataset.evaluation(FEATURES)))
 
 
 def test_what_does_not_fit_is_one_line():
