@@ -73,8 +73,8 @@ class Layer:
 
   def factor(self, dispatcher: str) -> float | None:
     """The capacity factor; None for a dispatcher that needs no slots."""
-    dropless = dispatcher in ('grouped', 'all_experts')
-    return None if dropless else self.capacity_factor
+    capped = dispatcher in ('gather', 'einsum')
+    return self.capacity_factor if capped else None
 
   def dense(self, k: int) -> nn.Module:
     return Mlp(hidden_width=k * self.hidden_width)

@@ -61,7 +61,7 @@ def measure(
     _check(run, 1)
     if dry_run:
       continue
-    product = product or _product(run.model.module.dtype)
+    product = product or _Product(run.model.module.dtype)
     named[experts] = _named(experts, run)
     steps[experts] = _Step(run)
   if product is None:
@@ -188,15 +188,33 @@ def _batch(run: Run, shapes) -> dict[str, jax.Array]:
   }
 
 
-def _product(dtype) -> Callable[[], jax.Array]:
-  rows, terms, columns = PRODUCT
-  keys = jax.random.split(jax.random.key(0))
-  given = (
-    jax.random.normal(keys[0], (rows, terms), dtype),
-    jax.random.normal(keys[1], (terms, columns), dtype),
-  )
-  product = jax.jit(jnp.matmul).lower(*given).compile()
-  return functools.partial(product, *given)
+class _Product:
+  """The product of PRODUCT, compiled; each call computes it once.
+
+  The result goes where the one before it was, as parameters of a step do, so
+  that no call pays for new pages of memory.
+  """
+
+  def __init__(self, dtype):
+    rows, terms, columns = PRODUCT
+    keys = jax.random.split(jax.random.key(0))
+    self._given = (
+      jax.random.normal(keys[0], (rows, terms), dtype),
+      jax.random.normal(keys[1], (terms, columns), dtype),
+    )
+    self._result = jnp.zeros((rows, columns), dtype)
+
+    def product(x_RxI, w_IxO, old):
+      del old
+      return x_RxI @ w_IxO
+
+    jitted = jax.jit(product, donate_argnums=2, keep_unused=True)
+    self._run = jitted.lower(*self._given, self._result).compile()
+    jax.block_until_ready(self())
+
+  def __call__(self) -> jax.Array:
+    self._result = self._run(*self._given, self._result)
+    return self._result
 
 
 def _timed(function: Callable[[], Any]) -> float:

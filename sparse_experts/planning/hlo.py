@@ -49,6 +49,11 @@ _COLLECTIVE = re.compile(
 )
 
 
+def _path(op_name: str) -> str:
+  """Without what transformed it: 'transpose(jvp(f))/while' is 'f/while'."""
+  return re.sub(r'\w+\(|\)', '', op_name)
+
+
 def _parseable(text: str) -> str:
   """Without what XLA prints and does not read."""
   text = re.sub(r' stack_frame_id=\d+', '', text)
@@ -92,14 +97,15 @@ class Program:
 
   Computations stand after those that they call. Loops are those that count
   from 0 to a constant, as `jax.lax.scan` makes them, and those that are given;
-  the body of any other counts once. XLA counts a ragged product, in which each
+  one of the scope 'overflow' has no turn, as under a balanced load (see
+  `dispatchers.gather_dropless`); the body of any other counts once. XLA counts a ragged product, in which each
   row meets one of several matrices, as if each met all, or as nothing; here a
   row counts once.
 
   Args:
     text: what XLA prints of it.
-    turns: of loops that stop when data say so, by the name that JAX gives them,
-      such as 'jit(f)/while' for a `jax.lax.while_loop` in f itself.
+    turns: of loops that stop when data say so, by the end of the name that JAX
+      gives them, such as 'jit(f)/while' for a `jax.lax.while_loop` in f itself.
     filled: share of the rows of a ragged product that meet a matrix at all.
   """
 
@@ -109,7 +115,8 @@ class Program:
     turns: Mapping[str, int] | None = None,
     filled: float = 1.0,
   ):
-    self._given_turns, self._filled = turns or {}, filled
+    self._given_turns = {**(turns or {}), 'overflow/while': 0}
+    self._filled = filled
     text = _parseable(text)
     starts = list(_START.finditer(text))
     ends = [start.start() for start in starts[1:]] + [len(text)]
@@ -163,8 +170,8 @@ class Program:
         )
     return found
 
-  def _references(self, text: str) -> list[tuple[str, int]]:
-    """Computations that one runs, and the turns of those that are loops."""
+  def _references(self, text: str) -> list[tuple[str, int | None]]:
+    """Computations that one runs, and the turns of loops; None: it is none."""
     refs = [
       (body, self._turns(condition, rest))
       for condition, body, rest in _LOOP.findall(text)
@@ -172,15 +179,16 @@ class Program:
     names = _CALL.findall(text)
     for several in _CALLS.findall(text):
       names += re.findall(r'[\w.\-]+', several)
-    return [*refs, *((name, 0) for name in names)]
+    return [*refs, *((name, None) for name in names)]
 
   def _turns(self, condition: str, rest: str) -> int:
     known = _KNOWN_TURNS.search(rest)
     if known:
       return int(known[1])
     name = _OP_NAME.search(rest)
-    if name and name[1] in self._given_turns:
-      return self._given_turns[name[1]]
+    for end, turns in self._given_turns.items():
+      if name and _path(name[1]).endswith(_path(end)):
+        return turns
     limits = re.findall(r' constant\((\d+)\)', self._texts[condition])
     counts_up = 'direction=LT' in self._texts[condition]
     return int(limits[0]) if counts_up and len(limits) == 1 else 1
@@ -190,14 +198,14 @@ class Program:
     times = dict.fromkeys(self._texts, 0) | {self._entry: 1}
     for name in reversed(self._texts):
       for other, turns in self._refs[name]:
-        times[other] += times[name] * max(turns, 1)
+        times[other] += times[name] * (1 if turns is None else turns)
     return times
 
   def _loops(self, name: str) -> list[tuple[str, int]]:
     """The loops of a computation and of what it calls, not loops in loops."""
     loops = []
     for other, turns in self._refs[name]:
-      loops += [(other, turns)] if turns else self._loops(other)
+      loops += self._loops(other) if turns is None else [(other, turns)]
     return loops
 
   def _add_part(self, name: str, times: int, parts: list[Part]) -> Costs:

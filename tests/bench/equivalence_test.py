@@ -60,7 +60,9 @@ def test_the_table_is_wide(table):
         of_dispatcher[row['dispatcher']].add(mesh)
   assert all(len(of_router[name]) >= 2 for name in of_router.keys() - SOFT)
   assert all(len(meshes) >= 3 for meshes in of_dispatcher.values())
-  assert set(of_dispatcher) >= set(dispatchers.names()) - {'all_experts'}
+  # Those have meshes in tests of their own.
+  others = {'all_experts', 'gather_dropless'}
+  assert set(of_dispatcher) >= set(dispatchers.names()) - others
 
 
 @pytest.fixture(scope='module')

@@ -51,7 +51,13 @@ def test_list_names_recipes_tasks_and_routers():
   assert 'gin/quickstart.gin' in names['recipes']
   assert 'docs_span_corruption' in names['tasks']
   assert {'switch', 'soft_moe'} <= set(names['routers'])
-  assert names['dispatchers'] == ['all_experts', 'einsum', 'gather', 'grouped']
+  assert names['dispatchers'] == [
+    'all_experts',
+    'einsum',
+    'gather',
+    'gather_dropless',
+    'grouped',
+  ]
   text = command.run('list').stdout
   for title in names:
     listed = ''.join(f'  {name}\n' for name in names[title])

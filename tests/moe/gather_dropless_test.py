@@ -1,0 +1,163 @@
+"""Capped buffers that drop nothing: like dropless dispatch, at any skew."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from sparse_experts import sharding
+from sparse_experts.layers.mlp import Mlp
+from sparse_experts.moe.assignment import Assignment, positions
+from sparse_experts.moe.dispatchers.gather import gather
+from sparse_experts.moe.dispatchers.gather_dropless import gather_dropless
+from sparse_experts.moe.dispatchers.grouped import grouped
+from sparse_experts.moe.experts import Experts
+from sparse_experts.planning import hlo
+
+G, S, K, D, E, F = 8, 8, 2, 4, 4, 3
+# A pass of the factors below has 1, 4 and 8 slots of an expert, of S.
+FACTORS = (0.25, 1.0, 2.0)
+
+
+def arrays(seed=0):
+  """Parameters, tokens, gates, and a cotangent; experts are all different."""
+  rng = np.random.default_rng(seed)
+  params = {
+    'wi': {'kernel': np.float32(rng.normal(size=(E, D, F)))},
+    'wo': {'kernel': np.float32(rng.normal(size=(E, F, D)))},
+  }
+  return (
+    params,
+    np.float32(rng.normal(size=(G, S, D))),
+    np.float32(rng.random((G, S, K))),
+    np.float32(rng.normal(size=(G, S, D))),
+  )
+
+
+def choices(how, seed=1):
+  """Two different experts of each token, int32; E where there is no choice."""
+  rng = np.random.default_rng(seed)
+  expert_GxSxK = np.argsort(rng.random((G, S, E)), axis=-1)[..., :K]
+  if how == 'one expert':
+    expert_GxSxK[..., 0] = 2
+    expert_GxSxK[..., 1] = E
+  if how == 'masked':
+    expert_GxSxK[rng.random((G, S)) < 0.4] = E
+  if how == 'nobody':
+    expert_GxSxK[:] = E
+  return np.int32(expert_GxSxK)
+
+
+def run(dispatch, params, x, gates, dy, expert_GxSxK, key=None, capacity=None):
+  """The output, and gradients of parameters, tokens and gates."""
+  module = Mlp(hidden_width=F, activation='gelu', dropout_rate=0.5)
+
+  def output(params, x, gates):
+    assignment = Assignment(
+      expert_GxSxK=expert_GxSxK,
+      gate_GxSxK=gates,
+      position_GxSxK=positions(expert_GxSxK, E, priority='token'),
+      num_experts=E,
+    )
+    experts = Experts(params, key, module, deterministic=key is None)
+    return dispatch(experts, x, assignment, capacity)
+
+  y, pull_back = jax.vjp(output, params, x, gates)
+  return y, pull_back(dy)
+
+
+@functools.cache  # One compilation for each, whatever the choices.
+def compiled(factor, capacity=None):
+  dispatch = functools.partial(gather_dropless, buffer_factor=factor)
+  return jax.jit(functools.partial(run, dispatch, capacity=capacity))
+
+
+def same(left, right):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+    left,
+    right,
+  )
+
+
+@pytest.mark.parametrize('how', ['any', 'one expert', 'masked', 'nobody'])
+@pytest.mark.parametrize('factor', FACTORS)
+def test_it_is_dropless_at_any_skew(factor, how):
+  expert_GxSxK = choices(how)
+  y, gradients = compiled(factor)(*arrays(), expert_GxSxK)
+  same((y, gradients), run(grouped, *arrays(), expert_GxSxK))
+  chosen_GxS = (expert_GxSxK < E).any(-1)
+  assert (np.abs(y).max(-1) > 0)[chosen_GxS].all()
+  assert (np.asarray(y)[~chosen_GxS] == 0).all()
+
+
+def test_a_capacity_is_kept():
+  """Of one expert's choices in a group the first two, in passes of one."""
+  expert_GxSxK = choices('any')
+  found = compiled(0.25, capacity=2)(*arrays(), expert_GxSxK)
+  same(found, run(gather, *arrays(), expert_GxSxK, capacity=2))
+  exact = run(grouped, *arrays(), expert_GxSxK)
+  assert np.abs(found[0] - exact[0]).max() > 0.1
+
+
+def test_forward_and_backward_draw_alike():
+  """Where a row of the output is zero, its gradients are."""
+  expert_GxSxK = choices('one expert')
+  y, (_, dx, dgates) = compiled(0.25)(
+    *arrays(), expert_GxSxK, jax.random.key(3)
+  )
+  dropped_GxS = np.abs(y).max(-1) == 0  # All F units of that row: 1 in 8.
+  assert 0 < dropped_GxS.sum() < G * S / 2
+  assert (np.asarray(dx)[dropped_GxS] == 0).all()
+  assert (np.asarray(dgates)[dropped_GxS] == 0).all()
+  assert (np.abs(dgates[..., 0]) > 0)[~dropped_GxS].all()
+
+
+def test_eight_devices_equal_one():
+  expert_GxSxK = choices('one expert')
+  given = (*arrays(), expert_GxSxK)
+  one = compiled(1.0)(*given)
+  with sharding.use_mesh(sharding.make_mesh(2, 4, 1)) as mesh:
+    placed = jax.tree.map(
+      lambda x: jax.device_put(x, sharding.batch_sharding(mesh, x.shape)),
+      given[1:],
+    )
+    dispatch = functools.partial(gather_dropless, buffer_factor=1.0)
+    jitted = jax.jit(functools.partial(run, dispatch))
+    program = jitted.lower(given[0], *placed).compile()
+    same(program(given[0], *placed), one)
+  assert ' all-to-all(' in program.as_text()
+
+
+def test_a_ledger_has_no_further_pass():
+  """As under a balanced load; XLA's own count has the loops' bodies once."""
+  given = (*arrays(), choices('any'))
+  program = compiled(1.0).lower(*given).compile()
+  capped = jax.jit(functools.partial(run, gather, capacity=S * K // E))
+  one_pass = capped.lower(*given).compile().cost_analysis()['flops']
+  assert program.cost_analysis()['flops'] > 2 * one_pass
+  found = hlo.Program(program.as_text()).total.flops
+  assert one_pass <= found < 1.3 * one_pass
+
+
+def test_single_tokens_have_no_slots_to_fill():
+  """As in decoding: E slots for K choices would be work in vain."""
+  params, x, gates, dy = arrays()
+  alone = (x[:, :1], gates[:, :1], dy[:, :1], choices('any')[:, :1])
+  found = run(gather_dropless, params, *alone)
+  same(found, run(grouped, params, *alone))
+  text = str(
+    jax.make_jaxpr(functools.partial(run, gather_dropless))(params, *alone)
+  )
+  assert 'argsort' in text or 'sort' in text
+
+
+@pytest.mark.parametrize('factor', [0, -1.0, 2.5])
+def test_factors_out_of_range(factor):
+  with pytest.raises(ValueError, match='above 0 and at most 2, not'):
+    run(
+      functools.partial(gather_dropless, buffer_factor=factor),
+      *arrays(),
+      choices('any'),
+    )
