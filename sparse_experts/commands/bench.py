@@ -98,7 +98,8 @@ def _step(args: argparse.Namespace) -> None:
   from sparse_experts.bench import step as step_bench
   from sparse_experts.planning import precompile
 
-  args.gin_file = ['gin/bench/step.gin', *args.gin_file]
+  files = ['gin/models/switch/base.gin', 'gin/bench/step.gin']
+  args.gin_file = [*files, *args.gin_file]
   settings.parse(args)
 
   def runs():

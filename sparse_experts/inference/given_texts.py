@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def features_of(model: Objective) -> TextToText | Text:
 
 
 def answered(
-  batches: Iterator[Batch],
+  batches: Iterable[Batch],
   given: Sequence[Tokenized],
   model: Any,
   params: Any,

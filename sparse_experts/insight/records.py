@@ -253,7 +253,7 @@ def record(
       made_of = [texts, lengths, model.capacity_factor_eval]
     path = _path(model_dir, dataset, made_of, at, parameters)
     if dry_run:
-      next(batches)
+      next(iter(batches))
       return None, path
     if given is not None:
       batches = given_texts.answered(

@@ -98,9 +98,9 @@ class Program:
   Computations stand after those that they call. Loops are those that count
   from 0 to a constant, as `jax.lax.scan` makes them, and those that are given;
   one of the scope 'overflow' has no turn, as under a balanced load (see
-  `dispatchers.gather_dropless`); the body of any other counts once. XLA counts a ragged product, in which each
-  row meets one of several matrices, as if each met all, or as nothing; here a
-  row counts once.
+  `dispatchers.gather_dropless`); the body of any other counts once. XLA counts
+  a ragged product, in which each row meets one of several matrices, as if each
+  met all, or as nothing; here a row counts once.
 
   Args:
     text: what XLA prints of it.

@@ -52,7 +52,8 @@ def test_the_quickstarts_hints_have_its_arguments(model_dir, tmp_path):
   assert f'--gin.MODEL_DIR={model_dir}' in recipe
   assert infer[1:4] == recipe[:3]
   file = f'--input={model_dir}/mine.txt'
-  assert mine == ['infer', *recipe, file, '--top=3']
+  short = '--gin.infer.infer.max_tokens=12'
+  assert mine == ['infer', *recipe, file, '--top=3', short]
   assert dense == [
     'train',
     *('--gin_file=gin/quickstart_dense.gin', recipe[1], *given),
