@@ -7,7 +7,7 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -24,6 +24,7 @@ PARTS = {
 }
 OTHER = 'norms and the rest'
 COPIES = 'copies'
+UNNAMED = 'not named'
 
 
 def parts(
@@ -38,16 +39,17 @@ def parts(
 
   Returns:
     A share of 1 for each of PARTS, COPIES (which change the layout of memory,
-    fill it or move it, and which no scope is left of) and OTHER, the largest
-    first.
+    fill it or move it, and compute nothing), OTHER and UNNAMED, the largest
+    first. What XLA has fused is of the part of its products, where it has one,
+    or else of its result.
 
   Raises:
     ValueError: this backend's profiles have no operations.
   """
-  scopes = operation_scopes(hlo)
+  of_program = operation_parts(hlo)
   seconds: collections.Counter[str] = collections.Counter()
   for name, taken in _operations(function, calls):
-    seconds[part_of(name, scopes.get(name, ''))] += taken
+    seconds[of_program.get(name, UNNAMED)] += taken
   total = seconds.total()
   if not total:
     raise ValueError(
@@ -57,21 +59,58 @@ def parts(
   return {part: taken / total for part, taken in seconds.most_common()}
 
 
-def part_of(name: str, scope: str) -> str:
-  """The part that an operation is of.
+def operation_parts(hlo: str) -> dict[str, str]:
+  """The part that each operation of a program is of, by its name."""
+  bodies: dict[str, list[_Operation]] = {}
+  for line in hlo.splitlines():
+    if head := _COMPUTATION.match(line):
+      body = bodies.setdefault(head['name'], [])
+    elif found := _OPERATION.match(line):
+      scope, calls = _SCOPE.search(line), _CALLS.search(line)
+      body.append(
+        _Operation(
+          found['name'],
+          found['kind'],
+          scope[1] if scope else '',
+          calls[1] if calls else None,
+        )
+      )
+  return {
+    operation.name: _part(operation, bodies)
+    for body in bodies.values()
+    for operation in body
+  }
 
-  Args:
-    name: of the operation in its program, such as 'copy.3'.
-    scope: its path, '' where it has none.
+
+class _Operation(NamedTuple):
+  """A line of a program; `calls` is what it has fused."""
+
+  name: str
+  kind: str
+  scope: str
+  calls: str | None
+
+
+def _part(operation: _Operation, bodies: dict[str, list[_Operation]]) -> str:
+  fused = [operation]
+  if operation.kind == 'fusion' and operation.calls in bodies:
+    fused = bodies[operation.calls]
+  if all(each.kind in _MOVES for each in fused):
+    return COPIES
+  named = [each for each in fused if each.kind in ('dot', 'convolution')]
+  for each in [*named, operation, *reversed(fused)]:
+    if each.scope:
+      return part_of(each.scope)
+  return UNNAMED
+
+
+def part_of(scope: str) -> str:
+  """The part that the path of an operation is of.
 
   Example:
-    >>> part_of('dot.1', 'jit(train_step)/jvp(Model)/layers_1/moe/router/dot')
+    >>> part_of('jit(train_step)/jvp(Model)/layers_1/moe/router/dot')
     'routing'
-    >>> part_of('transpose_copy_fusion.2', 'jit(f)/layers_0/attention/add')
-    'copies'
   """
-  if not scope or 'copy' in name or name.startswith('wrapped_broadcast'):
-    return COPIES
   names = set(re.split(r'[/.()]+', scope))
   for part, mine in PARTS.items():
     if not names.isdisjoint(mine):
@@ -79,19 +118,18 @@ def part_of(name: str, scope: str) -> str:
   return OTHER
 
 
-def operation_scopes(hlo: str) -> dict[str, str]:
-  """The path of each operation of a program, by the operation's name."""
-  return {
-    found['name']: found['scope']
-    for line in hlo.splitlines()
-    if (found := _OPERATION.match(line))
-  }
-
-
+_COMPUTATION = re.compile(r'(ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$')
 _OPERATION = re.compile(
-  r'\s*(ROOT )?%?(?P<name>[\w.\-]+) = .*op_name="(?P<scope>[^"]*)"'
+  r'\s+(ROOT )?%?(?P<name>[\w.\-]+) = (\(.*?\)|\S+) (?P<kind>[\w\-]+)\('
 )
-
+_SCOPE = re.compile(r'\bop_name="([^"]*)"')
+_CALLS = re.compile(r'\bcalls=%?([\w.\-]+)')
+# They compute nothing.
+_MOVES = (
+  *('parameter', 'constant', 'copy', 'transpose', 'bitcast', 'broadcast'),
+  *('reshape', 'slice', 'concatenate', 'pad', 'convert', 'iota', 'tuple'),
+  *('get-tuple-element', 'dynamic-slice', 'dynamic-update-slice', 'reverse'),
+)
 # Operations that others run within; those are counted.
 _CONTAINERS = ('while', 'conditional', 'call')
 

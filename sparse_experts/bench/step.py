@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from sparse_experts.planning.precompile import Run
 from sparse_experts.training import state, step
 
 PRODUCT = (4096, 1024, 4096)  # Rows, terms of a sum, columns.
+_LEAST = 0.05  # Seconds of products in a round, so that starting them is none.
 
 
 def measure(
@@ -38,7 +40,7 @@ def measure(
 
   Args:
     runs: experts (None: the dense twin) and what is run of them, of which each
-      is compiled before the next is asked for.
+      is compiled before the next is asked for; all are in memory together.
     rounds: at least 1; 11 for a figure to publish.
     with_parts: say where the time goes, too.
     on_row: called with every row as it is ready.
@@ -66,28 +68,41 @@ def measure(
     steps[experts] = _Step(run)
   if product is None:
     return []
-  machine: list[float] = []
+  products: list[float] = []
   seconds: dict[int | None, list[float]] = {experts: [] for experts in steps}
   for _ in range(rounds):
-    machine.append(2.0 * np.prod(PRODUCT) / _timed(product))
+    products.append(_timed(product) / product.times)
     for experts, take in steps.items():
       seconds[experts].append(_timed(take))
   rows = []
   for experts, taken in seconds.items():
-    useful = named[experts]['useful_flops']
-    rates = useful / np.array(taken) / np.array(machine)
-    row = {
-      **named[experts],
-      'seconds': float(np.median(taken)),
-      'machine_flops_per_second': float(np.median(machine)),
-      'rate': float(np.median(rates)),
-      'rate_iqr': np.quantile(rates, (0.25, 0.75)).tolist(),
-    }
+    found = row(named[experts], taken, products)
     if with_parts:
-      row['parts'] = profile.parts(steps[experts], steps[experts].text)
-    on_row(row)
-    rows.append(row)
+      found['parts'] = profile.parts(steps[experts], steps[experts].text)
+    on_row(found)
+    rows.append(found)
   return rows
+
+
+def row(
+  named: dict[str, Any], seconds: Sequence[float], products: Sequence[float]
+) -> dict[str, Any]:
+  """A row of `measure`.
+
+  Args:
+    named: `model`, `experts` and `useful_flops`.
+    seconds: of a step, by round.
+    products: seconds of the product of PRODUCT, by round.
+  """
+  machine = 2.0 * np.prod(PRODUCT) / np.array(products)
+  rates = named['useful_flops'] / np.array(seconds) / machine
+  return {
+    **named,
+    'seconds': float(np.median(seconds)),
+    'machine_flops_per_second': float(np.median(machine)),
+    'rate': float(np.median(rates)),
+    'rate_iqr': np.quantile(rates, (0.25, 0.75)).tolist(),
+  }
 
 
 def compiled(
@@ -112,12 +127,9 @@ def compiled(
     if dry_run:
       _check(run, num_devices)
       continue
-    row = {
-      **_named(experts, run),
-      **precompile.precompile(run, topology),
-    }
-    on_row(row)
-    rows.append(row)
+    found = {**_named(experts, run), **precompile.precompile(run, topology)}
+    on_row(found)
+    rows.append(found)
   return rows
 
 
@@ -189,11 +201,13 @@ def _batch(run: Run, shapes) -> dict[str, jax.Array]:
 
 
 class _Product:
-  """The product of PRODUCT, compiled; each call computes it once.
+  """The product of PRODUCT, compiled; a call computes it so many `times`.
 
   The result goes where the one before it was, as parameters of a step do, so
   that no call pays for new pages of memory.
   """
+
+  times = 1
 
   def __init__(self, dtype):
     rows, terms, columns = PRODUCT
@@ -211,9 +225,11 @@ class _Product:
     jitted = jax.jit(product, donate_argnums=2, keep_unused=True)
     self._run = jitted.lower(*self._given, self._result).compile()
     jax.block_until_ready(self())
+    self.times = math.ceil(_LEAST / _timed(self))
 
   def __call__(self) -> jax.Array:
-    self._result = self._run(*self._given, self._result)
+    for _ in range(self.times):
+      self._result = self._run(*self._given, self._result)
     return self._result
 
 

@@ -108,7 +108,7 @@ def _step(args: argparse.Namespace) -> None:
 
   if args.topology is not None:
     bench = functools.partial(step_bench.compiled, topology=args.topology)
-    widths, heading, cells = (12, 15, 13, 10, 10), *_COMPILED_STEP
+    widths, heading, cells = (12, 15, 10, 20, 10), *_COMPILED_STEP
   else:
     bench = functools.partial(
       config.bound(step_bench.measure, given=('runs', 'with_parts')),
@@ -155,7 +155,8 @@ def _compiled_step(row: dict[str, Any]) -> tuple[str, ...]:
   return (
     *(row['model'], f'{row["useful_flops"] / 1e9:.1f}'),
     f'{flops["executed"] / flops["useful"]:.2f}x',
-    f'{row["hbm_bytes"]["peak"] / 2**30:.2f} GiB',
+    f'{row["hbm_bytes"]["peak"] / 2**30:.2f} GiB'
+    + ('' if row['fits'] else ', too much'),
     'n/a' if seconds is None else f'{seconds * 1e3:.2f}',
   )
 

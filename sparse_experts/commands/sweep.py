@@ -19,6 +19,7 @@ if typing.TYPE_CHECKING:
 PREFIXES = ('grid',)  # --grid.NAME=VALUE,VALUE, beside --gin.NAME=VALUE.
 LAUNCHES = ('here', 'print', 'jobset', 'collect')
 _CLUSTER = ('image', 'queue', 'tpu', 'tpu_topology')  # What a JobSet needs.
+_OF_JOBSETS = (*_CLUSTER, 'service_account', 'hosts', 'chips_per_host')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   cluster.add_argument('--tpu', help="such as 'tpu-v5p-slice'")
   cluster.add_argument('--tpu_topology', help="such as '2x2x1'")
   cluster.add_argument('--service_account', metavar='NAME', help='of its pods')
-  cluster.add_argument('--hosts', type=int, default=1, metavar='N')
-  cluster.add_argument('--chips_per_host', type=int, default=4, metavar='N')
+  cluster.add_argument('--hosts', type=int, metavar='N', help='(1)')
+  cluster.add_argument('--chips_per_host', type=int, metavar='N', help='(4)')
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -75,10 +76,9 @@ def run(args: argparse.Namespace) -> int | None:
 
   jax.config.update('jax_platforms', 'cpu')  # Chips are for its runs.
   for name in ('seeds', 'parallel', 'hosts', 'chips_per_host'):
-    if getattr(args, name) < 1:
-      raise ValueError(
-        f'--{name} must be at least 1, not {getattr(args, name)}.'
-      )
+    value = getattr(args, name)
+    if value is not None and value < 1:
+      raise ValueError(f'--{name} must be at least 1, not {value}.')
   if not args.max_gb > 0:
     raise ValueError(f'--max_gb must be above 0, not {args.max_gb}.')
   folder = directories.absolute(args.output)
@@ -158,7 +158,7 @@ def _runs(args: argparse.Namespace, folder) -> list[Run]:
           'a sweep says where its runs lie: leave train.train.model_dir as '
           '%MODEL_DIR.'
         )
-      if point.seed not in (config.argument(train.train, 'seed'), dataset.seed):
+      if config.argument(train.train, 'seed') != point.seed:
         raise ValueError(
           'leave train.train.seed as %SEED; seeds are --seeds=N.'
         )
@@ -308,7 +308,7 @@ def _slice(args: argparse.Namespace):
 
   given = {name: getattr(args, name) for name in _CLUSTER}
   if args.launch != 'jobset':
-    if unused := [f'--{name}' for name, value in given.items() if value]:
+    if unused := [f'--{name}' for name in _OF_JOBSETS if getattr(args, name)]:
       raise ValueError(f'{", ".join(unused)}: for --launch=jobset only.')
     return None
   if missing := [f'--{name}' for name, value in given.items() if not value]:
@@ -318,8 +318,8 @@ def _slice(args: argparse.Namespace):
     queue=args.queue,
     tpu=args.tpu,
     topology=args.tpu_topology,
-    hosts=args.hosts,
-    chips_per_host=args.chips_per_host,
+    hosts=args.hosts or 1,
+    chips_per_host=args.chips_per_host or 4,
     service_account=args.service_account,
   )
 

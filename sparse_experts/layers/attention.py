@@ -229,6 +229,10 @@ def _of_rows(bias_1xHxLxM: Array, rows: int) -> Array:
   """
   if bias_1xHxLxM.shape[0] == rows:
     return bias_1xHxLxM
+  if bias_1xHxLxM.shape[0] != 1:
+    raise ValueError(
+      f'a bias is of one row or of all {rows}, not of {bias_1xHxLxM.shape[0]}.'
+    )
   return jnp.einsum(
     'B,HLM->BHLM',
     jnp.ones(rows, bias_1xHxLxM.dtype),

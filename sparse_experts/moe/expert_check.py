@@ -21,6 +21,7 @@ import numpy as np
 from flax import linen as nn
 
 from sparse_experts.letters import Array
+from sparse_experts.moe.dispatchers.gather_dropless import gather_dropless
 from sparse_experts.moe.dispatchers.grouped import grouped
 from sparse_experts.moe.experts import UNGROUPED, Experts, init
 from sparse_experts.moe.grouped_matmul import grouped_matmul
@@ -178,4 +179,5 @@ def _draw(rng: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
 def _is_grouped(dispatch: Callable[..., Any]) -> bool:
   while isinstance(dispatch, functools.partial):
     dispatch = dispatch.func
-  return inspect.unwrap(dispatch) is grouped
+  # gather_dropless is `grouped` of small groups.
+  return inspect.unwrap(dispatch) in (grouped, gather_dropless)

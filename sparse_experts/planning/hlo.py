@@ -187,7 +187,7 @@ class Program:
       return int(known[1])
     name = _OP_NAME.search(rest)
     for end, turns in self._given_turns.items():
-      if name and _path(name[1]).endswith(_path(end)):
+      if name and f'/{_path(name[1])}'.endswith(f'/{_path(end)}'):
         return turns
     limits = re.findall(r' constant\((\d+)\)', self._texts[condition])
     counts_up = 'direction=LT' in self._texts[condition]

@@ -78,9 +78,10 @@ def test_jobsets_are_written_and_nothing_is_started(tmp_path):
     (["--gin.RULES={'embd': 'data'}"], "'embd'"),
     (['--launch=jobset', '--dry_run'], '--launch=jobset needs --image'),
     (['--image=i', '--tpu=t'], '--image, --tpu: for --launch=jobset only'),
+    (['--hosts=2'], '--hosts: for --launch=jobset only'),
     (['--grid.EMBED_DIM=a,b'], 'EMBED_DIM'),
     (
-      ['--gin.train.train.seed=7', '--gin.train/dataset.Dataset.seed=7'],
+      ['--gin.train.train.seed=7'],
       'leave train.train.seed as %SEED',
     ),
     (['--launch=collect'], 'is not there, so nothing was run in it'),

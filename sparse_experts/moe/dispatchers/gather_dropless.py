@@ -2,8 +2,10 @@
 
 The first pass is `gather`. Where an expert has more choices than slots, another
 one takes the next of them through the same buffers, and so on, in a loop that
-stops by itself: under a balanced load it has no turn. Memory is that of one
-pass, forward and backward, at any load; time grows with the fullest expert.
+stops by itself; it has no turn where every expert of every group has room. The
+buffers are those of one pass, forward and backward, at any load; the backward
+pass of a further one also adds up gradients of the experts' parameters. Time
+grows with the fullest expert of any group.
 
 MaxText falls back likewise, to a branch without a cap.
 """
@@ -37,9 +39,11 @@ def gather_dropless(
 ) -> Array:
   """Sends tokens to experts and mixes their outputs, [G, S, D].
 
-  It is a layer's `exact_dispatch`, for training with capacity_factor=None. Of
-  groups so small that the slots would be more than twice the choices, as in
-  decoding, it is `grouped`.
+  It is a layer's `exact_dispatch`, for training with capacity_factor=None, and
+  then for evaluation, where every sequence is a group. It is `grouped` where
+  slots would save nothing: in groups of fewer choices than experts, as in
+  decoding, and where an expert has a slot for each token, as of routers that
+  return a choice for every expert.
 
   Args:
     experts: E of them.
@@ -59,7 +63,7 @@ def gather_dropless(
     )
   (_, S, K), E = assignment.expert_GxSxK.shape, assignment.num_experts
   slots = min(S, math.ceil(buffer_factor * S * K / E))
-  if slots * E > 2 * S * K:  # Rounded up.
+  if S * K < E or slots == S:
     return grouped(experts, x_GxSxD, assignment, capacity)
   kept_GxSxK = assignment.kept(capacity)
   choices = _Choices(
