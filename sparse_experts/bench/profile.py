@@ -47,21 +47,23 @@ def parts(
     ValueError: this backend's profiles have no operations.
   """
   of_program = operation_parts(hlo)
-  seconds: collections.Counter[str] = collections.Counter()
+  seconds: dict[str, float] = collections.defaultdict(float)
   for name, taken in _operations(function, calls):
     seconds[of_program.get(name, UNNAMED)] += taken
-  total = seconds.total()
+  total = sum(seconds.values())
   if not total:
     raise ValueError(
       f'profiles of {jax.default_backend()} name no operations: leave out '
       '--profile.'
     )
-  return {part: taken / total for part, taken in seconds.most_common()}
+  largest = sorted(seconds, key=lambda part: -seconds[part])
+  return {part: seconds[part] / total for part in largest}
 
 
 def operation_parts(hlo: str) -> dict[str, str]:
   """The part that each operation of a program is of, by its name."""
   bodies: dict[str, list[_Operation]] = {}
+  body: list[_Operation] = []
   for line in hlo.splitlines():
     if head := _COMPUTATION.match(line):
       body = bodies.setdefault(head['name'], [])

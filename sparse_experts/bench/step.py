@@ -159,17 +159,18 @@ class _Step:
     with placement.use() as mesh:
       placed = state.shardings(boxed, mesh)
       self._state = state.create(run.model, shapes, optimizer, placed, 0)
+      batch = _batch(run, shapes)
       jitted = step.jit_train_step(
         run.model,
         optimizer,
         mesh,
         placed,
-        batch_size=run.batch_size,
+        batch_size=len(next(iter(batch.values()))),
         microbatches=run.microbatches,
       )
-      self._rest = _batch(run, shapes), jax.random.key(0)
+      self._rest = batch, jax.random.key(0)
       self._take = jitted.lower(self._state, *self._rest).compile()
-    self.text = self._take.as_text()
+    self.text = self._take.as_text() or ''
     jax.block_until_ready(self())
 
   def __call__(self):

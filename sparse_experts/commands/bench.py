@@ -120,11 +120,12 @@ def _step(args: argparse.Namespace) -> None:
     return printing.checked(args)
 
   def show(row):
-    print(console.line(cells(row), widths), flush=True)
+    if not args.json:
+      print(console.line(cells(row), widths), flush=True)
 
   if not args.json:
     print(console.line(heading, widths), flush=True)
-  rows = bench(runs=runs(), **({} if args.json else {'on_row': show}))
+  rows = bench(runs=runs(), on_row=show)
   if args.json:
     printing.as_json(rows)
   elif args.profile:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from sparse_experts.letters import Array
 from sparse_experts.moe.assignment import Assignment, require_hard
+from sparse_experts.moe.dispatchers import Dispatched
 from sparse_experts.moe.dispatchers.gather import gather
 from sparse_experts.moe.dispatchers.grouped import grouped
 from sparse_experts.moe.experts import Experts
@@ -36,7 +37,7 @@ def gather_dropless(
   capacity: int | None,
   *,
   buffer_factor: float = 1.25,
-) -> Array:
+) -> Dispatched:
   """Sends tokens to experts and mixes their outputs, [G, S, D].
 
   It is a layer's `exact_dispatch`, for training with capacity_factor=None, and
