@@ -37,6 +37,8 @@ def read(path: epath.PathLike) -> list[dict[str, Given]]:
       long, no UTF-8 or not what it should be; the message says which.
   """
   path = storage.given(path, '--input')
+  if path.is_dir():
+    raise ValueError(f'--input={path} is a folder: give a file.')
   if not path.is_file():
     raise FileNotFoundError(f'there is no input file {path}.')
   lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b'\n')
