@@ -116,13 +116,13 @@ def test_a_decoder_alone_continues_questions_without_an_end(forget_new_tasks):
     next(prompts.of_file(texts, dataset, Text()))
 
 
-@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl'])
 def test_a_folder_is_no_file(tmp_path):
   for path in (tmp_path, ''):
     with pytest.raises(ValueError, match='is a folder: give a file'):
       prompts.read(path)
 
 
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl'])
 def test_a_byte_order_mark_is_no_part_of_the_first_text(name, tmp_path):
   line = '{"inputs": "1+1"}' if name.endswith('.jsonl') else '1+1'
   (tmp_path / name).write_text(line + '\r\n', 'utf-8-sig')
