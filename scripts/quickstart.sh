@@ -28,7 +28,7 @@ run evaluate "$@"
 run evaluate --gin.EVAL_SPLIT=out_of_domain "$@"
 echo
 echo '== record: what each expert took of held-out sentences =='
-echo '(The encoder'"'"'s router is nearly uniform: docs/results/small_switch.md says why.)'
+echo "(The encoder's router is nearly uniform: docs/results/small_switch.md says why.)"
 run record "$@"
 echo
 echo '== infer: the first held-out sentences, what it expects after each word =='

@@ -59,7 +59,9 @@ def _decode(args: argparse.Namespace) -> None:
   from sparse_experts.models.objective import Objective
 
   if args.topology is not None:
-    raise ValueError('--topology is for bench layer; decoding is timed here.')
+    raise ValueError(
+      '--topology is for bench layer and step; decoding is timed here.'
+    )
   args.gin_file = ['gin/bench/decode.gin', *args.gin_file]
   settings.parse(args)
 
@@ -108,13 +110,13 @@ def _step(args: argparse.Namespace) -> None:
 
   if args.topology is not None:
     bench = functools.partial(step_bench.compiled, topology=args.topology)
-    widths, heading, cells = (12, 15, 10, 20, 10), *_COMPILED_STEP
+    widths, heading, cells = _COMPILED_STEP
   else:
     bench = functools.partial(
       config.bound(step_bench.measure, given=('runs', 'with_parts')),
       with_parts=args.profile,
     )
-    widths, heading, cells = (12, 10, 15, 16, 6, 13), *_TIMED_STEP
+    widths, heading, cells = _TIMED_STEP
   bench(runs=runs(), dry_run=True)
   if args.dry_run:
     return printing.checked(args)
@@ -142,7 +144,9 @@ def _timed_step(row: dict[str, Any]) -> tuple[str, ...]:
   )
 
 
+# Of each column its width, then its title; and the cells of a row.
 _TIMED_STEP = (
+  (12, 10, 15, 16, 6, 13),
   (
     *('model', 'seconds', 'useful GFLOP', 'machine GFLOP/s', 'rate'),
     '(quartiles)',
@@ -163,6 +167,7 @@ def _compiled_step(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 _COMPILED_STEP = (
+  (12, 15, 10, 20, 10),
   ('model', 'useful GFLOP', 'executed', 'memory', 'XLA ms'),
   _compiled_step,
 )

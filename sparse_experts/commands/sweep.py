@@ -171,7 +171,9 @@ def _runs(args: argparse.Namespace, folder) -> list[Run]:
     for each in filter(None, (dataset, held_out)):
       data |= examples.digests(each.mixture_or_task_name, each.modules)
       modules |= set(each.modules)
-    name = identity.digest(config.text(), data, modules)
+    text = config.text()
+    inputs = identity.inputs(text, data, modules)
+    name = identity.digest(text, inputs)
     if name in runs:
       raise ValueError(
         f'{runs[name].point.name} and {point.name} are one run: give values '
@@ -186,16 +188,7 @@ def _runs(args: argparse.Namespace, folder) -> list[Run]:
       *(f'--gin.{binding}' for binding in [*args.bindings, *point.bindings]),
       f'--gin.MODEL_DIR={model_dir}',
     ]
-    text = config.text()
-    runs[name] = Run(
-      point,
-      model_dir,
-      arguments,
-      text,
-      steps,
-      flops,
-      identity.inputs(text, data, modules),
-    )
+    runs[name] = Run(point, model_dir, arguments, text, steps, flops, inputs)
   return list(runs.values())
 
 

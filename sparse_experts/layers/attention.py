@@ -225,7 +225,7 @@ def _of_rows(bias_1xHxLxM: Array, rows: int) -> Array:
   """The bias of each row, [B, H, L, M].
 
   By a product with ones, whose gradient is a product, too: as a sum over rows
-  it is fifty times as slow on XLA:CPU, a tenth of the step of a small model.
+  it was a twentieth of a small model's step on XLA:CPU (docs/performance.md).
   """
   if bias_1xHxLxM.shape[0] == rows:
     return bias_1xHxLxM

@@ -45,8 +45,8 @@ class MoE(nn.Module):
     dispatch: executes the assignment under a capacity: `dispatchers.gather`,
       `dispatchers.einsum` or `dispatchers.grouped`. It returns the output, or
       also which choices it dropped for lack of room, see `metrics.counts`.
-    exact_dispatch: executes it without: `grouped`, or `all_experts` for experts
-      that cannot be grouped.
+    exact_dispatch: executes it without: `grouped`, `gather_dropless`, or
+      `all_experts` for experts that cannot be grouped.
     make_shared_expert: builds a dense FFN that every token meets beside the
       routed ones, added once to their sum (DeepSeekMoE's shared experts, Dai et
       al. 2024, equation 9, K_s of them as one of K_s times the width); None: no

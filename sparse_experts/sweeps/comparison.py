@@ -17,6 +17,11 @@ from sparse_experts.insight.curves import Curve
 from sparse_experts.sweeps.written_runs import BUDGETS, Run
 
 _LONGEST = 48  # Letters of a group's name.
+# Settings that say what is read of data.
+_OF_DATA = {
+  *('data', 'MIXTURE_OR_TASK_NAME', 'TASK_FEATURE_LENGTHS', 'VOCABULARY'),
+  *('EVAL_SPLIT', 'EVAL_BATCHES', 'PACK'),
+}
 
 
 class Group(NamedTuple):
@@ -94,13 +99,6 @@ def settings(groups: Sequence[Group]) -> dict[str, list[str | None]]:
 def of_other_data(groups: Sequence[Group]) -> bool:
   """Whether groups read different data, so that their losses are no rivals."""
   return not _OF_DATA.isdisjoint(settings(groups))
-
-
-# Settings that say what is read of data.
-_OF_DATA = {
-  *('data', 'MIXTURE_OR_TASK_NAME', 'TASK_FEATURE_LENGTHS', 'VOCABULARY'),
-  *('EVAL_SPLIT', 'EVAL_BATCHES', 'PACK'),
-}
 
 
 def machines(groups: Sequence[Group]) -> list[str]:

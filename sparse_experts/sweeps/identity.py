@@ -20,9 +20,7 @@ _PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 _IMPORT = re.compile(r'^(?:from (\S+) )?import (\S+)', re.MULTILINE)
 
 
-def digest(
-  config_text: str, data: Mapping[str, str], modules: Iterable[str] = ()
-) -> str:
+def digest(config_text: str, inputs: str) -> str:
   """Of a run, 12 hexadecimal digits.
 
   It is of the configuration but for MODEL_DIR; of this package's source; of the
@@ -32,12 +30,9 @@ def digest(
 
   Args:
     config_text: all of what was parsed.
-    data: digests of its tasks' data, where their sources have one.
-    modules: names of further modules that are imported, such as those of tasks.
+    inputs: of `inputs`.
   """
-  return _of_parts(
-    configuration(config_text), code(), inputs(config_text, data, modules)
-  )
+  return _of_parts(configuration(config_text), code(), inputs)
 
 
 def inputs(
@@ -45,7 +40,13 @@ def inputs(
 ) -> str:
   """Of all that is neither in the configuration nor in this package's source.
 
-  Arguments as of `digest`; 12 hexadecimal digits.
+  Args:
+    config_text: all of what was parsed.
+    data: digests of its tasks' data, where their sources have one.
+    modules: names of further modules that are imported, such as those of tasks.
+
+  Returns:
+    12 hexadecimal digits.
   """
   return _of_parts(
     sorted(_sources(config_text, modules)),

@@ -53,5 +53,5 @@ def test_it_is_timed_here():
   outcome = command.run('bench', 'decode', '--topology=v5p:4x4x4', *TINY)
   assert outcome.code == 2
   assert outcome.stderr == (
-    'error: --topology is for bench layer; decoding is timed here.\n'
+    'error: --topology is for bench layer and step; decoding is timed here.\n'
   )

@@ -7,6 +7,10 @@ import pytest
 from sparse_experts.sweeps import grid, identity
 
 
+def digest(text, data):
+  return identity.digest(text, identity.inputs(text, data))
+
+
 def test_every_combination_has_every_seed():
   found = grid.points(['NUM_EXPERTS=2,4', 'router.k=1, 2'], [7, 8])
   assert [point.bindings for point in found] == [
@@ -50,16 +54,16 @@ def test_wrong_grids(axes, message):
 
 def test_a_digest_is_of_all_that_a_run_is_a_function_of(monkeypatch):
   text = "A = 3\nMODEL_DIR = 'x'\nB = 4\n"
-  ours = identity.digest(identity.configuration(text), {'task': 'a'})
+  ours = digest(identity.configuration(text), {'task': 'a'})
   assert len(ours) == 12
   moved = identity.configuration(text.replace("'x'", "'elsewhere'"))
-  assert identity.digest(moved, {'task': 'a'}) == ours
+  assert digest(moved, {'task': 'a'}) == ours
   others = {
-    identity.digest(identity.configuration(text), {'task': 'b'}),
-    identity.digest(identity.configuration('A = 2\nB = 4\n'), {'task': 'a'}),
+    digest(identity.configuration(text), {'task': 'b'}),
+    digest(identity.configuration('A = 2\nB = 4\n'), {'task': 'a'}),
   }
   monkeypatch.setattr(identity, 'code', lambda: 'other')
-  others.add(identity.digest(moved, {'task': 'a'}))
+  others.add(digest(moved, {'task': 'a'}))
   assert len(others | {ours}) == 4
 
 
@@ -71,20 +75,20 @@ def test_a_digest_is_of_files_and_modules_that_values_name(
   module.write_text('K = 1\n')
   importlib.import_module('my_router')
   text = f"import my_router\nFILES = {{'train': ('{file}',)}}\n"
-  digests = [identity.digest(text, {})]
+  digests = [digest(text, {})]
   file.write_text('b')
-  digests.append(identity.digest(text, {}))
+  digests.append(digest(text, {}))
   module.write_text('K = 2\n')
-  digests.append(identity.digest(text, {}))
+  digests.append(digest(text, {}))
   step = tmp_path / 'teacher/checkpoints/3'
   step.mkdir(parents=True)
   (step / 'commit_success.txt').touch()
   (step / 'checksums.json').write_text('{}')
   text += f"TEACHER = '{tmp_path / 'teacher'}'\n"
-  digests.append(identity.digest(text, {}))
+  digests.append(digest(text, {}))
   (step / 'checksums.json').write_text('{"params/x": {}}')
-  digests.append(identity.digest(text, {}))
+  digests.append(digest(text, {}))
   assert len(set(digests)) == 5
   assert identity.inputs(text, {}) == identity.inputs(f'A = 1\n{text}', {})
   assert identity.inputs(text, {}) != identity.inputs(text, {'task': 'b'})
-  assert identity.digest(text, {}) == digests[-1]
+  assert digest(text, {}) == digests[-1]
